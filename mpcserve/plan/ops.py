@@ -1,0 +1,257 @@
+"""The instruction table: for each op its attributes, shape rule, width rule and cost.
+
+Three groups, and nothing else exists in a plan:
+
+    sources     input · weight · constant
+    local       act on Δ and on each mask share alike: no rounds, no bytes
+    interactive product (mul, matmul, conv) · sign · select · extend: masked values are exchanged
+
+An operand wider than an instruction's working width is reduced on the fly: dropping high bits
+is free and exact (mod 2^m' for any m' > bound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Attrs = Mapping[str, Any]
+
+
+def packed_bytes(count: int, width: int) -> int:
+    """Bytes of `count` values of `width` bits packed back to back, padded to a whole byte."""
+    return (count * width + 7) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one instruction: bytes each way per alice↔bob round, and bytes carol deals to bob."""
+
+    rounds: tuple[int, ...] = ()
+    dealt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """One line of the table. `shape(operand shapes, attrs)` raises ValueError when they do not fit.
+
+    `attrs` are required names. `cost(operand sizes, output value's (size, width), attrs)`.
+    """
+
+    arity: tuple[int, int]
+    shape: Callable[[Sequence[Shape], Attrs], Shape] | None
+    attrs: tuple[str, ...] = ()
+    local: bool = False
+    cost: Callable[[int, int, Attrs], Cost] = field(default=lambda size, width, attrs: Cost())
+
+
+def _same(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    return shapes[0]
+
+
+def _broadcast(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    return np.broadcast_shapes(*shapes)
+
+
+def _reshape(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    shape = tuple(attrs["shape"])
+    if prod(shape) != prod(shapes[0]):
+        raise ValueError(f"cannot reshape {shapes[0]} to {shape}")
+    return shape
+
+
+def _transpose(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    if sorted(attrs["perm"]) != list(range(len(shapes[0]))):
+        raise ValueError(f"perm {attrs['perm']} does not permute {shapes[0]}")
+    return tuple(shapes[0][i] for i in attrs["perm"])
+
+
+def _slice(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    (shape,) = shapes
+    if not len(attrs["starts"]) == len(attrs["stops"]) == len(attrs["steps"]) == len(shape):
+        raise ValueError(f"slice of {shape} needs {len(shape)} starts, stops and steps")
+    out = []
+    for d, start, stop, step in zip(
+        shape, attrs["starts"], attrs["stops"], attrs["steps"], strict=True
+    ):
+        if not (0 <= start <= stop <= d and step >= 1):
+            raise ValueError(f"slice {start}:{stop}:{step} of an axis of {d}")
+        out.append(len(range(start, stop, step)))
+    return tuple(out)
+
+
+def _concat(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    axis = attrs["axis"]
+    first = list(shapes[0])
+    for s in shapes[1:]:
+        if len(s) != len(first) or any(
+            i != axis and a != b for i, (a, b) in enumerate(zip(s, first, strict=True))
+        ):
+            raise ValueError(f"cannot concat {shapes} on axis {axis}")
+    first[axis] = sum(s[axis] for s in shapes)
+    return tuple(first)
+
+
+def _pad(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    before, after = attrs["before"], attrs["after"]
+    if not len(before) == len(after) == len(shapes[0]) or min([*before, *after, 0]) < 0:
+        raise ValueError(f"pad {before}, {after} of {shapes[0]}")
+    return tuple(d + b + a for d, b, a in zip(shapes[0], before, after, strict=True))
+
+
+def _expand(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    shape = tuple(attrs["shape"])
+    if np.broadcast_shapes(shapes[0], shape) != shape:
+        raise ValueError(f"cannot expand {shapes[0]} to {shape}")
+    return shape
+
+
+def _gather(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    (shape,), axis, indices = shapes, attrs["axis"], attrs["indices"]
+    if any(not 0 <= i < shape[axis] for i in indices):
+        raise ValueError(f"gather index outside axis {axis} of {shape}")
+    return (*shape[:axis], len(indices), *shape[axis + 1 :])
+
+
+def _sum(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    return tuple(d for i, d in enumerate(shapes[0]) if i not in attrs["axes"])
+
+
+def _constant(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    if len(attrs["values"]) != prod(attrs["shape"]):
+        raise ValueError(f"{len(attrs['values'])} values for shape {attrs['shape']}")
+    return tuple(attrs["shape"])
+
+
+def _with_addend(rule: Callable[[Sequence[Shape], Attrs], Shape]) -> Any:
+    def shape(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+        out = rule(shapes[:2], attrs)
+        if len(shapes) == 3 and np.broadcast_shapes(out, shapes[2]) != out:
+            raise ValueError(f"addend {shapes[2]} does not broadcast to {out}")
+        return out
+
+    return shape
+
+
+def _matmul(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    a, b = shapes
+    if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
+        raise ValueError(f"matmul of {a} and {b}")
+    return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
+
+
+def conv_output_size(size: int, kernel: int, stride: int, dilation: int, pad: int) -> int:
+    """Output length of a convolution along one axis; `pad` is the sum of both sides."""
+    return (size + pad - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _conv(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    x, w = shapes
+    groups = attrs["groups"]
+    if len(x) != 4 or len(w) != 4 or x[1] != w[1] * groups or w[0] % groups:
+        raise ValueError(f"conv of {x} by {w} in {groups} groups")
+    top, left, bottom, right = attrs["pads"]
+    (sh, sw), (dh, dw) = attrs["strides"], attrs["dilations"]
+    height = conv_output_size(x[2], w[2], sh, dh, top + bottom)
+    width = conv_output_size(x[3], w[3], sw, dw, left + right)
+    if min(height, width) < 1:
+        raise ValueError(f"conv of {x} by {w} has an empty output")
+    return x[0], w[0], height, width
+
+
+def _product_cost(size: int, width: int, attrs: Attrs) -> Cost:
+    return Cost((packed_bytes(size, width),), packed_bytes(size, attrs["ring"]))
+
+
+def combine_monomials(count: int, with_eq: bool) -> int:
+    """Dealt monomials that merge `count` chunks (see `protocol.primitives.sign`).
+
+    The masks themselves come from the pairwise PRGs, so only products of two or more are dealt.
+    """
+    eqs = count if with_eq else count - 1
+    products = 2**eqs - 1 - eqs
+    lts = sum(2 ** (count - 1 - j) - 1 for j in range(count - 1))
+    return products + lts
+
+
+def sign_levels(attrs: Attrs) -> list[list[int]]:
+    """Chunk counts merged at each level: `groups` partitions the chunks; one group is one level."""
+    groups = list(attrs["groups"])
+    levels = [groups] if len(groups) == 1 else [groups, [len(groups)]]
+    return [level for level in levels if max(level) > 1]
+
+
+def combine_planes(count: int, with_eq: bool) -> int:
+    """Bits per element and way that merging `count` chunks opens."""
+    return 0 if count == 1 else 2 * (count - 1) + (1 if with_eq else 0)
+
+
+def needs_eq(level: Sequence[int], group: int) -> bool:
+    """Whether a group's equality is wanted by the next level: all but the lowest group's."""
+    return len(level) > 1 and group > 0
+
+
+def _sign_cost(size: int, width: int, attrs: Attrs) -> Cost:
+    plane = packed_bytes(size, 1)
+    opened, dealt = [], sum(2**c - 1 for c in attrs["chunks"]) + 1
+    for level in sign_levels(attrs):
+        merges = [(count, needs_eq(level, g)) for g, count in enumerate(level) if count > 1]
+        opened.append(sum(combine_planes(*m) for m in merges))
+        dealt += sum(combine_monomials(*m) for m in merges)
+    return Cost((*(o * plane for o in opened), plane), dealt * plane)
+
+
+def _select_cost(size: int, width: int, attrs: Attrs) -> Cost:
+    high = max(width - attrs["width"], 0)
+    dealt = 2 * packed_bytes(size, width) + 3 * packed_bytes(size, high)
+    return Cost((packed_bytes(size, width),), dealt)
+
+
+def _extend_cost(size: int, width: int, attrs: Attrs) -> Cost:
+    return Cost((packed_bytes(size, width),), 2 * packed_bytes(size, width - attrs["width"]))
+
+
+_PRODUCT = ("ring", "truncate")
+
+OPS: Mapping[str, OpSpec] = {
+    "input": OpSpec((0, 0), None, ("name",)),
+    "weight": OpSpec((0, 0), None, ("name",)),
+    "constant": OpSpec((0, 0), _constant, ("shape", "values")),
+    "add": OpSpec((2, 2), _broadcast, local=True),
+    "sub": OpSpec((2, 2), _broadcast, local=True),
+    "scale": OpSpec((1, 1), _same, ("factor",), local=True),
+    "offset": OpSpec((1, 1), _same, ("value",), local=True),
+    "shift": OpSpec((1, 1), _same, ("bits",), local=True),
+    "reshape": OpSpec((1, 1), _reshape, ("shape",), local=True),
+    "transpose": OpSpec((1, 1), _transpose, ("perm",), local=True),
+    "slice": OpSpec((1, 1), _slice, ("starts", "stops", "steps"), local=True),
+    "concat": OpSpec((1, 1 << 20), _concat, ("axis",), local=True),
+    "pad": OpSpec((1, 1), _pad, ("before", "after", "value"), local=True),
+    "expand": OpSpec((1, 1), _expand, ("shape",), local=True),
+    "gather": OpSpec((1, 1), _gather, ("axis", "indices"), local=True),
+    "sum": OpSpec((1, 1), _sum, ("axes",), local=True),
+    "mul": OpSpec((2, 3), _with_addend(_broadcast), _PRODUCT, cost=_product_cost),
+    "matmul": OpSpec((2, 3), _with_addend(_matmul), _PRODUCT, cost=_product_cost),
+    "conv": OpSpec(
+        (2, 3),
+        _with_addend(_conv),
+        (*_PRODUCT, "strides", "pads", "dilations", "groups"),
+        cost=_product_cost,
+    ),
+    "sign": OpSpec((1, 1), _same, ("chunks", "groups"), cost=_sign_cost),
+    "select": OpSpec((2, 2), _same, ("when", "nonnegative", "width"), cost=_select_cost),
+    "extend": OpSpec((1, 1), _same, ("width",), cost=_extend_cost),
+}
+"""`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, summing to working width − 1;
+`groups`: how many consecutive chunks merge at the first level. `select(bit, x)` is x where
+bit = `when`, else 0; `nonnegative` promises x ≥ 0 where selected. `extend(x)` and `select` read x
+mod 2**`width` and write it mod 2**value.width. Products are computed mod 2**`ring`, divided by
+2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an optional
+third operand is added before the truncation."""
+
+PRODUCTS = ("mul", "matmul", "conv")

@@ -1,0 +1,199 @@
+"""A plan is a list of instructions in single-assignment form: instruction i defines value i.
+
+It is public: it holds shapes, widths, fraction bits and bounds, and nothing of a weight or an input.
+Every value is an integer tensor; the real number it stands for is `x / 2**frac_bits`. During an
+evaluation it exists only as a masked value Δ = x + λ (mod 2**width) on alice and bob and as shares
+of its mask λ = λ_A + λ_B on (alice, carol) and (bob, carol).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+FORMAT = 1
+"""Version of the plan file and of what the instructions mean; servers refuse any other."""
+
+RING_BITS = 64
+"""Widest ring: shares are computed in uint64 words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What is public about a secret tensor.
+
+    `width`: it is shared mod 2**width. `frac_bits`: fixed-point scale. `bound`: |x| < 2**bound ulp.
+    `known`: how the bound is known: exact | proved | calibrated | assumed.
+    A bit has width 1, frac_bits 0, bound 0 and means 0 or 1; every other value is signed.
+    """
+
+    shape: tuple[int, ...]
+    width: int
+    frac_bits: int
+    bound: int
+    known: str = "proved"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One step: `op` (see `plan.ops`), ids of its operands, public attributes, the value it defines.
+
+    `layer` is the name of the ONNX node it came from: reports are grouped by it.
+    """
+
+    id: int
+    op: str
+    inputs: tuple[int, ...]
+    value: Value
+    attrs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    layer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """A data owner's input: `id` of its `input` instruction, declared range [low, high] as reals."""
+
+    name: str
+    id: int
+    dtype: str
+    shape: tuple[int, ...]
+    low: float
+    high: float
+    known: str = "assumed"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """A result revealed to the data owner: decoded from value `id`, cast to `dtype`."""
+
+    name: str
+    id: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole public program. `batch` is the leading dimension fixed at compile time."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    batch: int = 1
+    opset: int = 0
+    model_digest: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, id: int) -> Instruction:
+        return self.instructions[id]
+
+    def value(self, id: int) -> Value:
+        """The public description of value `id`."""
+        return self.instructions[id].value
+
+    def operands(self, instruction: Instruction) -> list[Value]:
+        """Values of an instruction's operands, in order."""
+        return [self.instructions[i].value for i in instruction.inputs]
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Name → value id of every secret weight, in plan order."""
+        return {i.attrs["name"]: i.id for i in self.instructions if i.op == "weight"}
+
+    @cached_property
+    def static(self) -> frozenset[int]:
+        """Ids of values fixed at deployment: weights, constants and local functions of them."""
+        from mpcserve.plan.ops import OPS
+
+        known: set[int] = set()
+        for i in self.instructions:
+            if i.op in ("weight", "constant") or (
+                OPS[i.op].local and i.inputs and all(j in known for j in i.inputs)
+            ):
+                known.add(i.id)
+        return frozenset(known)
+
+    @cached_property
+    def last_use(self) -> dict[int, int]:
+        """Value id → id of the last instruction that reads it (outputs live to the end)."""
+        last = {i.id: i.id for i in self.instructions}
+        for i in self.instructions:
+            for j in i.inputs:
+                last[j] = i.id
+        for o in self.outputs:
+            last[o.id] = len(self.instructions)
+        return last
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the content of a plan file."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "batch": self.batch,
+            "opset": self.opset,
+            "model_digest": self.model_digest,
+            "notes": list(self.notes),
+            "inputs": [
+                [i.name, i.id, i.dtype, list(i.shape), i.low, i.high, i.known] for i in self.inputs
+            ],
+            "outputs": [[o.name, o.id, o.dtype, list(o.shape)] for o in self.outputs],
+            "instructions": [
+                [
+                    i.op,
+                    list(i.inputs),
+                    dict(i.attrs),
+                    [list(i.value.shape), i.value.width, i.value.frac_bits, i.value.bound, i.value.known],
+                    i.layer,
+                ]
+                for i in self.instructions
+            ],
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON: all parties compare it before anything else."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan_from_json(data: Mapping[str, Any]) -> Plan:
+    """Inverse of `Plan.to_json`. Raises: KeyError, TypeError, ValueError on malformed data."""
+    if data["format"] != FORMAT:
+        raise ValueError(f"plan format {data['format']!r}, this version reads {FORMAT}")
+    instructions = []
+    for id, (op, inputs, attrs, (shape, width, frac_bits, bound, known), layer) in enumerate(
+        data["instructions"]
+    ):
+        value = Value(tuple(map(int, shape)), int(width), int(frac_bits), int(bound), str(known))
+        instructions.append(
+            Instruction(
+                id, str(op), tuple(map(int, inputs)), value, MappingProxyType(dict(attrs)), str(layer)
+            )
+        )
+    return Plan(
+        name=str(data["name"]),
+        instructions=tuple(instructions),
+        inputs=tuple(
+            InputSpec(n, int(i), t, tuple(map(int, s)), float(lo), float(hi), k)
+            for n, i, t, s, lo, hi, k in data["inputs"]
+        ),
+        outputs=tuple(
+            OutputSpec(n, int(i), t, tuple(map(int, s))) for n, i, t, s in data["outputs"]
+        ),
+        batch=int(data["batch"]),
+        opset=int(data["opset"]),
+        model_digest=str(data["model_digest"]),
+        notes=tuple(map(str, data["notes"])),
+    )

@@ -1,0 +1,39 @@
+"""A plan as text: one line an instruction, for people and for pass tests."""
+
+from __future__ import annotations
+
+from mpcserve.plan.bill import cost_of
+from mpcserve.plan.plan import Instruction, Plan
+
+_HIDDEN = frozenset({"shape", "values", "indices"})
+"""Attributes that repeat the value's shape or may be long."""
+
+
+def plan_text(plan: Plan) -> str:
+    """`%id = op(operands) attrs : shape width.frac_bits <2^bound known` and what it costs."""
+    lines = [f"plan {plan.name} batch {plan.batch} opset {plan.opset}"]
+    layer = None
+    for i in plan.instructions:
+        if i.layer != layer:
+            layer = i.layer
+            lines.append(f"# {layer or '(no layer)'}")
+        lines.append(_line(plan, i))
+    lines += [f"return %{o.id} as {o.name} {o.dtype}{list(o.shape)}" for o in plan.outputs]
+    return "\n".join(lines)
+
+
+def _line(plan: Plan, i: Instruction) -> str:
+    attrs = " ".join(
+        f"{k}={_short(v)}" for k, v in sorted(i.attrs.items()) if k not in _HIDDEN
+    )
+    v, cost = i.value, cost_of(plan, i.id)
+    paid = f"  ; {len(cost.rounds)} round, {sum(cost.rounds)} B, dealt {cost.dealt} B"
+    operands = ", ".join(f"%{j}" for j in i.inputs)
+    text = f"%{i.id} = {i.op}({operands})" + (f" {attrs}" if attrs else "")
+    shape = "x".join(map(str, v.shape)) or "scalar"
+    text += f" : {shape} {v.width}b.{v.frac_bits} <2^{v.bound} {v.known}"
+    return text + (paid if cost.rounds else "")
+
+
+def _short(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

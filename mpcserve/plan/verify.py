@@ -1,0 +1,135 @@
+"""The law of the plan: what must hold before a server runs it, checked after every compiler pass.
+
+Above all: a bound that does not fit its width would wrap, and a wrapped value is a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpcserve.errors import PlanError
+from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
+
+KNOWN = ("exact", "proved", "calibrated", "assumed")
+MAX_CHUNK = 8
+"""2^8 − 1 dealt bits for a chunk of eight: more is never cheaper than one more chunk."""
+
+
+def verify_plan(plan: Plan) -> None:
+    """Check the whole law; collect every breach. Raises: PlanError listing all of them."""
+    problems = [*_structure(plan)]
+    if not problems:
+        for i in plan.instructions:
+            where = f"instruction {i.id} {i.op}" + (f" ({i.layer})" if i.layer else "")
+            problems += [f"{where}: {p}" for p in _instruction(plan, i)]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise PlanError(
+            f"plan {plan.name!r} is not valid: {problems[0]}{more}",
+            "compile the model again with this version of mpcserve",
+            tuple(problems),
+        )
+
+
+def _structure(plan: Plan) -> Iterator[str]:
+    for position, i in enumerate(plan.instructions):
+        if i.id != position:
+            yield f"instruction {position} has id {i.id}"
+        if i.op not in OPS:
+            yield f"instruction {position}: unknown op {i.op!r}"
+            continue
+        low, high = OPS[i.op].arity
+        if not low <= len(i.inputs) <= high:
+            yield f"instruction {position} {i.op}: {len(i.inputs)} operands, expected {low}..{high}"
+        if any(not 0 <= j < position for j in i.inputs):
+            yield f"instruction {position} {i.op}: operand not defined before it"
+        if missing := [a for a in OPS[i.op].attrs if a not in i.attrs]:
+            yield f"instruction {position} {i.op}: missing attributes {', '.join(missing)}"
+    inputs = [i.id for i in plan.instructions if i.op == "input"]
+    if sorted(s.id for s in plan.inputs) != inputs:
+        yield "declared inputs are not the input instructions"
+    if not plan.outputs:
+        yield "no output"
+    for o in plan.outputs:
+        if not 0 <= o.id < len(plan.instructions):
+            yield f"output {o.name!r} names no value"
+    names = [i.attrs.get("name") for i in plan.instructions if i.op == "weight"]
+    if len(set(names)) != len(names):
+        yield "two weights of one name"
+
+
+def _instruction(plan: Plan, i: Instruction) -> Iterator[str]:
+    v, xs = i.value, plan.operands(i)
+    rule = OPS[i.op].shape
+    if rule is not None:
+        try:
+            shape = rule([x.shape for x in xs], i.attrs)
+        except (ValueError, TypeError, IndexError, KeyError) as e:
+            yield str(e)
+            return
+        if shape != v.shape:
+            yield f"shape {v.shape}, expected {shape}"
+    if v.known not in KNOWN:
+        yield f"bound known by {v.known!r}"
+    if i.op == "sign":
+        if (v.width, v.frac_bits, v.bound) != (1, 0, 0):
+            yield "a bit has width 1, frac_bits 0 and bound 0"
+    elif not 1 < v.width <= RING_BITS:
+        yield f"width {v.width} outside 2..{RING_BITS}"
+    elif not 0 <= v.bound <= v.width - 1:
+        yield f"bound 2^{v.bound} does not fit width {v.width}"
+    if any(x.width == 1 for x in xs[1 if i.op == "select" else 0 :]):
+        yield "a bit can only be selected by"
+    yield from _widths(i, v, xs)
+
+
+def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
+    if i.op in PRODUCTS:
+        yield from _product(i, v, xs)
+    elif i.op == "sign":
+        m, (x,) = sum(i.attrs["chunks"]) + 1, xs
+        if m > x.width or x.bound > m - 1:
+            yield f"reads {m} bits of width {x.width}, bound 2^{x.bound}"
+        if not all(1 <= c <= MAX_CHUNK for c in i.attrs["chunks"]):
+            yield f"chunks {i.attrs['chunks']} outside 1..{MAX_CHUNK}"
+        if sum(i.attrs["groups"]) != len(i.attrs["chunks"]) or min(i.attrs["groups"]) < 1:
+            yield f"groups {i.attrs['groups']} do not partition {len(i.attrs['chunks'])} chunks"
+    elif i.op in ("select", "extend"):
+        m, x = i.attrs["width"], xs[-1]
+        spare = 1 if i.op == "select" and i.attrs["nonnegative"] else 2
+        if m > x.width or x.bound > m - spare:
+            yield f"reads {m} bits of width {x.width}, bound 2^{x.bound}"
+        if v.frac_bits != x.frac_bits:
+            yield f"frac_bits {v.frac_bits}, expected {x.frac_bits}"
+        if i.op == "extend" and v.width <= m:
+            yield f"extends width {m} to {v.width}"
+        if i.op == "select":
+            if xs[0].width != 1 or xs[0].shape != x.shape:
+                yield "selects by something that is not a bit of the same shape"
+            if m > v.width:
+                yield f"reads {m} bits to write {v.width}"
+    elif OPS[i.op].local:
+        spare = i.attrs["bits"] if i.op == "shift" else 0
+        if any(v.width > x.width - spare for x in xs):
+            yield f"width {v.width} from operands of {[x.width for x in xs]} less {spare}"
+        keeps = i.op not in ("scale", "shift")
+        if keeps and any(v.frac_bits != x.frac_bits for x in xs):
+            yield f"frac_bits {v.frac_bits} from {[x.frac_bits for x in xs]}"
+
+
+def _product(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
+    ring, t = i.attrs["ring"], i.attrs["truncate"]
+    if not (0 <= t < ring <= RING_BITS):
+        yield f"truncates {t} bits of ring {ring}"
+    if any(x.width < ring for x in xs):
+        yield f"ring {ring} wider than an operand: {[x.width for x in xs]}"
+    if v.width > ring - t:
+        yield f"width {v.width} > ring {ring} - truncate {t}"
+    if v.bound + t > ring - 1:
+        yield f"product bound 2^{v.bound + t} does not fit ring {ring}"
+    scale = xs[0].frac_bits + xs[1].frac_bits
+    if v.frac_bits != scale - t:
+        yield f"frac_bits {v.frac_bits}, expected {scale - t}"
+    if len(xs) == 3 and xs[2].frac_bits != scale:
+        yield f"addend has frac_bits {xs[2].frac_bits}, expected {scale}"
