@@ -115,14 +115,19 @@ def find_config(path: Path | str | None = None) -> Path:
     )
 
 
-def load_config(path: Path | str | None = None) -> Config:
-    """Find, read and check a config, and the certificates it names. Raises: ConfigError."""
+def read_config(path: Path | str | None = None) -> Config:
+    """Find, read and parse a config. Raises: ConfigError."""
     found = find_config(path)
     try:
         text = found.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{found}: cannot read the config: {e}", "give a YAML file") from None
-    config = parse_config(text, found)
+    return parse_config(text, found)
+
+
+def load_config(path: Path | str | None = None) -> Config:
+    """`read_config`, and the certificates beside it are checked. Raises: ConfigError."""
+    config = read_config(path)
     check_separate_servers(config)
     return config
 

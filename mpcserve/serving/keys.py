@@ -169,7 +169,7 @@ def check_keys(directory: Path, now: datetime | None = None) -> list[Finding]:
         findings.append(_error(f"{directory}: no role has a certificate", "run `keys issue ROLE`"))
     for role in roles:
         findings += _check_role(directory, role, authority, now)
-    return findings
+    return [*findings, *_check_separate(directory, roles)]
 
 
 # --- issuing ------------------------------------------------------------------------------------
@@ -387,3 +387,21 @@ def _check_role(
     except ValueError as e:
         yield _error(f"{path}: {e}", f"run `mpcserve {again}`")
     yield from _check_key(directory / f"{role}.key", certificate)
+
+
+def _check_separate(directory: Path, roles: Sequence[str]) -> Iterator[Finding]:
+    seen: dict[bytes, str] = {}
+    for role in roles:
+        try:
+            public = _load_certificate(directory / f"{role}.crt").public_key()
+        except ConfigError:
+            continue  # reported with the role
+        identity = public.public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        other = seen.setdefault(identity, role)
+        if other != role:
+            yield _error(
+                f"{directory}: {other} and {role} hold one key, two roles must not be one party",
+                f"run `mpcserve keys issue {role} --force`",
+            )

@@ -1,0 +1,5 @@
+"""`python -m mpcserve` is `mpcserve`."""
+
+from mpcserve.cli import main
+
+main()
