@@ -1,7 +1,7 @@
 """The command line: parse, call, print, exit.
 
-stdout carries results, stderr `mpcserve: …`, `mpcserve: error: …` and `mpcserve: hint: …`. The module
-of a command is imported when that command is named, and imports numpy, onnx or numba when it runs.
+stdout carries results, stderr `mpcserve: …`, `mpcserve: error: …` and `mpcserve: hint: …`. A module
+of commands is imported when that command is named, and imports numpy, onnx or numba when it runs.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our stdout went away (`mpcserve models | head`): nobody is left to tell.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except Exception as e:
         what = (str(e).splitlines() or ["(no message)"])[0]

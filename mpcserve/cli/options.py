@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -23,14 +22,5 @@ INSECURE = click.option(
     help="No TLS; only between processes of one machine, for debugging.",
 )
 
-
-class FilePath(click.ParamType):
-    """A path that need not exist: the command names what is wrong with it and what to do."""
-
-    name = "file"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        return Path(value)
-
-
-FILE = FilePath()
+FILE = click.Path(path_type=Path)
+"""A path that need not exist: the command says what is wrong with it and what to do."""
