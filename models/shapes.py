@@ -1,7 +1,8 @@
 """Networks of well-known sizes with seeded random weights: for tests and benchmarks, not for use.
 
 Weights are He-scaled and BatchNormalization nodes carry about the statistics that their inputs
-have, so activations and logits stay in the range that a trained network's would have. Needs numpy and onnx.
+have, so activations and logits stay in the range that a trained network's would have. Needs
+numpy and onnx.
 Source: LeCun et al. 1998 (LeNet-5); He et al. 2015, arXiv:1512.03385 (ResNet-18, ResNet-20).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod, sqrt
 from typing import Any
 
@@ -70,13 +72,13 @@ class GraphBuilder:
 
         He-scaled kernels double the mean square, which is the variance that is declared here.
         """
-        declared = [
-            self.random((channels,), 0.1, centre=1.0),
-            self.random((channels,), 0.1),
-            self.random((channels,), 0.1 * sqrt(2 * power)),
-            2 * power * np.exp(self.random((channels,), 0.1)),
-        ]
-        return self.add("BatchNormalization", x, *map(self.weight, declared), epsilon=1e-5)
+        statistics = (
+            self.weight(self.random((channels,), 0.1, centre=1.0)),
+            self.weight(self.random((channels,), 0.1)),
+            self.weight(self.random((channels,), 0.1 * sqrt(2 * power))),
+            self.weight(2 * power * np.exp(self.random((channels,), 0.1))),
+        )
+        return self.add("BatchNormalization", x, *statistics, epsilon=1e-5)
 
     def model(self, shape: Sequence[int], outputs: int) -> onnx.ModelProto:
         """A checked model from "input" [N, *shape] to "logits" [N, outputs]."""
@@ -98,7 +100,7 @@ def mlp(sizes: Sequence[int] = (784, 128, 128, 10), *, seed: int = 0) -> onnx.Mo
     """Dense layers of these sizes with Relu between them; input [N, sizes[0]]."""
     g = GraphBuilder("mlp", seed)
     x = INPUT
-    for inputs, outputs in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for inputs, outputs in pairwise(sizes[:-1]):
         x = g.add("Relu", g.dense(x, inputs, outputs))
     g.dense(x, sizes[-2], sizes[-1], output=LOGITS)
     return g.model([sizes[0]], sizes[-1])

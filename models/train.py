@@ -35,6 +35,7 @@ EPOCHS = 80
 BATCH = 64
 PEAK_RATE = 3e-3
 WEIGHT_DECAY = 1e-4
+LABEL_SMOOTHING = 0.05
 
 SHIFT = 2 / 14
 """Two pixels, in the units of affine_grid: the image is 28 pixels and 2 units wide."""
@@ -143,14 +144,16 @@ def image_model(name: str, network: nn.Module, split: Split) -> onnx.ModelProto:
         losses = []
         for rows in torch.randperm(len(images)).split(BATCH):
             logits = network(distorted(images[rows]))
-            loss = functional.cross_entropy(logits, labels[rows], label_smoothing=0.05)
+            loss = functional.cross_entropy(logits, labels[rows], label_smoothing=LABEL_SMOOTHING)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             losses.append(loss.item())
         if epoch % 10 == 9:
-            print(f"{name}: epoch {epoch + 1}/{EPOCHS}, mean loss {np.mean(losses):.3f}", flush=True)
+            print(
+                f"{name}: epoch {epoch + 1}/{EPOCHS}, mean loss {np.mean(losses):.3f}", flush=True
+            )
     return exported(name, network.eval(), images[:1])
 
 
