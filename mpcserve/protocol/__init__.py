@@ -1,0 +1,28 @@
+"""Masked sharing on two servers with a helper: what each role computes, free of sockets and clocks."""
+
+from mpcserve.protocol.dealer import Dealer
+from mpcserve.protocol.owners import reveal, share_input, share_weights, unpack_weight
+from mpcserve.protocol.parties import Round, Steps
+from mpcserve.protocol.server import Bundle, ServerProgram
+from mpcserve.protocol.together import Together, Transcript, drive, simulate
+
+__all__ = [
+    "Bundle",
+    "Dealer",
+    "Round",
+    "ServerProgram",
+    "Steps",
+    "Together",
+    "Transcript",
+    "drive",
+    "reveal",
+    "share_input",
+    "share_weights",
+    "simulate",
+    "unpack_weight",
+    "warm_up",
+]
+
+
+def warm_up() -> None:
+    """Kernels compile when this package is imported; calling this says that it has happened."""

@@ -1,0 +1,113 @@
+"""The reference: one party, no secrecy; the living definition of every instruction.
+
+Values are signed int64. Truncation rounds to nearest, where the protocol rounds stochastically, so
+each truncation of the protocol may differ from this by less than one ulp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from mpcserve.plan.plan import Instruction, Plan
+
+Int = NDArray[np.int64]
+
+
+def evaluate_clear(
+    plan: Plan,
+    weights: Mapping[str, Int],
+    inputs: Sequence[NDArray[np.floating]],
+    watch: Callable[[int, Int], None] | None = None,
+) -> list[NDArray[np.generic]]:
+    """Outputs of the plan in fixed point, in the clear. `watch(id, integers)` sees every value."""
+    values: dict[int, Int] = {}
+    given = {s.id: x for s, x in zip(plan.inputs, inputs, strict=True)}
+    for i in plan.instructions:
+        if i.op == "input":
+            scaled = np.ldexp(np.asarray(given[i.id], np.float64), i.value.frac_bits)
+            out = np.rint(scaled).astype(np.int64).reshape(i.value.shape)
+        elif i.op == "weight":
+            out = np.asarray(weights[i.attrs["name"]], np.int64).reshape(i.value.shape)
+        else:
+            out = np.asarray(_TABLE[i.op](i, [values[j] for j in i.inputs]))
+        values[i.id] = out
+        if watch is not None:
+            watch(i.id, out)
+        for j in i.inputs:
+            if plan.last_use[j] == i.id:
+                values.pop(j, None)
+    return [
+        np.asarray(
+            np.ldexp(values[o.id].astype(np.float64), -f)
+            if (f := plan.value(o.id).frac_bits)
+            else values[o.id]
+        )
+        .astype(o.dtype)
+        .reshape(o.shape)
+        for o in plan.outputs
+    ]
+
+
+def _truncate(z: Int, t: int) -> Int:
+    return (z + np.int64(1 << (t - 1))) >> np.int64(t) if t else z
+
+
+def _product(i: Instruction, z: Int, xs: Sequence[Int]) -> Int:
+    if len(xs) == 3:
+        z = z + xs[2]
+    return _truncate(z, i.attrs["truncate"])
+
+
+def _conv(i: Instruction, x: Int, w: Int) -> Int:
+    at = i.attrs
+    top, left, bottom, right = at["pads"]
+    (sh, sw), (dh, dw), g = at["strides"], at["dilations"], at["groups"]
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    kh, kw = w.shape[2:]
+    windows = sliding_window_view(x, ((kh - 1) * dh + 1, (kw - 1) * dw + 1), axis=(2, 3))
+    windows = windows[:, :, ::sh, ::sw, ::dh, ::dw]
+    n, c, oh, ow = windows.shape[:4]
+    parts = []
+    for k in range(g):
+        cols = windows[:, k * c // g : (k + 1) * c // g].transpose(0, 2, 3, 1, 4, 5)
+        rows = w[k * w.shape[0] // g : (k + 1) * w.shape[0] // g].reshape(w.shape[0] // g, -1)
+        parts.append(cols.reshape(n * oh * ow, -1) @ rows.T)
+    return np.concatenate(parts, axis=1).reshape(n, oh, ow, -1).transpose(0, 3, 1, 2)
+
+
+def _pad(i: Instruction, xs: Sequence[Int]) -> Int:
+    widths = list(zip(i.attrs["before"], i.attrs["after"], strict=True))
+    return np.pad(xs[0], widths, constant_values=i.attrs["value"])
+
+
+def _slice(i: Instruction, xs: Sequence[Int]) -> Int:
+    at = i.attrs
+    return xs[0][tuple(map(slice, at["starts"], at["stops"], at["steps"]))]
+
+
+_TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
+    "constant": lambda i, xs: np.array(i.attrs["values"], np.int64).reshape(i.value.shape),
+    "add": lambda i, xs: xs[0] + xs[1],
+    "sub": lambda i, xs: xs[0] - xs[1],
+    "scale": lambda i, xs: xs[0] * np.int64(i.attrs["factor"]),
+    "offset": lambda i, xs: xs[0] + np.int64(i.attrs["value"]),
+    "shift": lambda i, xs: _truncate(xs[0], i.attrs["bits"]),
+    "reshape": lambda i, xs: xs[0].reshape(i.value.shape),
+    "transpose": lambda i, xs: xs[0].transpose(i.attrs["perm"]),
+    "slice": _slice,
+    "concat": lambda i, xs: np.concatenate(xs, axis=i.attrs["axis"]),
+    "pad": _pad,
+    "expand": lambda i, xs: np.broadcast_to(xs[0], i.value.shape),
+    "gather": lambda i, xs: np.take(xs[0], i.attrs["indices"], axis=i.attrs["axis"]),
+    "sum": lambda i, xs: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=np.int64),
+    "mul": lambda i, xs: _product(i, xs[0] * xs[1], xs),
+    "matmul": lambda i, xs: _product(i, xs[0] @ xs[1], xs),
+    "conv": lambda i, xs: _product(i, _conv(i, xs[0], xs[1]), xs),
+    "sign": lambda i, xs: (xs[0] < 0).astype(np.int64),
+    "select": lambda i, xs: np.where(xs[0] == i.attrs["when"], xs[1], 0),
+    "extend": lambda i, xs: xs[0],
+}

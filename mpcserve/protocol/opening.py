@@ -1,0 +1,39 @@
+"""Opening a masked value: both servers exchange masked shares, tile by tile, and add them up.
+
+A tile is packed and sent while the next one computes; tiles are multiples of 64 elements, so every
+piece ends on a whole byte at any width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from mpcserve.kernels import bits, local
+from mpcserve.protocol.parties import Round, Steps
+from mpcserve.ring import Words
+
+TILE = 1 << 15
+"""Elements a tile: 256 KiB of words, half of a common second-level cache."""
+
+
+def tiles(size: int) -> Iterator[slice]:
+    """Slices of at most TILE elements that cover `size`."""
+    for start in range(0, size, TILE):
+        yield slice(start, min(start + TILE, size))
+
+
+def open_share(out: Words, width: int, fill: Callable[[slice], None]) -> Steps[Words]:
+    """Δ = my masked share + the peer's (mod 2^width). `fill(part)` computes out[part].
+
+    Shapes: out [N]. Cost: 1 round, ceil(N · width / 8) bytes each way.
+    Leaks: nothing, provided that `fill` adds this side's share of a fresh mask of `width` bits.
+    """
+
+    def pieces() -> Iterator[memoryview]:
+        for part in tiles(out.size):
+            fill(part)
+            yield bits.pack(out[part], width)
+
+    received = yield Round(pieces(), (out.size * width + 7) // 8)
+    local.add_shares(out, bits.unpack(received, out.size, width), width)
+    return out

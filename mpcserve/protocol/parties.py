@@ -1,0 +1,128 @@
+"""What each role holds of a value, and how dealt values travel: the vocabulary of the primitives.
+
+    carol            Mask      both shares of λ
+    alice, bob       an array  their share λ_i, before the input exists
+    alice, bob       an array  Δ, during the evaluation
+
+A primitive has three faces here (its cost is in `plan.ops`):
+    deal(io, i, masks) -> Mask                     on carol
+    prepare(io, i, halves, known) -> (half, material)   on alice and bob, before the input
+    evaluate(side, i, material, deltas) -> Steps   on alice and bob, online
+deal and prepare read the pairwise streams in the same order; that is what makes the shares match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from mpcserve.kernels import bits
+from mpcserve.randomness import Stream, derive
+from mpcserve.ring import Words, reduce
+
+Side = Literal["alice", "bob"]
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Round:
+    """One exchange: post every piece as it is produced, then receive exactly `expect` bytes."""
+
+    pieces: Iterable[Buffer]
+    expect: int
+
+    def __repr__(self) -> str:
+        return f"Round(expect={self.expect})"
+
+
+Steps = Generator[Round, Buffer, T]
+"""A generator that yields rounds, is resumed with the peer's bytes, and returns a result."""
+
+
+class Mask(NamedTuple):
+    """Carol's view of a value: λ = a + b (mod 2^width), or a ⊕ b for a bit."""
+
+    a: Words
+    b: Words
+
+    def __repr__(self) -> str:
+        return "Mask(<secret>)"
+
+    def total(self, width: int) -> Words:
+        """λ mod 2^width, contiguous."""
+        return reduce(np.ascontiguousarray(self.a + self.b), width)
+
+
+class DealIO:
+    """Carol's two streams for one instruction, and the corrections she owes bob."""
+
+    __slots__ = ("a", "b", "corrections")
+
+    def __init__(self, alice_key: bytes, bob_key: bytes, instruction: int) -> None:
+        self.a = Stream(derive(alice_key, instruction))
+        self.b = Stream(derive(bob_key, instruction))
+        self.corrections: list[memoryview] = []
+
+    def mask(self, shape: tuple[int, ...], width: int) -> Mask:
+        """A fresh mask from the two pairwise streams: costs no bytes."""
+        return Mask(self.a.masks(shape, width), self.b.masks(shape, width))
+
+    def planes(self, count: int, size: int) -> Mask:
+        """Fresh masks of bits. Shapes: [count, ceil(size / 64)]."""
+        return Mask(self.a.planes(count, size), self.b.planes(count, size))
+
+    def deal(self, value: Words, width: int) -> None:
+        """Share a value that carol knows: alice draws her part, bob is sent the correction."""
+        part = self.a.masks(value.shape, width)
+        self.corrections.append(bits.pack(reduce(value - part, width), width))
+
+    def deal_bits(self, planes: Words, size: int) -> None:
+        """The same for bit planes over Z_2. Shapes: [count, ceil(size / 64)]."""
+        part = self.a.planes(planes.shape[0], size)
+        self.corrections.append(bits.pack_planes(planes ^ part, size))
+
+
+class PrepareIO:
+    """One server's stream with carol for one instruction; bob also reads carol's corrections."""
+
+    __slots__ = ("_take", "leader", "stream")
+
+    def __init__(
+        self, key: bytes, instruction: int, take: Callable[[int], Buffer] | None
+    ) -> None:
+        self.stream = Stream(derive(key, instruction))
+        self._take = take
+        self.leader = take is None
+
+    def mask(self, shape: tuple[int, ...], width: int) -> Words:
+        """This side's share of a fresh mask."""
+        return self.stream.masks(shape, width)
+
+    def planes(self, count: int, size: int) -> Words:
+        """This side's share of fresh masks of bits."""
+        return self.stream.planes(count, size)
+
+    def dealt(self, shape: tuple[int, ...], width: int) -> Words:
+        """This side's share of a dealt value mod 2^width."""
+        if self._take is None:
+            return self.stream.masks(shape, width)
+        count = int(np.prod(shape, dtype=np.int64))
+        data = self._take((count * width + 7) // 8)
+        return bits.unpack(data, count, width).reshape(shape)
+
+    def dealt_bits(self, count: int, size: int) -> Words:
+        """This side's shares of dealt bit planes. Shapes: [count, ceil(size / 64)]."""
+        if self._take is None:
+            return self.stream.planes(count, size)
+        return bits.unpack_planes(self._take(count * ((size + 7) // 8)), count, size)
+
+
+Material = Any
+"""What prepare leaves for evaluate: a primitive's own tuple of arrays."""
+
+Known = Mapping[int, Words]
+"""Δ of the values that are fixed at deployment, by value id."""

@@ -1,0 +1,181 @@
+"""mul, matmul, conv: any bilinear z = a∘b + addend, truncated and opened in one round.
+
+    alice: z_A = Δa∘Δb − Δa∘λb_A − λa_A∘Δb + γ_A + (Δd − λd_A)
+    bob:   z_B =        − Δa∘λb_B − λa_B∘Δb + γ_B −       λd_B        γ = λa∘λb, dealt by carol
+
+modulo 2^ring, the narrowest ring that holds the accumulator. When one operand is fixed at
+deployment (a weight), alice keeps Δw − λw_A and bob −λw_B, packed for the kernel, and λx_i∘Δw is
+computed before the input arrives: online each server does ONE ring product. Each share is then
+truncated on its own (see `kernels.local.finish_product`), masked afresh and exchanged.
+
+Error: < 1 ulp of the result, unbiased. Cost: 1 round, `width` bits each way per output; `ring` bits
+dealt. Leaks: nothing: the output is opened under a fresh mask.
+Source: ASTRA, ABY2.0, Trio; truncation SecureML's, read in the ring it divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mpcserve.kernels import bits, linear, local
+from mpcserve.plan.plan import Instruction
+from mpcserve.protocol.parties import DealIO, Known, Mask, PrepareIO, Round, Side, Steps
+from mpcserve.ring import Words, reduce
+
+Operand = Words | linear.Packed
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Fixed:
+    """A weight as one server uses it: operand `index`, online Δw − λw_A or −λw_B, and Δw."""
+
+    index: int
+    online: Operand
+    delta: Operand
+
+
+class Material(NamedTuple):
+    """`rest`: all terms known before the input, minus a mask share; both halves if none is fixed."""
+
+    rest: Words
+    lam: Words
+    halves: tuple[Words, Words] | None
+
+
+def fixed_index(i: Instruction, static: frozenset[int]) -> int | None:
+    """Which operand is fixed at deployment; the second where both are."""
+    return 1 if i.inputs[1] in static else 0 if i.inputs[0] in static else None
+
+
+def ready(i: Instruction, index: int, w: Words) -> Operand:
+    """Lay a fixed operand out for the kernel, once per deployment."""
+    if index == 1 and i.op == "matmul":
+        return linear.pack_matmul_b(np.ascontiguousarray(w))
+    if index == 1 and i.op == "conv":
+        return linear.pack_conv_w(np.ascontiguousarray(w), i.attrs["groups"])
+    return np.ascontiguousarray(w)
+
+
+def fix(side: Side, i: Instruction, index: int, delta: Words, half: Words) -> Fixed:
+    """Prepare a weight for one server."""
+    online = delta - half if side == "alice" else np.uint64(0) - half
+    return Fixed(index, ready(i, index, online), ready(i, index, delta))
+
+
+def _product(i: Instruction, a: Operand, b: Operand, out: Words) -> Iterator[int]:
+    """a∘b into `out`, tile by tile; yields how many leading elements are final."""
+    if i.op == "mul":
+        assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
+        np.multiply(a, b, out=out)
+        yield out.size
+        return
+    assert isinstance(a, np.ndarray)
+    a = np.ascontiguousarray(a)
+    if isinstance(b, np.ndarray):
+        b = np.ascontiguousarray(b)
+    if i.op == "matmul":
+        yield from linear.matmul_tiles(a, b, out)
+    else:
+        at = i.attrs
+        yield from linear.conv2d_tiles(
+            a,
+            b,
+            tuple(at["strides"]),
+            tuple(at["pads"]),
+            tuple(at["dilations"]),
+            at["groups"],
+            out,
+        )
+
+
+def _whole(i: Instruction, a: Operand, b: Operand) -> Words:
+    out = np.empty(i.value.shape, np.uint64)
+    for _ in _product(i, a, b, out):
+        pass
+    return out
+
+
+def _pair(index: int, fixed: Operand, other: Words) -> tuple[Operand, Operand]:
+    return (other, fixed) if index == 1 else (fixed, other)
+
+
+def deal(
+    io: DealIO, i: Instruction, masks: Sequence[Mask], fixed: tuple[int, Operand] | None
+) -> Mask:
+    """Deal γ = λa∘λb. `fixed`: the operand whose mask belongs to the deployment, ready to use."""
+    ring = i.attrs["ring"]
+    if fixed is None:
+        gamma = _whole(i, masks[0].total(ring), masks[1].total(ring))
+    else:
+        index, operand = fixed
+        gamma = _whole(i, *_pair(index, operand, masks[1 - index].total(ring)))
+    io.deal(reduce(gamma, ring), ring)
+    return io.mask(i.value.shape, i.value.width)
+
+
+def prepare(
+    io: PrepareIO, i: Instruction, halves: Sequence[Words], known: Known, fixed: Fixed | None
+) -> tuple[Words, Material]:
+    """γ_i − λd_i − λx_i∘Δw, and the output's mask share."""
+    rest = io.dealt(i.value.shape, i.attrs["ring"])
+    lam = io.mask(i.value.shape, i.value.width)
+    both = None
+    if fixed is None:
+        both = (halves[0], halves[1])
+    else:
+        other = halves[1 - fixed.index]
+        rest -= _whole(i, *_pair(fixed.index, fixed.delta, other))
+    if len(i.inputs) == 3:
+        rest -= halves[2]
+        if io.leader and i.inputs[2] in known:
+            rest += known[i.inputs[2]]
+    return lam, Material(rest.reshape(-1), lam.reshape(-1), both)
+
+
+def evaluate(
+    side: Side,
+    i: Instruction,
+    material: Material,
+    deltas: Sequence[Words],
+    known: Known,
+    fixed: Fixed | None,
+) -> Steps[Words]:
+    """1 round of `width` bits each way."""
+    leader, rest = side == "alice", material.rest
+    if fixed is not None:
+        a, b = _pair(fixed.index, fixed.online, deltas[1 - fixed.index])
+    else:
+        assert material.halves is not None
+        half_a, half_b = material.halves
+        a, b = deltas[0], (deltas[1] - half_b if leader else np.uint64(0) - half_b)
+        rest = rest - _whole(i, half_a, deltas[1]).reshape(-1)
+    if len(i.inputs) == 3 and leader and i.inputs[2] not in known:
+        rest = (rest.reshape(i.value.shape) + deltas[2]).reshape(-1)
+    out = np.empty(i.value.shape, np.uint64)
+    flat, width = out.reshape(-1), i.value.width
+
+    def pieces() -> Iterator[memoryview]:
+        start = 0
+        for done in _product(i, a, b, out):
+            stop = done if done == flat.size else done // 64 * 64
+            if stop == start:
+                continue
+            local.finish_product(
+                flat[start:stop],
+                rest[start:stop],
+                material.lam[start:stop],
+                i.attrs["ring"],
+                i.attrs["truncate"],
+                width,
+                leader,
+            )
+            yield bits.pack(flat[start:stop], width)
+            start = stop
+
+    received = yield Round(pieces(), (flat.size * width + 7) // 8)
+    local.add_shares(flat, bits.unpack(received, flat.size, width), width)
+    return out

@@ -1,0 +1,158 @@
+"""select and extend: read x mod 2^m, write b·x or x mod 2^n. The wide result rides along for free.
+
+With x' = x + o ≥ 0 (o = 0 if x is known not to be negative, else 2^(m−2)) and x' < 2^(m−1), as an
+integer x' = Δ' − Λ where Δ' = Δ + o mod 2^m and Λ = λ if Δ'_msb = 1, else λ − 2^m·λ_msb: a set top
+bit of Δ' means that no wrap was lost; a clear one means that x' wrapped exactly when λ_msb is set.
+As integers λ = λ_A + λ_B − 2^m·carry, so carol deals only carry and λ_msb, n − m bits each, and for
+select β (n), β·λ (n) and β·λ_msb (n − m).
+
+Error: exact. Cost: 1 round, n bits each way; dealt: extend 2(n − m), select 2n + 3(n − m) bits.
+Leaks: nothing: the output is opened under a fresh mask of n bits.
+Source: ABY2.0, ASTRA (masked evaluation); MSB-dependent wrap as in SIRNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mpcserve.kernels import bits, local
+from mpcserve.plan.plan import Instruction
+from mpcserve.protocol.opening import open_share
+from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
+from mpcserve.ring import U64, Words
+
+
+class ExtendMaterial(NamedTuple):
+    """Λ_0, Λ_1 and the output's mask, one server's shares."""
+
+    low: Words
+    high: Words
+    lam: Words
+
+
+class SelectMaterial(NamedTuple):
+    """Λ_0, Λ_1, βΛ_0, βΛ_1, β as rows, and the output's mask, one server's shares."""
+
+    dealt: Words
+    lam: Words
+
+
+def _offset(i: Instruction) -> np.uint64:
+    if i.op == "select" and i.attrs["nonnegative"]:
+        return U64(0)
+    return U64(1 << (i.attrs["width"] - 2))
+
+
+def _flat(x: Words) -> Words:
+    return np.ascontiguousarray(x).reshape(-1)
+
+
+def _mask_facts(mask: Mask, width: int) -> tuple[Words, Words, Words]:
+    a, b = _flat(mask.a), _flat(mask.b)
+    total, carry, top = np.empty_like(a), np.empty_like(a), np.empty_like(a)
+    # carries of wider masks are not carries mod 2^width: both are reduced inside
+    local.mask_facts(a, b, width, total, carry, top)
+    return total, carry, top
+
+
+def deal_extend(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
+    """Deal carry and λ_msb."""
+    _, carry, top = _mask_facts(masks[0], i.attrs["width"])
+    high = i.value.width - i.attrs["width"]
+    io.deal(carry, high)
+    io.deal(top, high)
+    return io.mask(i.value.shape, i.value.width)
+
+
+def prepare_extend(
+    io: PrepareIO, i: Instruction, halves: Sequence[Words]
+) -> tuple[Words, ExtendMaterial]:
+    """Shares of the two candidates for Λ."""
+    m, shape = i.attrs["width"], (i.value.size,)
+    low, high = np.empty(shape, np.uint64), np.empty(shape, np.uint64)
+    carry, top = (io.dealt(shape, i.value.width - m) for _ in range(2))
+    local.wide_masks(_flat(halves[0]), m, carry, top, low, high)
+    lam = io.mask(i.value.shape, i.value.width)
+    return lam, ExtendMaterial(low, high, _flat(lam))
+
+
+def evaluate_extend(
+    side: Side, i: Instruction, material: ExtendMaterial, delta: Words
+) -> Steps[Words]:
+    """1 round of n bits each way."""
+    out = np.empty(i.value.size, np.uint64)
+
+    def fill(part: slice) -> None:
+        local.extend_share(
+            _flat(delta)[part],
+            material.low[part],
+            material.high[part],
+            material.lam[part],
+            i.attrs["width"],
+            _offset(i),
+            i.value.width,
+            side == "alice",
+            out[part],
+        )
+
+    return (yield from open_share(out, i.value.width, fill)).reshape(i.value.shape)
+
+
+def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
+    """Deal β, β·λ and, if the result is wider than what is read, carry, λ_msb and β·λ_msb."""
+    bit, x = masks
+    n, m = i.value.width, i.attrs["width"]
+    beta = np.empty(i.value.size, np.uint64)
+    bits.unslice_bit(bit.a ^ bit.b, beta)
+    total, carry, top = _mask_facts(x, m)
+    io.deal(beta, n)
+    io.deal(beta * total, n)
+    if n > m:
+        for v in (carry, top, beta * top):
+            io.deal(v, n - m)
+    return io.mask(i.value.shape, n)
+
+
+def prepare_select(
+    io: PrepareIO, i: Instruction, halves: Sequence[Words]
+) -> tuple[Words, SelectMaterial]:
+    """Shares of Λ_0, Λ_1, βΛ_0, βΛ_1 and β."""
+    n, m, shape = i.value.width, i.attrs["width"], (i.value.size,)
+    dealt = np.empty((5, i.value.size), np.uint64)
+    dealt[4] = io.dealt(shape, n)
+    dealt[3] = io.dealt(shape, n)
+    dealt[2] = dealt[3]
+    if n > m:
+        carry, top, beta_top = (io.dealt(shape, n - m) for _ in range(3))
+        dealt[2] -= beta_top << U64(m)
+    else:
+        carry = top = np.zeros(shape, np.uint64)
+    local.wide_masks(_flat(halves[1]), m, carry, top, dealt[0], dealt[1])
+    lam = io.mask(i.value.shape, n)
+    return lam, SelectMaterial(dealt, _flat(lam))
+
+
+def evaluate_select(
+    side: Side, i: Instruction, material: SelectMaterial, bit: Words, delta: Words
+) -> Steps[Words]:
+    """1 round of n bits each way."""
+    out, flat = np.empty(i.value.size, np.uint64), _flat(delta)
+
+    def fill(part: slice) -> None:
+        local.select_share(
+            flat[part],
+            bit[part.start // 64 :],
+            np.ascontiguousarray(material.dealt[:, part]),
+            material.lam[part],
+            i.attrs["width"],
+            _offset(i),
+            bool(i.attrs["when"]),
+            i.value.width,
+            side == "alice",
+            out[part],
+        )
+
+    return (yield from open_share(out, i.value.width, fill)).reshape(i.value.shape)

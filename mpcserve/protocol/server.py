@@ -1,0 +1,257 @@
+"""Alice and bob: prepare a bundle before the input exists, evaluate it once when the input comes.
+
+An evaluation is a generator of rounds: it owns no socket, thread or clock. Independent
+instructions advance together and share rounds, in the order of `plan.schedule`, which both servers
+compute from the plan alone.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from mpcserve.errors import Refused, WireError
+from mpcserve.kernels import bits
+from mpcserve.plan.ops import OPS, PRODUCTS, packed_bytes
+from mpcserve.plan.plan import Instruction, Plan
+from mpcserve.plan.schedule import schedule_of
+from mpcserve.protocol.parties import Buffer, Material, PrepareIO, Round, Side, Steps
+from mpcserve.protocol.primitives import product, select, sign
+from mpcserve.protocol.primitives.local_ops import apply_local
+from mpcserve.randomness import Stream, bundle_key, derive, weights_key
+from mpcserve.ring import Words, reduce
+
+
+class Bundle:
+    """All correlated randomness of one evaluation, as one server holds it. Used once, then empty."""
+
+    __slots__ = ("_material", "_outputs", "id", "input_seeds", "nbytes")
+
+    def __init__(
+        self,
+        id: bytes,
+        input_seeds: tuple[bytes, ...],
+        material: dict[int, Material],
+        outputs: tuple[Words, ...],
+    ) -> None:
+        self.id = id
+        self.input_seeds = input_seeds
+        self.nbytes = _size_of(material.values()) + _size_of(outputs)
+        self._material: dict[int, Material] | None = material
+        self._outputs = outputs
+
+    def __repr__(self) -> str:
+        return f"Bundle({self.id.hex()}, {self.nbytes} bytes, spent={self._material is None})"
+
+    def spend(self) -> tuple[dict[int, Material], tuple[Words, ...]]:
+        """Hand out the material, once. Raises: Refused on a second call."""
+        if self._material is None:
+            raise Refused(
+                f"bundle {self.id.hex()} is spent", "a retry takes a new bundle: send it again"
+            )
+        material, outputs = self._material, self._outputs
+        self._material, self._outputs = None, ()
+        return material, outputs
+
+
+def _size_of(things: Any) -> int:
+    total = 0
+    for t in things:
+        if isinstance(t, tuple | list):
+            total += _size_of(t)
+        else:
+            total += int(getattr(t, "nbytes", 0))
+    return total
+
+
+class ServerProgram:
+    """One deployment on alice or bob: the plan, pair keys and masked weights Δw."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        role: Side,
+        carol_key: bytes,
+        peer_key: bytes,
+        weights: Mapping[str, Words],
+    ) -> None:
+        self.plan, self.role = plan, role
+        self._carol_key, self._peer_key = carol_key, peer_key
+        self._schedule = schedule_of(plan)
+        self._known: dict[int, Words] = {}
+        self._halves: dict[int, Words] = {}
+        for i in plan.instructions:
+            if i.id in plan.static:
+                self._fix_value(i, weights)
+        self._fixed: dict[int, product.Fixed] = {}
+        for i in plan.instructions:
+            if i.op in PRODUCTS and (index := product.fixed_index(i, plan.static)) is not None:
+                w = i.inputs[index]
+                self._fixed[i.id] = product.fix(role, i, index, self._known[w], self._halves[w])
+
+    def __repr__(self) -> str:
+        return f"ServerProgram({self.plan.name!r}, {self.role})"
+
+    @staticmethod
+    def weight_seed(plan: Plan, role: Side, carol_key: bytes) -> bytes:
+        """32 bytes for the model owner, who expands this side's share of the weights' masks."""
+        return weights_key(carol_key, plan.digest)
+
+    def _fix_value(self, i: Instruction, weights: Mapping[str, Words]) -> None:
+        if i.op == "weight":
+            seed = derive(weights_key(self._carol_key, self.plan.digest), i.id)
+            self._known[i.id] = weights[i.attrs["name"]]
+            self._halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
+        else:
+            self._known[i.id] = apply_local(i, [self._known[j] for j in i.inputs], True)
+            self._halves[i.id] = apply_local(i, [self._halves[j] for j in i.inputs], False)
+
+    # -- before the input ---------------------------------------------------------------------
+
+    def prepare(self, bundle_id: bytes, take: Callable[[int], Buffer] | None) -> Bundle:
+        """Expand this side's masks and dealt shares; compute every term that needs no input.
+
+        `take(n)` returns bob's next n dealt bytes; None on alice.
+        """
+        assert (take is None) == (self.role == "alice")
+        key = bundle_key(self._carol_key, self.plan.digest, bundle_id)
+        halves, material, seeds = dict(self._halves), {}, []
+        uses = _uses(self.plan)
+        for i in self.plan.instructions:
+            if i.id in halves:
+                continue
+            mine = [halves[j] for j in i.inputs]
+            if OPS[i.op].local:
+                halves[i.id] = apply_local(i, mine, False)
+            elif i.op == "input":
+                seeds.append(derive(key, i.id))
+                halves[i.id] = Stream(seeds[-1]).masks(i.value.shape, i.value.width)
+            else:
+                io = PrepareIO(key, i.id, take)
+                halves[i.id], material[i.id] = self._prepare(io, i, mine)
+            for j in _finished(i, uses):
+                if j not in self._halves:
+                    del halves[j]
+        outputs = tuple(halves[o.id] for o in self.plan.outputs)
+        return Bundle(bundle_id, tuple(seeds), material, outputs)
+
+    def _prepare(
+        self, io: PrepareIO, i: Instruction, halves: list[Words]
+    ) -> tuple[Words, Material]:
+        if i.op in PRODUCTS:
+            return product.prepare(io, i, halves, self._known, self._fixed.get(i.id))
+        if i.op == "sign":
+            return sign.prepare(io, i)
+        if i.op == "select":
+            return select.prepare_select(io, i, halves)
+        assert i.op == "extend"
+        return select.prepare_extend(io, i, halves)
+
+    # -- online -------------------------------------------------------------------------------
+
+    def evaluate(self, bundle: Bundle, inputs: Sequence[Buffer]) -> Steps[bytes]:
+        """Packed Δx of every plan input → this server's message to the data owner.
+
+        Yields one `Round` per round of the bill. Raises: Refused when the bundle is spent,
+        WireError when an input has the wrong size.
+        """
+        material, output_halves = bundle.spend()
+        values = dict(self._known)
+        for spec, data in zip(self.plan.inputs, inputs, strict=True):
+            values[spec.id] = unpack_value(self.plan, spec.id, data, spec.name)
+        uses = _uses(self.plan)
+        waiting: list[tuple[int, Steps[Words], Round]] = []
+        for level in self._schedule.levels:
+            for id in level:
+                i = self.plan[id]
+                if id not in values:
+                    deltas = [values[j] for j in i.inputs]
+                    if OPS[i.op].local:
+                        values[id] = apply_local(i, deltas, True)
+                    else:
+                        steps = self._evaluate(i, material.pop(id), deltas)
+                        waiting.append((id, steps, next(steps)))
+                for j in _finished(i, uses):
+                    del values[j]
+            if waiting:
+                waiting = yield from _exchange(waiting, values)
+        return self._output_message(bundle.id, values, output_halves)
+
+    def _evaluate(self, i: Instruction, material: Material, deltas: list[Words]) -> Steps[Words]:
+        if i.op in PRODUCTS:
+            fixed = self._fixed.get(i.id)
+            return product.evaluate(self.role, i, material, deltas, self._known, fixed)
+        if i.op == "sign":
+            return sign.evaluate(self.role, i, material, deltas[0])
+        if i.op == "select":
+            return select.evaluate_select(self.role, i, material, deltas[0], deltas[1])
+        assert i.op == "extend"
+        return select.evaluate_extend(self.role, i, material, deltas[0])
+
+    def _output_message(
+        self, bundle_id: bytes, values: Mapping[int, Words], halves: Sequence[Words]
+    ) -> bytes:
+        """A tag over all Δy, then this side's additive share of every output.
+
+        Shares are re-randomised by a stream that alice and bob share: the data owner learns the
+        outputs and nothing of the masks they were computed under.
+        """
+        secret = derive(self._peer_key, "output", self.plan.digest, bundle_id)
+        fresh = Stream(derive(secret, "shares"))
+        tag = hmac.new(derive(secret, "tag"), digestmod="sha256")
+        parts = []
+        for spec, half in zip(self.plan.outputs, halves, strict=True):
+            value = self.plan.value(spec.id)
+            r = fresh.masks(value.shape, value.width)
+            delta = values[spec.id]
+            tag.update(bits.pack(delta, value.width))
+            share = delta - half + r if self.role == "alice" else -half - r
+            parts.append(bits.pack(reduce(share, value.width), value.width))
+        return b"".join([tag.digest(), *parts])
+
+
+def _exchange(
+    waiting: list[tuple[int, Steps[Words], Round]], values: dict[int, Words]
+) -> Steps[list[tuple[int, Steps[Words], Round]]]:
+    """One round for all that wait; returns those that wait again."""
+    pieces: Iterator[Buffer] = chain.from_iterable(r.pieces for _, _, r in waiting)
+    received = memoryview((yield Round(pieces, sum(r.expect for _, _, r in waiting))))
+    again, at = [], 0
+    for id, steps, r in waiting:
+        try:
+            again.append((id, steps, steps.send(received[at : at + r.expect])))
+        except StopIteration as done:
+            values[id] = done.value
+        at += r.expect
+    return again
+
+
+def _uses(plan: Plan) -> Counter[int]:
+    uses = Counter(j for i in plan.instructions for j in i.inputs)
+    for o in plan.outputs:
+        uses[o.id] += 1
+    return uses
+
+
+def _finished(i: Instruction, uses: Counter[int]) -> Iterator[int]:
+    """Operands that nobody reads after `i`."""
+    for j in i.inputs:
+        uses[j] -= 1
+        if not uses[j]:
+            yield j
+
+
+def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:
+    """Packed words of value `id` → array of its shape. Raises: WireError on a wrong length."""
+    value = plan.value(id)
+    expected = packed_bytes(value.size, value.width)
+    if len(data) != expected:
+        raise WireError(
+            f"{name!r}: {len(data)} bytes, expected {expected} for shape {value.shape}"
+            f" of {value.width} bits",
+            "client and servers must use the same plan",
+        )
+    return bits.unpack(data, value.size, value.width).reshape(value.shape)

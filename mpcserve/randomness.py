@@ -1,0 +1,81 @@
+"""Where every mask comes from: AES-128-CTR streams under keys that are used once.
+
+Rules that must never break:
+    1. A stream is named by (pair key, plan digest, bundle id, instruction id); two different names
+       give independent AES keys and start counters (HKDF-SHA256).
+    2. A stream is read forwards only: a position is never read twice.
+    3. A bundle id is used once (see `serving.ledger`), so a name is used once by each side.
+
+Source: HKDF RFC 5869 (expand step only: pair keys are uniform 32-byte strings), CTR SP 800-38A.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from mpcserve.ring import WORD_BITS, Words, mask_of
+
+KEY_BYTES = 32
+_BLOCK = 16
+_ZEROS = bytes(1 << 18)
+
+
+def derive(key: bytes, *context: str | bytes | int) -> bytes:
+    """HKDF-Expand(key, context) → 32 bytes. Parts are length-prefixed: no two contexts collide."""
+    assert len(key) == KEY_BYTES
+    info = bytearray()
+    for part in context:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        info += len(data).to_bytes(4, "little") + data
+    return hmac.digest(key, bytes(info) + b"\x01", "sha256")
+
+
+def bundle_key(pair_key: bytes, digest: str, bundle_id: bytes) -> bytes:
+    """The key from which all streams of one bundle are derived, for one pair of parties."""
+    return derive(pair_key, "bundle", digest, bundle_id)
+
+
+def weights_key(pair_key: bytes, digest: str) -> bytes:
+    """The seed of the weights' masks of one deployment, for one pair of parties."""
+    return derive(pair_key, "weights", digest)
+
+
+class Stream:
+    """An AES-128-CTR key stream, read forwards only."""
+
+    __slots__ = ("_encryptor",)
+
+    def __init__(self, seed: bytes) -> None:
+        assert len(seed) == KEY_BYTES
+        cipher = Cipher(algorithms.AES(seed[:_BLOCK]), modes.CTR(seed[_BLOCK:]))
+        self._encryptor = cipher.encryptor()
+
+    def __repr__(self) -> str:
+        return "Stream(<secret>)"
+
+    def words(self, count: int) -> Words:
+        """The next `count` 64-bit words. Shapes: [count]."""
+        size = count * 8
+        out = np.empty(size + _BLOCK, np.uint8)
+        view = memoryview(out)
+        done = 0
+        while done < size:
+            step = min(size - done, len(_ZEROS))
+            zeros = _ZEROS if step == len(_ZEROS) else _ZEROS[:step]
+            done += self._encryptor.update_into(zeros, view[done : done + step + _BLOCK])
+        return out[:size].view(np.uint64)
+
+    def masks(self, shape: tuple[int, ...], width: int) -> Words:
+        """Uniform values mod 2^width, one word of stream each. Shapes: `shape`."""
+        words = self.words(int(np.prod(shape, dtype=np.int64)))
+        if width < WORD_BITS:
+            words &= mask_of(width)
+        return words.reshape(shape)
+
+    def planes(self, count: int, size: int) -> Words:
+        """Uniform bit planes. Shapes: [count, ceil(size / 64)]."""
+        words = (size + WORD_BITS - 1) // WORD_BITS
+        return self.words(count * words).reshape(count, words)
