@@ -1,0 +1,90 @@
+"""The ledger: a bundle id is admitted once, ever."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mpcserve.errors import ConfigError, MpcError, Refused
+from mpcserve.serving.ledger import Ledger
+
+DEPLOYMENT = bytes(16)
+
+
+def test_a_bundle_is_admitted_once(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.admit(b"a" * 16, DEPLOYMENT)
+    with pytest.raises(Refused, match="dealt before"):
+        ledger.admit(b"a" * 16, DEPLOYMENT)
+    ledger.close()
+
+
+def test_another_deployment_does_not_free_an_id(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.admit(b"a" * 16, DEPLOYMENT)
+    with pytest.raises(Refused):
+        ledger.admit(b"a" * 16, bytes([1]) * 16)
+    ledger.close()
+
+
+def test_a_spent_bundle_is_counted_and_still_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.admit(b"a" * 16, DEPLOYMENT)
+    ledger.admit(b"b" * 16, DEPLOYMENT)
+    ledger.spend(b"a" * 16)
+    assert ledger.counts() == (2, 1)
+    with pytest.raises(Refused):
+        ledger.admit(b"a" * 16, DEPLOYMENT)
+    ledger.close()
+
+
+def test_a_process_killed_right_after_admitting_leaves_the_id_burned(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from mpcserve.serving.ledger import Ledger\n"
+        "Ledger(Path(sys.argv[1])).admit(b'a' * 16, bytes(16))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], timeout=60)
+    assert ended.returncode == -9
+    ledger = Ledger(path)
+    with pytest.raises(Refused):
+        ledger.admit(b"a" * 16, DEPLOYMENT)
+    ledger.close()
+
+
+def test_of_many_threads_one_is_admitted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+
+    def admit(_: int) -> bool:
+        try:
+            ledger.admit(b"a" * 16, DEPLOYMENT)
+        except Refused:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(admit, range(32))) == 1
+    ledger.close()
+
+
+def test_the_file_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "ledger"
+    Ledger(path).close()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(path.parent).st_mode) == 0o700
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    path.write_bytes(b"not a database " * 100)
+    with pytest.raises(ConfigError, match="ledger") as caught:
+        Ledger(path)
+    assert isinstance(caught.value, MpcError) and caught.value.hint
