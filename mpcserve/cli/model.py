@@ -1,0 +1,146 @@
+"""`mpcserve check | compile | inspect`: from an ONNX model to a plan, before anything is deployed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mpcserve.cli.options import FILE, JSON
+
+if TYPE_CHECKING:
+    from mpcserve.plan import Plan
+
+CALIBRATE = click.option(
+    "--calibrate",
+    type=FILE,
+    metavar="SAMPLES",
+    help="Typical inputs, .npy or .npz: narrower ranges than can be proved.",
+)
+INPUT_RANGE = click.option(
+    "--input-range",
+    type=float,
+    nargs=2,
+    metavar="LO HI",
+    help="Every input value lies in [LO, HI]; else the calibration samples say, else it is assumed.",
+)
+FRAC_BITS = click.option(
+    "--frac-bits",
+    type=click.IntRange(4, 30),
+    default=16,
+    show_default=True,
+    help="Bits after the binary point.",
+)
+
+
+@click.command("compile")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, help="Plan file; default: the model's name with .plan.")
+@CALIBRATE
+@INPUT_RANGE
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Inputs per evaluation."
+)
+@FRAC_BITS
+@JSON
+def compile_command(
+    model: Path,
+    output: Path | None,
+    calibrate: Path | None,
+    input_range: tuple[float, float] | None,
+    batch: int,
+    frac_bits: int,
+    as_json: bool,
+) -> None:
+    """Compile MODEL (ONNX) into a public .plan and private .weights beside it.
+
+    Prints what every layer costs and how its range is known: exact, proved from the weights,
+    calibrated from samples, or assumed.
+
+    \b
+    Example:
+      mpcserve compile model.onnx --calibrate samples.npy --batch 8 -o model.plan
+    """
+    from mpcserve.cli.arrays import load_samples
+    from mpcserve.cli.output import progress
+    from mpcserve.compiler import compile_model
+    from mpcserve.plan import save_plan
+    from mpcserve.plan.weights import save_weights
+
+    plan_path = output or model.with_suffix(".plan")
+    weights_path = plan_path.with_suffix(".weights")
+    samples = load_samples(calibrate) if calibrate else None
+    begin = time.perf_counter()
+    with progress(f"compiling {model}"):
+        compiled = compile_model(
+            model, calibrate=samples, input_range=input_range, batch=batch, frac_bits=frac_bits
+        )
+    seconds = time.perf_counter() - begin
+    save_plan(compiled.plan, plan_path)
+    save_weights(weights_path, compiled.plan, compiled.weights)
+    if as_json:
+        _print_json(compiled.plan, plan=str(plan_path), weights=str(weights_path), seconds=seconds)
+    else:
+        _print_compiled(compiled.plan, plan_path, weights_path, seconds)
+
+
+@click.command("inspect")
+@click.argument("plan", type=FILE)
+@click.option("--layers", is_flag=True, help="The table of layers instead of all instructions.")
+@JSON
+def inspect_command(plan: Path, layers: bool, as_json: bool) -> None:
+    """Show PLAN: its text form, and the rounds and bytes of one evaluation.
+
+    \b
+    Example:
+      mpcserve inspect model.plan --json
+    """
+    from mpcserve.cli.layers import print_bill, print_layers
+    from mpcserve.plan import load_plan, plan_text
+
+    loaded = load_plan(plan)
+    if as_json:
+        _print_json(loaded)
+        return
+    click.echo(f"digest {loaded.digest}")
+    if layers:
+        print_layers(loaded)
+    else:
+        click.echo(plan_text(loaded))
+    print_bill(loaded)
+
+
+def _print_json(plan: Plan, **more: Any) -> None:
+    from mpcserve.cli.layers import bill_json, layer_rows
+    from mpcserve.cli.output import print_json
+
+    print_json(
+        {
+            "model": plan.name,
+            "plan_digest": plan.digest,
+            "model_digest": plan.model_digest,
+            "batch": plan.batch,
+            "opset": plan.opset,
+            "inputs": [asdict(i) for i in plan.inputs],
+            "outputs": [asdict(o) for o in plan.outputs],
+            "layers": [asdict(r) for r in layer_rows(plan)],
+            **bill_json(plan),
+            "notes": plan.notes,
+            **more,
+        }
+    )
+
+
+def _print_compiled(plan: Plan, plan_path: Path, weights_path: Path, seconds: float) -> None:
+    from mpcserve.cli.layers import print_layers
+    from mpcserve.cli.output import human_seconds
+
+    print_layers(plan)
+    for line in plan.notes:
+        click.echo(f"note: {line}")
+    click.echo(f"plan     {plan_path} (public), digest {plan.digest[:16]}…")
+    click.echo(f"weights  {weights_path} (private)")
+    click.echo(f"compiled in {human_seconds(seconds)}")
