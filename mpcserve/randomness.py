@@ -60,7 +60,7 @@ class Stream:
         """The next `count` 64-bit words. Shapes: [count]."""
         size = count * 8
         out = np.empty(size + _BLOCK, np.uint8)
-        view = memoryview(out)
+        view = memoryview(out.data)
         done = 0
         while done < size:
             step = min(size - done, len(_ZEROS))

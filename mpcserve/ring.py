@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-U64 = np.uint64
 Words = NDArray[np.uint64]
 
 WORD_BITS = 64
@@ -21,7 +20,7 @@ WORD_BITS = 64
 def mask_of(width: int) -> np.uint64:
     """The word with the low `width` bits set, 1 ≤ width ≤ 64."""
     assert 1 <= width <= WORD_BITS
-    return U64((1 << width) - 1)
+    return np.uint64((1 << width) - 1)
 
 
 def reduce(x: Words, width: int) -> Words:
@@ -32,8 +31,8 @@ def reduce(x: Words, width: int) -> Words:
 
 def to_signed(x: Words, width: int) -> NDArray[np.int64]:
     """The representative in [−2^(width−1), 2^(width−1)) of words mod 2^width."""
-    shift = U64(WORD_BITS - width)
-    return (x << shift).view(np.int64) >> np.int64(WORD_BITS - width)
+    signed: NDArray[np.int64] = (x << np.uint64(WORD_BITS - width)).view(np.int64)
+    return signed >> np.int64(WORD_BITS - width)
 
 
 def from_signed(x: NDArray[np.int64], width: int) -> Words:
@@ -43,7 +42,10 @@ def from_signed(x: NDArray[np.int64], width: int) -> Words:
 
 
 def encode(x: NDArray[np.floating], frac_bits: int, width: int) -> Words:
-    """round(x · 2^frac_bits) mod 2^width. Error: half an ulp. Domain: |x| < 2^(width−1−frac_bits)."""
+    """round(x · 2^frac_bits) mod 2^width. Error: half an ulp.
+
+    Domain: |x| < 2^(width − 1 − frac_bits).
+    """
     scaled = np.rint(np.ldexp(np.asarray(x, np.float64), frac_bits))
     assert bool(np.all(np.abs(scaled) < 2.0**63)), "out of the ring"
     return from_signed(scaled.astype(np.int64), width)

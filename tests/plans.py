@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -56,6 +57,20 @@ class PlanWriter:
     def weight(self, shape: tuple[int, ...], width: int, frac_bits: int = 0, **k: Any) -> int:
         name = f"w{len(self.instructions)}"
         return self.emit("weight", width=width, frac_bits=frac_bits, shape=shape, name=name, **k)
+
+    def shaped(self, op: str, x: int, shape: tuple[int, ...], width: int) -> int:
+        """reshape or expand."""
+        id = self.emit(op, [x], width=width, bound=self.value(x).bound, shape=shape)
+        return self._with(id, shape=list(shape))
+
+    def constant(self, shape: tuple[int, ...], values: Sequence[int], width: int) -> int:
+        id = self.emit("constant", width=width, shape=shape, values=list(values))
+        return self._with(id, shape=list(shape))
+
+    def _with(self, id: int, **attrs: Any) -> int:
+        i = self.instructions[id]
+        self.instructions[id] = replace(i, attrs=MappingProxyType({**i.attrs, **attrs}))
+        return id
 
     def sign(self, x: int, width: int, chunks: Sequence[int], groups: Sequence[int]) -> int:
         assert sum(chunks) == width - 1

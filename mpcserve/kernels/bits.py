@@ -243,5 +243,3 @@ def merge_chunks(
                         ]
             for w in range(size):
                 eq[start + w] = work[0, w]
-
-

@@ -21,8 +21,8 @@ def finish_product(
 ) -> None:
     """z ← truncated share of z + rest (mod 2^ring), plus the output's mask share (mod 2^width).
 
-    alice takes ⌊z_A / 2^t⌋ and bob −⌊−z_B / 2^t⌋. In Z_2^(ring − t) their sum is ⌊z / 2^t⌋, plus one
-    with probability (z mod 2^t) / 2^t: unbiased, error < 1 ulp, exact multiples stay exact, and no
+    alice takes ⌊z_A / 2^t⌋ and bob −⌊−z_B / 2^t⌋. In Z_2^(ring − t) their sum is ⌊z / 2^t⌋, plus
+    one with probability (z mod 2^t) / 2^t: unbiased, error < 1 ulp, exact multiples stay exact, and no
     wrap can be lost, since multiples of 2^ring become multiples of 2^(ring − t).
     """
     ring_mask = _ALL >> np.uint64(64 - ring)
@@ -61,8 +61,8 @@ def mask_facts(a: Words, b: Words, width: int, total: Words, carry: Words, top: 
 def wide_masks(lam: Words, width: int, carry: Words, top: Words, low: Words, high: Words) -> None:
     """This party's shares over Z_2^64 of the two candidates Λ_1 = λ and Λ_0 = λ − 2^width·λ_msb.
 
-    As integers λ = λ_A + λ_B − 2^width·carry, so shares of carry and λ_msb mod 2^(n − width) are all
-    that must be dealt. `high` is Λ_1 (for Δ_msb = 1), `low` is Λ_0.
+    As integers λ = λ_A + λ_B − 2^width·carry, so shares of carry and λ_msb mod 2^(n − width) are
+    all that must be dealt. `high` is Λ_1 (for Δ_msb = 1), `low` is Λ_0.
     """
     mask = _ALL >> np.uint64(64 - width)
     shift = np.uint64(width)
@@ -87,7 +87,10 @@ def extend_share(
     leader: bool,
     out: Words,
 ) -> None:
-    """out ← share of x + mask share (mod 2^out_width), x = Δ' − Λ_h − offset, h = msb of Δ' = Δ + offset."""
+    """out ← share of x + mask share (mod 2^out_width).
+
+    x = Δ' − Λ_h − offset with Δ' = Δ + offset (mod 2^width) and h its highest bit.
+    """
     mask = _ALL >> np.uint64(64 - width)
     out_mask = _ALL >> np.uint64(64 - out_width)
     top = np.uint64(width - 1)

@@ -1,6 +1,7 @@
 """The plan: public, immutable data; all that the compiler and the servers both know."""
 
-from mpcserve.plan.bill import Bill, Cost, bill_of, cost_of
+from mpcserve.plan.bill import Bill, bill_of, cost_of
+from mpcserve.plan.ops import Cost
 from mpcserve.plan.plan import InputSpec, Instruction, OutputSpec, Plan, Value
 from mpcserve.plan.schedule import Schedule, schedule_of
 from mpcserve.plan.store import load_plan, save_plan

@@ -1,4 +1,4 @@
-"""The bill: exact rounds, payload bytes per link and dealt bytes of one evaluation, before running it.
+"""The bill: exact rounds, payload bytes per link and dealt bytes of one evaluation, before it runs.
 
 Payload is what the protocol itself needs. Frame headers, control messages and TLS records are
 overhead; they are measured and reported beside the payload, never mixed into it.
@@ -16,7 +16,7 @@ SEED_BYTES = 32
 """One seed per input, from alice and from bob: the client expands its input's mask from the two."""
 
 TAG_BYTES = 32
-"""Keyed digest of the masked outputs, from alice and from bob: the client checks that they agree."""
+"""Keyed digest of the masked outputs, from alice and bob: the client checks that they agree."""
 
 
 def cost_of(plan: Plan, id: int) -> Cost:
@@ -43,9 +43,7 @@ def bill_of(plan: Plan) -> Bill:
     costs = [cost_of(plan, i.id) for i in plan.instructions]
     online = sum(sum(c.rounds) for c in costs)
     dealt = sum(c.dealt for c in costs)
-    upload = sum(
-        packed_bytes(plan.value(i.id).size, plan.value(i.id).width) for i in plan.inputs
-    )
+    upload = sum(packed_bytes(plan.value(i.id).size, plan.value(i.id).width) for i in plan.inputs)
     download = TAG_BYTES + sum(
         packed_bytes(plan.value(o.id).size, plan.value(o.id).width) for o in plan.outputs
     )

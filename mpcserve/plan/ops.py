@@ -174,8 +174,8 @@ def combine_monomials(count: int, with_eq: bool) -> int:
     The masks themselves come from the pairwise PRGs, so only products of two or more are dealt.
     """
     eqs = count if with_eq else count - 1
-    products = 2**eqs - 1 - eqs
-    lts = sum(2 ** (count - 1 - j) - 1 for j in range(count - 1))
+    products = (1 << eqs) - 1 - eqs
+    lts: int = sum((1 << (count - 1 - j)) - 1 for j in range(count - 1))
     return products + lts
 
 
@@ -247,7 +247,7 @@ OPS: Mapping[str, OpSpec] = {
     "select": OpSpec((2, 2), _same, ("when", "nonnegative", "width"), cost=_select_cost),
     "extend": OpSpec((1, 1), _same, ("width",), cost=_extend_cost),
 }
-"""`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, summing to working width − 1;
+"""`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, in all working width − 1;
 `groups`: how many consecutive chunks merge at the first level. `select(bit, x)` is x where
 bit = `when`, else 0; `nonnegative` promises x ≥ 0 where selected. `extend(x)` and `select` read x
 mod 2**`width` and write it mod 2**value.width. Products are computed mod 2**`ring`, divided by

@@ -1,6 +1,6 @@
 """A plan is a list of instructions in single-assignment form: instruction i defines value i.
 
-It is public: it holds shapes, widths, fraction bits and bounds, and nothing of a weight or an input.
+It is public: it holds shapes, widths, fraction bits and bounds, nothing of a weight or an input.
 Every value is an integer tensor; the real number it stands for is `x / 2**frac_bits`. During an
 evaluation it exists only as a masked value Δ = x + λ (mod 2**width) on alice and bob and as shares
 of its mask λ = λ_A + λ_B on (alice, carol) and (bob, carol).
@@ -47,7 +47,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One step: `op` (see `plan.ops`), ids of its operands, public attributes, the value it defines.
+    """One step: `op` (see `plan.ops`), ids of its operands, public attributes, its value.
 
     `layer` is the name of the ONNX node it came from: reports are grouped by it.
     """
@@ -62,7 +62,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """A data owner's input: `id` of its `input` instruction, declared range [low, high] as reals."""
+    """A data owner's input: `id` of its `input` instruction, declared real range [low, high]."""
 
     name: str
     id: int
@@ -154,7 +154,13 @@ class Plan:
                     i.op,
                     list(i.inputs),
                     dict(i.attrs),
-                    [list(i.value.shape), i.value.width, i.value.frac_bits, i.value.bound, i.value.known],
+                    [
+                        list(i.value.shape),
+                        i.value.width,
+                        i.value.frac_bits,
+                        i.value.bound,
+                        i.value.known,
+                    ],
                     i.layer,
                 ]
                 for i in self.instructions
@@ -179,7 +185,12 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
         value = Value(tuple(map(int, shape)), int(width), int(frac_bits), int(bound), str(known))
         instructions.append(
             Instruction(
-                id, str(op), tuple(map(int, inputs)), value, MappingProxyType(dict(attrs)), str(layer)
+                id,
+                str(op),
+                tuple(map(int, inputs)),
+                value,
+                MappingProxyType(dict(attrs)),
+                str(layer),
             )
         )
     return Plan(

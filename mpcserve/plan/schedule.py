@@ -1,4 +1,4 @@
-"""Rounds: every instruction starts as soon as its operands are known, and all that wait, wait together.
+"""Rounds: an instruction starts when its operands are known; all that wait, wait together.
 
 The schedule is a pure function of the plan, so alice and bob send the same messages in the same
 order, and the bill can count rounds without running anything.
@@ -28,7 +28,8 @@ class Schedule:
 def schedule_of(plan: Plan, cost_of: Callable[[Plan, int], Cost] | None = None) -> Schedule:
     """ASAP schedule: start = latest finish of the operands; finish = start + own rounds."""
     cost_of = cost_of or cost_of_instruction
-    start, finish = [], []
+    start: list[int] = []
+    finish: list[int] = []
     for i in plan.instructions:
         begin = max((finish[j] for j in i.inputs), default=0)
         start.append(begin)

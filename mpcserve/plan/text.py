@@ -23,9 +23,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _line(plan: Plan, i: Instruction) -> str:
-    attrs = " ".join(
-        f"{k}={_short(v)}" for k, v in sorted(i.attrs.items()) if k not in _HIDDEN
-    )
+    attrs = " ".join(f"{k}={_short(v)}" for k, v in sorted(i.attrs.items()) if k not in _HIDDEN)
     v, cost = i.value, cost_of(plan, i.id)
     paid = f"  ; {len(cost.rounds)} round, {sum(cost.rounds)} B, dealt {cost.dealt} B"
     operands = ", ".join(f"%{j}" for j in i.inputs)

@@ -1,4 +1,4 @@
-"""Masked sharing on two servers with a helper: what each role computes, free of sockets and clocks."""
+"""Masked sharing on two servers with a helper: what each role computes, without sockets."""
 
 from mpcserve.protocol.dealer import Dealer
 from mpcserve.protocol.owners import reveal, share_input, share_weights, unpack_weight

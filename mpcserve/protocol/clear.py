@@ -76,7 +76,8 @@ def _conv(i: Instruction, x: Int, w: Int) -> Int:
         cols = windows[:, k * c // g : (k + 1) * c // g].transpose(0, 2, 3, 1, 4, 5)
         rows = w[k * w.shape[0] // g : (k + 1) * w.shape[0] // g].reshape(w.shape[0] // g, -1)
         parts.append(cols.reshape(n * oh * ow, -1) @ rows.T)
-    return np.concatenate(parts, axis=1).reshape(n, oh, ow, -1).transpose(0, 3, 1, 2)
+    out: Int = np.concatenate(parts, axis=1).reshape(n, oh, ow, -1)
+    return out.transpose(0, 3, 1, 2)
 
 
 def _pad(i: Instruction, xs: Sequence[Int]) -> Int:

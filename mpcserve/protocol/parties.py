@@ -54,7 +54,7 @@ class Mask(NamedTuple):
 
     def total(self, width: int) -> Words:
         """λ mod 2^width, contiguous."""
-        return reduce(np.ascontiguousarray(self.a + self.b), width)
+        return np.asarray(reduce(np.asarray(self.a + self.b, order="C"), width))
 
 
 class DealIO:
@@ -91,9 +91,7 @@ class PrepareIO:
 
     __slots__ = ("_take", "leader", "stream")
 
-    def __init__(
-        self, key: bytes, instruction: int, take: Callable[[int], Buffer] | None
-    ) -> None:
+    def __init__(self, key: bytes, instruction: int, take: Callable[[int], Buffer] | None) -> None:
         self.stream = Stream(derive(key, instruction))
         self._take = take
         self.leader = take is None

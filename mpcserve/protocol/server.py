@@ -26,7 +26,7 @@ from mpcserve.ring import Words, reduce
 
 
 class Bundle:
-    """All correlated randomness of one evaluation, as one server holds it. Used once, then empty."""
+    """All correlated randomness of one evaluation, as one server holds it. Used once."""
 
     __slots__ = ("_material", "_outputs", "id", "input_seeds", "nbytes")
 

@@ -76,7 +76,9 @@ class Together:
         assert next(corrections, None) is None
         return alice, bob, dealt
 
-    def infer(self, inputs: Sequence[NDArray[np.floating]]) -> tuple[list[NDArray[np.generic]], Bill]:
+    def infer(
+        self, inputs: Sequence[NDArray[np.floating]]
+    ) -> tuple[list[NDArray[np.generic]], Bill]:
         """One evaluation: outputs and the bill as measured."""
         alice, bob, dealt = self.prepare()
         packed = [

@@ -2,7 +2,7 @@
 
 The same function maps Δ and each share of λ, since Δ − λ_A − λ_B commutes with it. Public constants
 (`offset`, `constant`, the border of `pad`) touch Δ only. `shift` divides by 2^t: subtract 2^(t−1)
-from Δ, then drop t bits of Δ, λ_A and λ_B alike; unbiased, error < 1.5 ulp.
+from Δ, then drop t bits of Δ, λ_A and λ_B alike; error < 1.5 ulp, mean −2^−(t+1) ulp.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mpcserve.plan.plan import Instruction
-from mpcserve.ring import U64, Words, reduce, words_of
+from mpcserve.ring import Words, reduce, words_of
 
 Apply = Callable[[Instruction, Sequence[Words], bool], Words]
 
@@ -31,8 +31,8 @@ def _shift(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
     t = i.attrs["bits"]
     if t == 0:
         return xs[0]
-    x = xs[0] - U64(1 << (t - 1)) if is_delta else xs[0]
-    return x >> U64(t)
+    x = xs[0] - np.uint64(1 << (t - 1)) if is_delta else xs[0]
+    return x >> np.uint64(t)
 
 
 def _slice(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
@@ -41,11 +41,9 @@ def _slice(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
 
 
 def _pad(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    border = words_of([i.attrs["value"]], (), i.value.width)[()] if is_delta else U64(0)
+    border = words_of([i.attrs["value"]], (), i.value.width)[()] if is_delta else np.uint64(0)
     out = np.full(i.value.shape, border, np.uint64)
-    inside = tuple(
-        slice(b, b + d) for b, d in zip(i.attrs["before"], xs[0].shape, strict=True)
-    )
+    inside = tuple(slice(b, b + d) for b, d in zip(i.attrs["before"], xs[0].shape, strict=True))
     out[inside] = xs[0]
     return out
 

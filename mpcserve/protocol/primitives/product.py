@@ -39,7 +39,7 @@ class Fixed:
 
 
 class Material(NamedTuple):
-    """`rest`: all terms known before the input, minus a mask share; both halves if none is fixed."""
+    """`rest`: all terms known before the input, minus a mask share; both halves if none fixed."""
 
     rest: Words
     lam: Words
@@ -57,7 +57,7 @@ def ready(i: Instruction, index: int, w: Words) -> Operand:
         return linear.pack_matmul_b(np.ascontiguousarray(w))
     if index == 1 and i.op == "conv":
         return linear.pack_conv_w(np.ascontiguousarray(w), i.attrs["groups"])
-    return np.ascontiguousarray(w)
+    return np.asarray(w, order="C")
 
 
 def fix(side: Side, i: Instruction, index: int, delta: Words, half: Words) -> Fixed:

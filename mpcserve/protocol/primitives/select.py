@@ -22,7 +22,7 @@ from mpcserve.kernels import bits, local
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.opening import open_share
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
-from mpcserve.ring import U64, Words
+from mpcserve.ring import Words
 
 
 class ExtendMaterial(NamedTuple):
@@ -42,8 +42,8 @@ class SelectMaterial(NamedTuple):
 
 def _offset(i: Instruction) -> np.uint64:
     if i.op == "select" and i.attrs["nonnegative"]:
-        return U64(0)
-    return U64(1 << (i.attrs["width"] - 2))
+        return np.uint64(0)
+    return np.uint64(1 << (i.attrs["width"] - 2))
 
 
 def _flat(x: Words) -> Words:
@@ -127,7 +127,7 @@ def prepare_select(
     dealt[2] = dealt[3]
     if n > m:
         carry, top, beta_top = (io.dealt(shape, n - m) for _ in range(3))
-        dealt[2] -= beta_top << U64(m)
+        dealt[2] -= beta_top << np.uint64(m)
     else:
         carry = top = np.zeros(shape, np.uint64)
     local.wide_masks(_flat(halves[1]), m, carry, top, dealt[0], dealt[1])

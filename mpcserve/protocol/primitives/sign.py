@@ -31,7 +31,7 @@ _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 class Merge(NamedTuple):
     """One group of chunks to be merged: its masks (for opening) and its monomials."""
 
-    count: int
+    chunks: int
     with_eq: bool
     masks: Words
     table: Words
@@ -176,25 +176,23 @@ def _merge_level(
     """Open the masked outcomes of every group at once, then merge each group locally."""
     mine, at = [], 0
     for merge in level:
-        count = merge.count if merge else 1
+        count = merge.chunks if merge else 1
         if merge:
             first = at + (0 if merge.with_eq else 1)
             shares = np.stack([*lts[at : at + count - 1], *eqs[first : at + count]])
             mine.append(shares ^ merge.masks)
         at += count
     opened = np.concatenate(mine)
-    received = yield Round(
-        (bits.pack_planes(opened, size),), opened.shape[0] * ((size + 7) // 8)
-    )
+    received = yield Round((bits.pack_planes(opened, size),), opened.shape[0] * ((size + 7) // 8))
     opened ^= bits.unpack_planes(received, opened.shape[0], size)
     new_lts, new_eqs, at, row = [], [], 0, 0
     for merge in level:
-        count = merge.count if merge else 1
+        count = merge.chunks if merge else 1
         lt, eq = lts[at + count - 1], eqs[at + count - 1]
         if merge:
             rows = merge.masks.shape[0]
             bits.merge_chunks(
-                opened[row : row + rows], merge.table, merge.count, merge.with_eq, lt, eq
+                opened[row : row + rows], merge.table, merge.chunks, merge.with_eq, lt, eq
             )
             row += rows
         new_lts.append(lt)
