@@ -1,10 +1,10 @@
-"""Every error a user can meet: what happened, where, what was expected and got, and what to do next.
+"""Every error a user can meet: what happened, where, expected, got, and what to do next.
 
     MpcError                      exit 1   (never raised itself)
     ├── ConfigError               exit 2   config file, keys, command line, input file
     │   └── InputError            exit 2   an input array: dtype, shape, range, finiteness
     ├── ModelError                exit 3   the ONNX model: unreadable, unsupported, bad weights
-    │   └── PlanError             exit 3   a plan breaks the law of the plan, or a bound cannot be met
+    │   └── PlanError             exit 3   a plan breaks its law, or a bound cannot be met
     ├── PeerError                 exit 4   another party: lost, late, or speaking out of turn
     │   ├── PeerLost              exit 4   connection refused, reset or closed
     │   ├── PeerTimeout           exit 4   a deadline passed while waiting

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+U64 = np.uint64
 Words = NDArray[np.uint64]
 
 WORD_BITS = 64

@@ -22,8 +22,8 @@ def finish_product(
     """z ← truncated share of z + rest (mod 2^ring), plus the output's mask share (mod 2^width).
 
     alice takes ⌊z_A / 2^t⌋ and bob −⌊−z_B / 2^t⌋. In Z_2^(ring − t) their sum is ⌊z / 2^t⌋, plus
-    one with probability (z mod 2^t) / 2^t: unbiased, error < 1 ulp, exact multiples stay exact, and no
-    wrap can be lost, since multiples of 2^ring become multiples of 2^(ring − t).
+    one with probability (z mod 2^t) / 2^t: unbiased, error < 1 ulp, exact multiples stay exact, and
+    no wrap can be lost, since multiples of 2^ring become multiples of 2^(ring − t).
     """
     ring_mask = _ALL >> np.uint64(64 - ring)
     mask = _ALL >> np.uint64(64 - width)
