@@ -1,0 +1,208 @@
+"""The right operand of a convolution: where the word of a kernel tap and an output pixel lies.
+
+Column p of the image matrix is output pixel p, row k is one (channel, tap y, tap x). The matrix is
+never written out: word (k, p) lies at at + offs[k] + base[p] of a source. Without padding the
+source is the input itself. Otherwise it is a padded copy, in which each row is split by the
+horizontal stride (even columns, then odd ones, …), so that neighbouring pixels are neighbours in
+memory for every tap. Copies of large images are made in bands of output rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpcserve.kernels.jit import kernel
+from mpcserve.kernels.linear_micro import Index
+from mpcserve.ring import U64, Words
+
+SOURCE_WORDS = 1 << 20  # of a padded copy: 8 MiB
+SEVERAL_WORDS = 1 << 16  # small images are copied several at once, as many as fit an L2 cache
+
+_ZERO = U64(0)
+
+Band = tuple[int, int]  # output rows first : last
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sizes of one convolution; pads are top, left, bottom, right."""
+
+    x_shape: tuple[int, ...]
+    w_shape: tuple[int, ...]
+    strides: Pair
+    pads: tuple[int, int, int, int]
+    dilations: Pair
+    groups: int
+    out_shape: tuple[int, int, int, int]
+
+    @property
+    def rows(self) -> int:
+        """Output channels of one group."""
+        return self.w_shape[0] // self.groups
+
+    @property
+    def deep(self) -> int:
+        """Products in one output word."""
+        return self.w_shape[1] * self.w_shape[2] * self.w_shape[3]
+
+    @property
+    def pixels(self) -> int:
+        """Output words of one channel."""
+        return self.out_shape[2] * self.out_shape[3]
+
+    @property
+    def copies(self) -> bool:
+        """Is a padded copy needed? A row of pixels must lie in the input, word by word."""
+        return any(self.pads) or (self.strides[1] > 1 and self.w_shape[3] > 1)
+
+    @property
+    def row_words(self) -> int:
+        """Columns of one phase of a row of the padded copy."""
+        reach = (self.out_shape[3] - 1) * self.strides[1]
+        reach += (self.w_shape[3] - 1) * self.dilations[1] + 1
+        return -(-reach // self.strides[1])
+
+    def source_rows(self, band: Band) -> int:
+        """Rows of the padded image that the band's output rows see."""
+        reach = (self.w_shape[2] - 1) * self.dilations[0] + 1
+        return (band[1] - band[0] - 1) * self.strides[0] + reach
+
+    def copy_words(self, band: Band) -> int:
+        """Words of the padded copy of one image."""
+        columns = self.row_words * self.strides[1]
+        return self.x_shape[1] * self.source_rows(band) * columns
+
+    def chunks(self) -> Iterator[tuple[int, int, list[Band]]]:
+        """Images first : last and the bands to cut them into; one band unless they are large."""
+        count, last = self.x_shape[0], self.out_shape[2]
+        if not self.copies:
+            yield 0, count, [(0, last)]
+            return
+        several = max(1, SEVERAL_WORDS // self.copy_words((0, last)))
+        high = last
+        while high > 1 and self.copy_words((0, high)) > SOURCE_WORDS:
+            high = (high + 1) // 2
+        bands = [(y, min(last, y + high)) for y in range(0, last, high)]
+        for n in range(0, count, several):
+            yield n, min(count, n + several), bands
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Word (k, p) of item t is words[at[t] + offs[k] + base[p]]."""
+
+    words: Words
+    at: Index
+    offs: Index
+    base: Index
+
+
+def geometry_of(
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    strides: Pair,
+    pads: tuple[int, int, int, int],
+    dilations: Pair,
+    groups: int,
+) -> Geometry:
+    """Shapes: x [N, C, H, W], w [O, C / groups, kh, kw]."""
+    assert len(x) == len(w) == 4 and x[1] == w[1] * groups and w[0] % groups == 0, (x, w, groups)
+    top, left, bottom, right = pads
+    assert min(pads) >= 0 and min(*strides, *dilations, *w[2:]) >= 1
+    high = (x[2] + top + bottom - (w[2] - 1) * dilations[0] - 1) // strides[0] + 1
+    wide = (x[3] + left + right - (w[3] - 1) * dilations[1] - 1) // strides[1] + 1
+    out = (x[0], w[0], max(0, high), max(0, wide))
+    return Geometry(x, w, strides, pads, dilations, groups, out)
+
+
+def prepare(x: Words, steps: tuple[int, ...], g: Geometry, n0: int, n1: int, band: Band) -> Source:
+    """The source for images n0:n1 and the output rows of the band; one item per image and group.
+
+    x is the memory of the input, word (n, c, y, x) at the sum of index · step.
+    """
+    (high, _), (tall, wide) = g.strides, g.w_shape[2:]
+    if g.copies:
+        words = _padded(x, steps, g, n0, n1, band)
+        row = g.row_words * g.strides[1]
+        plane = row * g.source_rows(band)
+        image, first, across = g.x_shape[1] * plane, 0, 1
+        taps = np.arange(wide) * g.dilations[1]
+        taps = taps % g.strides[1] * g.row_words + taps // g.strides[1]
+    else:
+        words, (image, plane, row, step) = x, steps
+        first = n0 * image + band[0] * high * row
+        across = step * g.strides[1]
+        taps = np.arange(wide) * (g.dilations[1] * step)
+    channels = g.w_shape[1]
+    tap_rows = np.arange(tall) * (g.dilations[0] * row)
+    offs = _sums(np.arange(channels) * plane, tap_rows, taps)
+    base = _sums(np.arange(band[1] - band[0]) * (high * row), np.arange(g.out_shape[3]) * across)
+    at = _sums(np.arange(n1 - n0) * image + first, np.arange(g.groups) * (channels * plane))
+    return Source(words, at, offs, base)
+
+
+def _sums(*terms: Index) -> Index:
+    """All sums of one element of each, the last index fastest."""
+    total = np.zeros(1, np.int64)
+    for term in terms:
+        total = np.add.outer(total, term).reshape(-1)
+    return total
+
+
+def _padded(x: Words, steps: tuple[int, ...], g: Geometry, n0: int, n1: int, band: Band) -> Words:
+    out = np.empty((n1 - n0) * g.copy_words(band), np.uint64)
+    (image, plane, row, step), (_, channels, height, width) = steps, g.x_shape
+    at = 0
+    for n in range(n0, n1):
+        top = band[0] * g.strides[0] - g.pads[0]
+        _pad(
+            *(x, n * image, plane, row, step, channels, height, width),
+            *(top, g.pads[1], g.strides[1], g.source_rows(band), g.row_words, out, at),
+        )
+        at += g.copy_words(band)
+    return out
+
+
+@kernel(
+    "void(Array(uint64, 1, 'C', readonly=True), int64, int64, int64, int64, int64, int64, int64,"
+    "int64, int64, int64, int64, int64, uint64[::1], int64)"
+)
+def _pad(
+    source: Words,
+    source_at: int,
+    plane: int,
+    row: int,
+    step: int,
+    channels: int,
+    height: int,
+    width: int,
+    top: int,
+    left: int,
+    phases: int,
+    rows: int,
+    row_words: int,
+    out: Words,
+    out_at: int,
+) -> None:
+    """Rows top : top + rows of each channel, zero outside; column x goes to phase x + left."""
+    at = out_at
+    for channel in range(channels):
+        for y in range(top, top + rows):
+            inside = 0 <= y < height
+            start = source_at + channel * plane + y * row
+            for phase in range(phases):
+                first = min(row_words, max(0, (left - phase + phases - 1) // phases))
+                last = max(first, min(row_words, (width + left - phase + phases - 1) // phases))
+                if not inside:
+                    first, last = row_words, row_words
+                for x in range(first):
+                    out[at + x] = _ZERO
+                for x in range(first, last):
+                    out[at + x] = source[start + (x * phases + phase - left) * step]
+                for x in range(last, row_words):
+                    out[at + x] = _ZERO
+                at += row_words
