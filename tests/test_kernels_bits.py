@@ -1,0 +1,143 @@
+"""Bit kernels against Python integers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mpcserve.kernels import bits, local
+from mpcserve.ring import decode, encode, from_signed, reduce, to_signed, words_of
+
+EDGES = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
+SIZES = [1, 7, 8, 63, 64, 65, 130, 1000]
+
+
+def words(seed: int, size: int) -> np.ndarray:
+    x = np.random.default_rng(seed).integers(0, 2**64, size, dtype=np.uint64)
+    x[: len(EDGES)] = EDGES[:size]
+    return x
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 20, 31, 32, 33, 47, 63, 64])
+def test_pack_writes_one_long_little_endian_integer(width: int, size: int) -> None:
+    x = reduce(words(width, size), width)
+    packed = bits.pack(x, width)
+    number = sum(int(v) << (k * width) for k, v in enumerate(x))
+    assert bytes(packed) == number.to_bytes((size * width + 7) // 8, "little")
+    for data in (packed, bytes(packed), bytearray(packed)):
+        assert np.array_equal(bits.unpack(data, size, width), x)
+
+
+def test_pack_never_aliases_its_operand() -> None:
+    for width in (5, 64):
+        x = reduce(words(1, 100), width)
+        packed = bits.pack(x, width)
+        before = bytes(packed)
+        x += np.uint64(1)
+        assert bytes(packed) == before
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_slicing_transposes_bits(size: int) -> None:
+    x = words(3, size)
+    for low, count in ((0, 64), (3, 20), (63, 1)):
+        planes = np.empty((count, (size + 63) // 64), np.uint64)
+        bits.slice_bits(x, low, count, planes)
+        for i in range(count):
+            expected = [(int(v) >> (low + i)) & 1 for v in x]
+            out = np.empty(size, np.uint64)
+            bits.unslice_bit(planes[i], out)
+            assert out.tolist() == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_planes_travel_in_whole_bytes_each(size: int) -> None:
+    planes = words(5, 3 * ((size + 63) // 64)).reshape(3, -1)
+    packed = bits.pack_planes(planes, size)
+    assert len(packed) == 3 * ((size + 7) // 8)
+    again = bits.unpack_planes(bytes(packed), 3, size)
+    for a, b in zip(planes, again, strict=True):
+        x, y = np.empty(size, np.uint64), np.empty(size, np.uint64)
+        bits.unslice_bit(a, x)
+        bits.unslice_bit(b, y)
+        assert np.array_equal(x, y)
+
+
+def test_monomials_are_all_subset_products() -> None:
+    planes = words(7, 4 * 3).reshape(4, 3)
+    out = np.empty((15, 3), np.uint64)
+    bits.monomials(planes, out)
+    for s in range(1, 16):
+        expected = np.bitwise_and.reduce([planes[i] for i in range(4) if s >> i & 1])
+        assert np.array_equal(out[s - 1], expected)
+
+
+@pytest.mark.parametrize("c", range(1, 9))
+def test_compare_chunk_shares_less_than_and_equal(c: int) -> None:
+    rng = np.random.default_rng(c)
+    size = 2500
+    d, lam = rng.integers(0, 1 << c, size, np.uint64), rng.integers(0, 1 << c, size, np.uint64)
+    d[:500] = lam[:500]
+    planes = [np.empty((c, (size + 63) // 64), np.uint64) for _ in range(2)]
+    for x, p in zip((d, lam), planes, strict=True):
+        bits.slice_bits(x, 0, c, p)
+    mono = np.empty(((1 << c) - 1, planes[0].shape[1]), np.uint64)
+    bits.monomials(planes[1], mono)
+    part = rng.integers(0, 2**64, mono.shape, np.uint64)
+    lt, eq = np.zeros(planes[0].shape[1], np.uint64), np.zeros(planes[0].shape[1], np.uint64)
+    for share, leader in ((part, True), (mono ^ part, False)):
+        out = [np.empty_like(lt), np.empty_like(eq)]
+        bits.compare_chunk(planes[0], share, leader, *out)
+        lt ^= out[0]
+        eq ^= out[1]
+    for plane, expected in ((lt, d < lam), (eq, d == lam)):
+        got = np.empty(size, np.uint64)
+        bits.unslice_bit(plane, got)
+        assert np.array_equal(got.astype(bool), expected)
+
+
+@pytest.mark.parametrize("width", [1, 2, 20, 63, 64])
+def test_mask_facts_equal_integer_arithmetic(width: int) -> None:
+    values = [reduce(np.array([v], np.uint64), width)[0] for v in EDGES]
+    pairs = list(itertools.product(values, values))
+    a, b = (np.array(x, np.uint64) for x in zip(*pairs, strict=True))
+    total, carry, top = (np.empty_like(a) for _ in range(3))
+    local.mask_facts(a, b, width, total, carry, top)
+    for k, (x, y) in enumerate(pairs):
+        s = int(x) + int(y)
+        assert (int(total[k]), int(carry[k])) == (s % 2**width, s >> width)
+        assert int(top[k]) == (s % 2**width) >> (width - 1)
+
+
+@pytest.mark.parametrize(("ring", "truncate"), [(64, 16), (40, 8), (33, 0), (64, 0), (64, 63)])
+def test_finish_product_truncates_within_one_ulp_in_the_small_ring(
+    ring: int, truncate: int
+) -> None:
+    rng = np.random.default_rng([ring, truncate])
+    size, width = 3000, ring - truncate
+    z = rng.integers(-(2 ** (ring - 2)), 2 ** (ring - 2), size)
+    z[:4] = [0, 1, -1, -(2**truncate) if truncate < 60 else 0]
+    share, lam = words(1, size), rng.integers(0, 2**64, (2, size), np.uint64)
+    rest = words(9, size)
+    a = share.copy()
+    b = from_signed(z, 64) - share - rest
+    local.finish_product(a, rest, lam[0], ring, truncate, width, True)
+    local.finish_product(b, np.zeros(size, np.uint64), lam[1], ring, truncate, width, False)
+    for k in range(size):
+        got = (int(a[k]) + int(b[k]) - int(lam[0][k]) - int(lam[1][k])) % 2**width
+        got -= 2**width if got >= 2 ** (width - 1) else 0
+        error = (got << truncate) - int(z[k])
+        error -= round(error / 2**ring) * 2**ring
+        assert abs(error) < 2**truncate
+
+
+def test_fixed_point_round_trips_at_every_width() -> None:
+    x = np.array([-3.75, -0.5, 0.0, 0.25, 3.75])
+    for width in (8, 20, 63, 64):
+        assert np.array_equal(decode(encode(x, 4, width), 4, width), x)
+    assert encode(np.array([0.3]), 0, 8)[0] == 0
+    assert words_of([-1, 5], (2,), 8).tolist() == [255, 5]
+    assert to_signed(np.array([255, 127], np.uint64), 8).tolist() == [-1, 127]
