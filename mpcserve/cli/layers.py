@@ -1,4 +1,4 @@
-"""What a plan costs and how wide its values are, layer by layer: the table of compile and inspect."""
+"""What a plan costs and how wide its values are, layer by layer: for compile and inspect."""
 
 from __future__ import annotations
 

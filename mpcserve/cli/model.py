@@ -1,4 +1,4 @@
-"""`mpcserve check | compile | inspect`: from an ONNX model to a plan, before anything is deployed."""
+"""`mpcserve check | compile | inspect`: from an ONNX model to a plan, before it is deployed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INPUT_RANGE = click.option(
     type=float,
     nargs=2,
     metavar="LO HI",
-    help="Every input value lies in [LO, HI]; else the calibration samples say, else it is assumed.",
+    help="Every input value lies in [LO, HI]; else samples tell, else it is assumed.",
 )
 FRAC_BITS = click.option(
     "--frac-bits",
@@ -64,7 +64,7 @@ def compile_command(
     Example:
       mpcserve compile model.onnx --calibrate samples.npy --batch 8 -o model.plan
     """
-    from mpcserve.cli.arrays import load_samples
+    from mpcserve.cli.arrays import load_arrays
     from mpcserve.cli.output import progress
     from mpcserve.compiler import compile_model
     from mpcserve.plan import save_plan
@@ -72,7 +72,7 @@ def compile_command(
 
     plan_path = output or model.with_suffix(".plan")
     weights_path = plan_path.with_suffix(".weights")
-    samples = load_samples(calibrate) if calibrate else None
+    samples = load_arrays(calibrate) if calibrate else None
     begin = time.perf_counter()
     with progress(f"compiling {model}"):
         compiled = compile_model(
@@ -82,7 +82,8 @@ def compile_command(
     save_plan(compiled.plan, plan_path)
     save_weights(weights_path, compiled.plan, compiled.weights)
     if as_json:
-        _print_json(compiled.plan, plan=str(plan_path), weights=str(weights_path), seconds=seconds)
+        files = {"plan": str(plan_path), "weights": str(weights_path)}
+        _print_json(compiled.plan, files=files, seconds=seconds)
     else:
         _print_compiled(compiled.plan, plan_path, weights_path, seconds)
 
