@@ -20,7 +20,7 @@ import numpy as np
 
 from mpcserve.kernels import linear_micro as micro
 from mpcserve.kernels.linear_image import Geometry, geometry_of, prepare
-from mpcserve.kernels.linear_micro import KC, LANES, PANEL_WORDS, ROWS, ROWS_L2, Index
+from mpcserve.kernels.linear_micro import KC, LANES, ROWS, ROWS_L2, STRIP_WORDS, Index
 from mpcserve.ring import Words
 
 TILE_OUTPUTS = 1 << 16  # words of output that are worth sending on their own …
@@ -127,8 +127,9 @@ def pack_matmul_b(b: Words) -> Packed:
     right = _right_of(b, tuple(lead))
     item_words = deep * -(-wide // LANES) * LANES
     words = _aligned(len(right.at) * item_words)
+    words[...] = 0
     for item, at in enumerate(right.at):
-        micro.pack_panels(right.words, int(at), right.offs, right.base, words, item * item_words)
+        micro.pack_right(right.words, int(at), right.offs, right.base, words, item * item_words)
     return Packed(b.shape, 0, words)
 
 
@@ -138,10 +139,8 @@ def pack_conv_w(w: Words, groups: int) -> Packed:
     rows, deep = w.shape[0] // groups, prod(w.shape[1:])
     flat = np.ascontiguousarray(w).reshape(-1)
     words = _aligned(flat.size)
-    for at in range(0, groups * rows * deep, max(1, rows * deep)):
-        for k0 in range(0, deep, KC):
-            depth = min(KC, deep - k0)
-            micro.pack_rows(flat, at + k0, deep, 1, rows, depth, words, at + k0 * rows)
+    for at in range(0, flat.size, max(1, rows * deep)):
+        micro.pack_left(flat, at, rows, deep, words, at)
     return Packed(w.shape, groups, words)
 
 
@@ -172,16 +171,15 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, out: Words, whole: bool) -
         out[...] = 0
         yield out.size
         return
-    words, steps = _flat(x, x.shape)
-    flat = out.reshape(-1)
+    x, flat = np.ascontiguousarray(x), out.reshape(-1)
     channel, image = g.pixels, g.out_shape[1] * g.pixels
     for n0, n1, bands in g.chunks():
         left = _conv_left(w, g, n1 - n0)
-        source = prepare(words, steps, g, n0, n1, bands[0])
+        source = prepare(x, g, n0, n1, bands[0])
         for tile in _tiles(len(left.at), g.rows, channel, g.deep, whole):
             for band in bands:
                 if len(bands) > 1:
-                    source = prepare(words, steps, g, n0, n1, band)
+                    source = prepare(x, g, n0, n1, band)
                 right = _Right(source.words, source.at, source.offs, source.base, False)
                 at = np.arange(len(left.at)) * (g.rows * channel)
                 at += n0 * image + band[0] * g.out_shape[3]
@@ -194,11 +192,12 @@ def _multiply(
 ) -> None:
     """One tile of left · right: row i of item t goes to out[at[t] + i · step :]."""
     rows = 0 if left.packed else min(ROWS_L2, height)
-    block = np.empty(rows * min(KC, len(right.offs)), np.uint64)
+    depth = min(KC, len(right.offs))
+    block, strip = np.empty(rows * depth, np.uint64), _aligned(STRIP_WORDS)
     micro.multiply(
         left.words, left.at, left.packed, left.row_step, left.col_step,
         right.words, right.at, right.packed, right.offs, right.base,
-        out, at, step, height, *tile, block, _aligned(PANEL_WORDS),
+        out, at, step, height, *tile, block, strip, np.arange(0, depth * LANES, LANES),
     )  # fmt: skip
 
 

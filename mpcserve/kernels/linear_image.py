@@ -119,28 +119,24 @@ def geometry_of(
     return Geometry(x, w, strides, pads, dilations, groups, out)
 
 
-def prepare(x: Words, steps: tuple[int, ...], g: Geometry, n0: int, n1: int, band: Band) -> Source:
-    """The source for images n0:n1 and the output rows of the band; one item per image and group.
-
-    x is the memory of the input, word (n, c, y, x) at the sum of index · step.
-    """
+def prepare(x: Words, g: Geometry, n0: int, n1: int, band: Band) -> Source:
+    """The source for images n0:n1 and the output rows of the band; one item per image and group."""
     (high, _), (tall, wide) = g.strides, g.w_shape[2:]
+    taps = np.arange(wide) * g.dilations[1]
     if g.copies:
-        words = _padded(x, steps, g, n0, n1, band)
+        words, first, across = _padded(x, g, n0, n1, band), 0, 1
         row = g.row_words * g.strides[1]
         plane = row * g.source_rows(band)
-        image, first, across = g.x_shape[1] * plane, 0, 1
-        taps = np.arange(wide) * g.dilations[1]
         taps = taps % g.strides[1] * g.row_words + taps // g.strides[1]
     else:
-        words, (image, plane, row, step) = x, steps
-        first = n0 * image + band[0] * high * row
-        across = step * g.strides[1]
-        taps = np.arange(wide) * (g.dilations[1] * step)
+        row, plane = g.x_shape[3], g.x_shape[2] * g.x_shape[3]
+        words, across = x.reshape(-1), g.strides[1]
+        first = n0 * g.x_shape[1] * plane + band[0] * high * row
     channels = g.w_shape[1]
     tap_rows = np.arange(tall) * (g.dilations[0] * row)
     offs = _sums(np.arange(channels) * plane, tap_rows, taps)
     base = _sums(np.arange(band[1] - band[0]) * (high * row), np.arange(g.out_shape[3]) * across)
+    image = g.x_shape[1] * plane
     at = _sums(np.arange(n1 - n0) * image + first, np.arange(g.groups) * (channels * plane))
     return Source(words, at, offs, base)
 
@@ -153,56 +149,32 @@ def _sums(*terms: Index) -> Index:
     return total
 
 
-def _padded(x: Words, steps: tuple[int, ...], g: Geometry, n0: int, n1: int, band: Band) -> Words:
-    out = np.empty((n1 - n0) * g.copy_words(band), np.uint64)
-    (image, plane, row, step), (_, channels, height, width) = steps, g.x_shape
-    at = 0
+def _padded(x: Words, g: Geometry, n0: int, n1: int, band: Band) -> Words:
+    words = g.copy_words(band)
+    out = np.empty((n1 - n0) * words, np.uint64)
+    top = band[0] * g.strides[0] - g.pads[0]
     for n in range(n0, n1):
-        top = band[0] * g.strides[0] - g.pads[0]
-        _pad(
-            *(x, n * image, plane, row, step, channels, height, width),
-            *(top, g.pads[1], g.strides[1], g.source_rows(band), g.row_words, out, at),
-        )
-        at += g.copy_words(band)
+        copy = out[(n - n0) * words : (n - n0 + 1) * words]
+        _pad(x[n], top, g.pads[1], g.strides[1], g.source_rows(band), g.row_words, copy)
     return out
 
 
 @kernel(
-    "void(Array(uint64, 1, 'C', readonly=True), int64, int64, int64, int64, int64, int64, int64,"
-    "int64, int64, int64, int64, int64, uint64[::1], int64)"
+    "void(Array(uint64, 3, 'C', readonly=True), int64, int64, int64, int64, int64, uint64[::1])"
 )
-def _pad(
-    source: Words,
-    source_at: int,
-    plane: int,
-    row: int,
-    step: int,
-    channels: int,
-    height: int,
-    width: int,
-    top: int,
-    left: int,
-    phases: int,
-    rows: int,
-    row_words: int,
-    out: Words,
-    out_at: int,
-) -> None:
+def _pad(x: Words, top: int, left: int, phases: int, rows: int, row_words: int, out: Words) -> None:
     """Rows top : top + rows of each channel, zero outside; column x goes to phase x + left."""
-    at = out_at
+    channels, height, width = x.shape
+    out[:] = _ZERO
+    at = 0
     for channel in range(channels):
         for y in range(top, top + rows):
-            inside = 0 <= y < height
-            start = source_at + channel * plane + y * row
             for phase in range(phases):
-                first = min(row_words, max(0, (left - phase + phases - 1) // phases))
-                last = max(first, min(row_words, (width + left - phase + phases - 1) // phases))
-                if not inside:
-                    first, last = row_words, row_words
-                for x in range(first):
-                    out[at + x] = _ZERO
-                for x in range(first, last):
-                    out[at + x] = source[start + (x * phases + phase - left) * step]
-                for x in range(last, row_words):
-                    out[at + x] = _ZERO
+                # Column p of this phase is column p · phases + phase − left of the input.
+                start = phase - left
+                first = max(0, (phases - 1 - start) // phases)
+                last = min(row_words, (width - start + phases - 1) // phases)
+                if 0 <= y < height:
+                    for p in range(first, last):
+                        out[at + p] = x[channel, y, p * phases + start]
                 at += row_words

@@ -15,6 +15,7 @@ Source: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplicatio
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from mpcserve.kernels.jit import kernel
-from mpcserve.ring import U64, Words
+from mpcserve.ring import Words
 
 Index = NDArray[np.int64]
 
@@ -42,11 +43,11 @@ NATIVE = "+avx512dq" in _FEATURES
 LANES, ROWS = (8, 12) if NATIVE else (4, 6)
 
 KC = 256 if NATIVE else 512  # depth of a panel: KC · LANES words are 16 KiB, half an L1 cache
+STRIP = 8 * LANES  # columns gathered at once, so that memory is read in longer runs
 ROWS_L2 = 96  # rows that meet one panel: ROWS_L2 · KC words are 192 or 384 KiB of L2 cache
-FEW_ROWS = 4  # up to here a panel is read where it lies: copying it would cost more than it saves
-PANEL_WORDS = KC * LANES + ROWS * LANES  # a gathered panel and one tile of cut-off columns
+FEW_ROWS, FEW_DEEP = 4, 64  # up to here columns are read where they lie: copying would cost more
+STRIP_WORDS = KC * STRIP + ROWS * LANES  # a gathered strip, and a tile for cut-off columns
 
-_ZERO = U64(0)
 _WORD = ir.IntType(64)
 _HALVES = ir.VectorType(ir.IntType(32), 2 * LANES)
 _LANES = ir.VectorType(_WORD, LANES)
@@ -94,122 +95,126 @@ class _Sums:
         return builder.add(sums[0], builder.shl(cross, shift))
 
 
-class _Pointers:
-    """IR for loads and stores relative to an array's word."""
-
-    def __init__(self, builder: ir.IRBuilder) -> None:
-        self.builder = builder
-
-    def word(self, base: ir.Value, index: ir.Value) -> ir.Value:
-        return self.builder.load(self.builder.gep(base, [index]), align=8)
-
-    def lanes(self, base: ir.Value, index: ir.Value) -> ir.Value:
-        return self.builder.load(self._vector(base, index), align=8)
-
-    def put(self, value: ir.Value, base: ir.Value, index: ir.Value) -> None:
-        self.builder.store(value, self._vector(base, index), align=8)
-
-    def _vector(self, base: ir.Value, index: ir.Value) -> ir.Value:
-        return self.builder.bitcast(self.builder.gep(base, [index]), _LANES.as_pointer())
-
-    def splat(self, word: ir.Value) -> ir.Value:
-        undef = ir.Constant(_LANES, ir.Undefined)
-        first = self.builder.insert_element(undef, word, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return self.builder.shuffle_vector(first, undef, zeros)
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=8)
 
 
-def _rows_loop(builder: ir.IRBuilder, rows: int, data: list[ir.Value], at: dict[str, Any]) -> None:
-    """IR: `rows` rows of the left panel against the right one; ends in the current block."""
-    left, right, offs, out = data
-    ptr = _Pointers(builder)
-    one, count = ir.Constant(_WORD, 1), ir.Constant(_WORD, rows)
-    before = builder.block
-    loop = builder.append_basic_block(f"rows{rows}")
-    after = builder.append_basic_block(f"rows{rows}.end")
-    builder.cbranch(builder.icmp_signed(">", at["depth"], ir.Constant(_WORD, 0)), loop, after)
-    zero = ir.Constant(_LANES, [0] * LANES)
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=8)
 
-    builder.position_at_end(loop)
-    k = builder.phi(_WORD)
-    sums = [[builder.phi(_LANES) for _ in range(_Sums.parts)] for _ in range(rows)]
-    here = builder.add(at["right"], ptr.word(offs, builder.add(at["offs"], k)))
-    vector = _Sums.prepare(builder, ptr.lanes(right, here))
-    column = builder.add(at["left"], builder.mul(k, count))
+
+def _bytes(builder: ir.IRBuilder, place: ir.Value) -> ir.Value:
+    return builder.shl(place, ir.Constant(_WORD, 3))
+
+
+def _splat(builder: ir.IRBuilder, word: ir.Value) -> ir.Value:
+    undef = ir.Constant(_LANES, ir.Undefined)
+    first = builder.insert_element(undef, word, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(first, undef, zeros)
+
+
+def _rows_loop(b: ir.IRBuilder, rows: int, at: dict[str, ir.Value]) -> None:
+    """IR: `rows` rows of the left panel against the right one; at least one step deep."""
+    zero, word = ir.Constant(_LANES, [0] * LANES), ir.Constant(_WORD, 8)
+    before, loop = b.block, b.append_basic_block(f"rows{rows}")
+    b.branch(loop)
+    b.position_at_end(loop)
+    left, offs = b.phi(_WORD), b.phi(_WORD)
+    sums = [[b.phi(_LANES) for _ in range(_Sums.parts)] for _ in range(rows)]
+    here = b.add(at["right"], _bytes(b, _load(b, offs, _WORD)))
+    vector = _Sums.prepare(b, _load(b, here, _LANES))
     new = []
     for row in range(rows):
-        scalar = ptr.word(left, builder.add(column, ir.Constant(_WORD, row)))
-        new.append(_Sums.add(builder, sums[row], ptr.splat(scalar), vector))
-    following = builder.add(k, one)
-    builder.cbranch(builder.icmp_signed("<", following, at["depth"]), loop, after)
-    k.add_incoming(ir.Constant(_WORD, 0), before)
-    k.add_incoming(following, loop)
+        scalar = _load(b, b.add(left, ir.Constant(_WORD, row * 8)), _WORD)
+        new.append(_Sums.add(b, sums[row], _splat(b, scalar), vector))
+    next_left, next_offs = b.add(left, ir.Constant(_WORD, rows * 8)), b.add(offs, word)
+    starts = [at["left"], at["offs"], *[zero] * (rows * _Sums.parts)]
+    steps = [next_left, next_offs, *chain(*new)]
+    for phi, start, step in zip([left, offs, *chain(*sums)], starts, steps, strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(step, loop)
+    after = b.append_basic_block(f"rows{rows}.end")
+    b.cbranch(b.icmp_signed("<", next_offs, at["end"]), loop, after)
 
-    builder.position_at_end(after)
+    b.position_at_end(after)
+    place = at["out"]
     for row in range(rows):
-        total = []
-        for part in range(_Sums.parts):
-            sums[row][part].add_incoming(zero, before)
-            sums[row][part].add_incoming(new[row][part], loop)
-            end = builder.phi(_LANES)
-            end.add_incoming(zero, before)
-            end.add_incoming(new[row][part], loop)
-            total.append(end)
-        new[row] = total
-    for row in range(rows):
-        place = builder.add(at["out"], builder.mul(at["step"], ir.Constant(_WORD, row)))
-        value = _Sums.read(builder, new[row])
-        old = builder.select(at["more"], ptr.lanes(out, place), zero)
-        ptr.put(builder.add(old, value), out, place)
+        old = b.select(at["more"], _load(b, place, _LANES), zero)
+        _store(b, b.add(old, _Sums.read(b, new[row])), place)
+        place = b.add(place, at["step"])
 
 
 @_inline
-def _multiply_panels(  # type: ignore[no-untyped-def]
-    typingctx, left, left_at, right, right_at, offs, offs_at, depth, rows, out, out_at, step, more
-):
-    """out[out_at + i·step + j] = Σ_k left[left_at + k·rows + i] · right[right_at + offs[k] + j].
+def _multiply_panels(typingctx, left, right, offs, depth, rows, out, step, more):  # type: ignore[no-untyped-def]
+    """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j], added to out when `more` ≠ 0.
 
-    j runs over the lanes, offs is read from offs_at on; it is added to out when `more` is not 0.
+    i < rows ≤ ROWS, j < LANES, 1 ≤ depth; left, right, offs and out are places.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = [
-            context.make_array(signature.args[i])(context, builder, value=args[i]).data
-            for i in (0, 2, 4, 8)
-        ]
-        names = {"left": 1, "right": 3, "offs": 5, "depth": 6, "out": 9, "step": 10}
-        at = {name: args[i] for name, i in names.items()}
-        at["more"] = builder.icmp_signed("!=", args[11], ir.Constant(_WORD, 0))
+        names = ("left", "right", "offs", "depth", "rows", "out", "step", "more")
+        at = dict(zip(names, args, strict=True))
+        at["end"] = builder.add(at["offs"], at["depth"])
+        for name in ("left", "right", "offs", "end", "out", "step"):
+            at[name] = _bytes(builder, at[name])
+        at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_WORD, 0))
         done = builder.append_basic_block("done")
-        choice = builder.switch(args[7], done)
+        choice = builder.switch(at["rows"], done)
         for count in range(1, ROWS + 1):
             block = builder.append_basic_block(f"enter{count}")
             choice.add_case(ir.Constant(_WORD, count), block)
             builder.position_at_end(block)
-            _rows_loop(builder, count, data, at)
+            _rows_loop(builder, count, at)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    word = types.int64
-    signature = types.void(left, word, right, word, offs, word, word, word, out, word, word, word)
-    return signature, codegen
+    return types.void(*[types.int64] * 8), codegen
 
 
 @_inline
-def _copy_lanes(typingctx, source, at, out, out_at):  # type: ignore[no-untyped-def]
-    """out[out_at : out_at + LANES] = source[at : at + LANES]."""
+def _word(typingctx, place):  # type: ignore[no-untyped-def]
+    """The word at a place, as int64."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        ptr = _Pointers(builder)
-        source, out = (
-            context.make_array(signature.args[i])(context, builder, value=args[i]).data
-            for i in (0, 2)
-        )
-        ptr.put(ptr.lanes(source, args[1]), out, args[3])
+        return _load(builder, _bytes(builder, args[0]), _WORD)
+
+    return types.int64(types.int64), codegen
+
+
+@_inline
+def _put(typingctx, word, place):  # type: ignore[no-untyped-def]
+    """Write a word to a place."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _store(builder, args[0], _bytes(builder, args[1]))
         return context.get_dummy_value()
 
-    return types.void(source, types.int64, out, types.int64), codegen
+    return types.void(types.int64, types.int64), codegen
+
+
+@_inline
+def _copy_lanes(typingctx, source, out):  # type: ignore[no-untyped-def]
+    """LANES words from one place to another."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        lanes = _load(builder, _bytes(builder, args[0]), _LANES)
+        _store(builder, lanes, _bytes(builder, args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@_inline
+def _place(typingctx, array):  # type: ignore[no-untyped-def]
+    """Where an array begins. Only for arguments: a local array may be freed after its last use."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+        return builder.lshr(builder.ptrtoint(data, _WORD), ir.Constant(_WORD, 3))
+
+    return types.int64(array), codegen
 
 
 _IN = "Array(uint64, 1, 'C', readonly=True)"
@@ -218,113 +223,118 @@ _AT = "int64[::1]"
 
 
 @kernel(f"boolean({_AT}, int64, int64)")
-def in_a_row(base: Index, p0: int, width: int) -> bool:
-    """Are columns p0 : p0 + LANES neighbours in memory, and all there? (Steps are never < 0.)"""
-    return width == LANES and base[p0 + LANES - 1] - base[p0] == LANES - 1
+def _neighbours(base: Index, p0: int, p1: int) -> bool:
+    """Are the columns p0:p1 whole vectors of neighbours in memory? base must not decrease."""
+    return (p1 - p0) % LANES == 0 and base[p1 - 1] - base[p0] == p1 - p0 - 1
 
 
-@kernel(f"void({_IN}, int64, {_AT}, int64, {_AT}, int64, int64, int64, {_OUT}, int64)")
-def gather_panel(
-    source: Words,
-    at: int,
-    offs: Index,
-    k0: int,
-    base: Index,
-    p0: int,
-    depth: int,
-    width: int,
-    out: Words,
-    out_at: int,
-) -> None:
-    """out[out_at + k·LANES + lane] = source[at + offs[k0 + k] + base[p0 + lane]], 0 past width."""
-    if in_a_row(base, p0, width):
-        first = at + base[p0]
-        for k in range(depth):
-            _copy_lanes(source, first + offs[k0 + k], out, out_at + k * LANES)
+@kernel("void(int64, int64, int64, int64, int64)")
+def _gather_neighbours(source: int, offs: int, columns: int, depth: int, out: int) -> None:
+    """Panels of neighbours: out[(j·depth + k)·LANES + …] = source[offs[k] + j·LANES + …]."""
+    for k in range(depth):
+        row, to = source + _word(offs + k), out + k * LANES
+        for j in range(0, columns, LANES):
+            _copy_lanes(row + j, to + j * depth)
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def _gather_panel(source: int, offs: int, base: int, width: int, depth: int, out: int) -> None:
+    """One panel of scattered columns: out[k·LANES + lane] = source[offs[k] + base[lane]]."""
+    for k in range(depth):
+        row, to = source + _word(offs + k), out + k * LANES
+        if width == LANES:
+            for lane in range(LANES):
+                _put(_word(row + _word(base + lane)), to + lane)
+        else:
+            for lane in range(width):
+                _put(_word(row + _word(base + lane)), to + lane)
+
+
+@kernel(f"void(int64, int64, {_AT}, int64, int64, int64, int64)")
+def _gather(source: int, offs: int, base: Index, p0: int, p1: int, depth: int, out: int) -> None:
+    """The panels of columns p0:p1; lanes past the last column are left as they are."""
+    if _neighbours(base, p0, p1):
+        _gather_neighbours(source + base[p0], offs, p1 - p0, depth, out)
         return
-    for lane in range(width):
-        first = at + base[p0 + lane]
-        for k in range(depth):
-            out[out_at + k * LANES + lane] = source[first + offs[k0 + k]]
-    for lane in range(width, LANES):
-        for k in range(depth):
-            out[out_at + k * LANES + lane] = _ZERO
+    for q0 in range(p0, p1, LANES):
+        to, width = out + (q0 - p0) * depth, min(LANES, p1 - q0)
+        if _neighbours(base, q0, q0 + width):
+            _gather_neighbours(source + base[q0], offs, LANES, depth, to)
+        else:
+            _gather_panel(source, offs, _place(base) + q0, width, depth, to)
 
 
-@kernel(f"void({_IN}, int64, int64, int64, int64, int64, {_OUT}, int64)")
-def pack_rows(
-    source: Words,
-    at: int,
-    row_step: int,
-    col_step: int,
-    rows: int,
-    depth: int,
-    out: Words,
-    out_at: int,
-) -> None:
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def _pack_rows(source: int, row_step: int, col_step: int, rows: int, depth: int, out: int) -> None:
     """Panels of up to ROWS rows, word (i, k) of a panel of r rows at k·r + i; rows·depth words."""
     for i0 in range(0, rows, ROWS):
-        count = min(ROWS, rows - i0)
-        start = out_at + i0 * depth
-        for i in range(count):
-            first = at + (i0 + i) * row_step
-            for k in range(depth):
-                out[start + k * count + i] = source[first + k * col_step]
+        first, count = source + i0 * row_step, min(ROWS, rows - i0)
+        to = out + i0 * depth
+        for k in range(depth):
+            column = first + k * col_step
+            if count == ROWS:
+                for i in range(ROWS):
+                    _put(_word(column + i * row_step), to + i)
+            else:
+                for i in range(count):
+                    _put(_word(column + i * row_step), to + i)
+            to += count
+
+
+@kernel(f"void({_IN}, int64, int64, int64, {_OUT}, int64)")
+def pack_left(source: Words, at: int, rows: int, deep: int, out: Words, out_at: int) -> None:
+    """A whole left operand of contiguous rows, KC columns after KC columns."""
+    for k0 in range(0, deep, KC):
+        depth = min(KC, deep - k0)
+        start, to = at + k0, out_at + k0 * rows
+        _pack_rows(_place(source) + start, deep, 1, rows, depth, _place(out) + to)
 
 
 @kernel(f"void({_IN}, int64, {_AT}, {_AT}, {_OUT}, int64)")
-def pack_panels(source: Words, at: int, offs: Index, base: Index, out: Words, out_at: int) -> None:
-    """The whole right operand, KC rows after KC rows, panel by panel; the last is filled up."""
+def pack_right(source: Words, at: int, offs: Index, base: Index, out: Words, out_at: int) -> None:
+    """A whole right operand, KC rows after KC rows, panel by panel; the last is not filled up."""
     deep, wide = len(offs), len(base)
+    to = _place(out) + out_at
     for k0 in range(0, deep, KC):
         depth = min(KC, deep - k0)
-        for p0 in range(0, wide, LANES):
-            gather_panel(source, at, offs, k0, base, p0, depth, min(LANES, wide - p0), out, out_at)
-            out_at += depth * LANES
+        for p0 in range(0, wide, STRIP):
+            p1 = min(wide, p0 + STRIP)
+            first, table = _place(source) + at, _place(offs) + k0
+            _gather(first, table, base, p0, p1, depth, to)
+            to += (p1 - p0 + LANES - 1) // LANES * LANES * depth
 
 
-@kernel(
-    f"void({_IN}, int64, {_IN}, int64, {_AT}, int64, int64, int64, int64,"
-    f"{_OUT}, int64, int64, int64, {_OUT})"
-)
-def _strip(
-    left: Words,
-    left_at: int,
-    right: Words,
-    right_at: int,
-    offs: Index,
-    offs_at: int,
+@kernel(f"void({', '.join(['int64'] * 10)})")
+def _meet(
+    left: int,
+    right: int,
+    offs: int,
     depth: int,
     rows: int,
     width: int,
-    out: Words,
-    out_at: int,
+    out: int,
     step: int,
     more: int,
-    corner: Words,
+    corner: int,
 ) -> None:
-    """`rows` rows times one panel of `width` columns, added to out when `more`."""
+    """Packed rows times one panel of `width` columns, added to out when `more`."""
     for i0 in range(0, rows, ROWS):
         count = min(ROWS, rows - i0)
-        panel = left_at + i0 * depth
-        place = out_at + i0 * step
+        panel, place = left + i0 * depth, out + i0 * step
         if width == LANES:
-            _multiply_panels(
-                left, panel, right, right_at, offs, offs_at, depth, count, out, place, step, more
-            )
+            _multiply_panels(panel, right, offs, depth, count, place, step, more)
             continue
-        _multiply_panels(
-            left, panel, right, right_at, offs, offs_at, depth, count, corner, 0, LANES, 0
-        )
+        _multiply_panels(panel, right, offs, depth, count, corner, LANES, 0)
         for i in range(count):
             for lane in range(width):
-                old = out[place + i * step + lane] if more else _ZERO
-                out[place + i * step + lane] = old + corner[i * LANES + lane]
+                old = _word(place + lane) if more else 0
+                _put(old + _word(corner + i * LANES + lane), place + lane)
+            place += step
 
 
 @kernel(
     f"void({_IN}, {_AT}, int64, int64, int64, {_IN}, {_AT}, int64, {_AT}, {_AT},"
-    f"{_OUT}, {_AT}, int64, int64, int64, int64, int64, int64, {_OUT}, {_OUT})"
+    f"{_OUT}, {_AT}, int64, int64, int64, int64, int64, int64, {_OUT}, {_OUT}, {_AT})"
 )
 def multiply(
     left: Words,
@@ -346,52 +356,47 @@ def multiply(
     row0: int,
     row1: int,
     block: Words,
-    panel: Words,
+    strip: Words,
+    in_strip: Index,
 ) -> None:
     """Rows row0:row1 of products item0:item1; row i of item t goes to out[out_at[t] + i·step :].
 
     Shapes: `height` rows per item, len(offs) deep, len(base) wide; row0 is a multiple of ROWS.
-    Scratch: `block` for packed rows (none if left_packed), `panel` of PANEL_WORDS.
+    Scratch: `block` for packed rows (none if left_packed), `strip` of STRIP_WORDS.
+    in_strip holds k·LANES.
     """
     deep, wide = len(offs), len(base)
-    panels = (wide + LANES - 1) // LANES
-    in_place = np.arange(0, KC * LANES, LANES)
-    corner = panel[KC * LANES :]
+    panels = (wide + LANES - 1) // LANES * LANES
+    corner = _place(strip) + KC * STRIP
     for item in range(item0, item1):
+        source = _place(right) + right_at[item]
         for i0 in range(row0, row1, ROWS_L2):
             rows = min(ROWS_L2, row1 - i0)
+            few = rows <= FEW_ROWS and deep <= FEW_DEEP
             for k0 in range(0, deep, KC):
                 depth = min(KC, deep - k0)
+                lhs = _place(left) + left_at[item]
                 if left_packed:
-                    lhs, lhs_at = left, left_at[item] + k0 * height + i0 * depth
+                    lhs += k0 * height + i0 * depth
                 else:
-                    lhs, lhs_at = block, 0
-                    first = left_at[item] + i0 * row_step + k0 * col_step
-                    pack_rows(left, first, row_step, col_step, rows, depth, block, 0)
-                for p0 in range(0, wide, LANES):
-                    width = min(LANES, wide - p0)
-                    rhs, rhs_at, table, t0 = panel, 0, in_place, 0
+                    lhs += i0 * row_step + k0 * col_step
+                    _pack_rows(lhs, row_step, col_step, rows, depth, _place(block))
+                    lhs = _place(block)
+                table = _place(offs) + k0
+                for p0 in range(0, wide, LANES if few else STRIP):
+                    p1 = min(wide, p0 + (LANES if few else STRIP))
+                    place = _place(out) + out_at[item] + i0 * step + p0
+                    if few and not right_packed and _neighbours(base, p0, p1):
+                        rhs = source + base[p0]
+                        _meet(lhs, rhs, table, depth, rows, LANES, place, step, k0, corner)
+                        continue
                     if right_packed:
-                        rhs, rhs_at = right, right_at[item] + k0 * panels * LANES + p0 * depth
-                    elif rows <= FEW_ROWS and in_a_row(base, p0, width):
-                        rhs, rhs_at, table, t0 = right, right_at[item] + base[p0], offs, k0
+                        rhs = source + k0 * panels + p0 * depth
                     else:
-                        first = right_at[item]
-                        gather_panel(right, first, offs, k0, base, p0, depth, width, panel, 0)
-                    place = out_at[item] + i0 * step + p0
-                    _strip(
-                        lhs,
-                        lhs_at,
-                        rhs,
-                        rhs_at,
-                        table,
-                        t0,
-                        depth,
-                        rows,
-                        width,
-                        out,
-                        place,
-                        step,
-                        k0,
-                        corner,
-                    )
+                        rhs = _place(strip)
+                        _gather(source, table, base, p0, p1, depth, rhs)
+                    for q0 in range(p0, p1, LANES):
+                        width, here = min(LANES, p1 - q0), _place(in_strip)
+                        _meet(lhs, rhs, here, depth, rows, width, place, step, k0, corner)
+                        rhs += LANES * depth
+                        place += LANES
