@@ -1,0 +1,6 @@
+"""ONNX → plan: which integers are computed, how wide they are, and why that is safe."""
+
+from mpcserve.compiler.artifact import CompiledModel, load_compiled
+from mpcserve.compiler.pipeline import compile_model
+
+__all__ = ["CompiledModel", "compile_model", "load_compiled"]

@@ -1,0 +1,1 @@
+"""Lowering functions by family; every module here is searched by `compiler.registry`."""

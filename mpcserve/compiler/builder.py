@@ -1,0 +1,311 @@
+"""The Builder: what lowering functions call. Each method emits one instruction and returns its value.
+
+A `Ref` names a secret value of the plan. Widths, rings and chunks are decided later, by demand; the
+Builder keeps shapes, fraction bits and intervals. Steps that would do nothing are not emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler import interval as iv
+from mpcserve.compiler.draft import Draft, Shape, Step
+from mpcserve.compiler.interval import Interval
+from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.ranges import encoded, settle
+from mpcserve.plan.ops import OPS
+from mpcserve.plan.plan import InputSpec, OutputSpec
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A secret value: its id in the draft, its shape and its fraction bits."""
+
+    id: int
+    shape: Shape
+    frac_bits: int
+
+    def __bool__(self) -> bool:
+        raise TypeError("a secret has no truth value")
+
+
+Operand = Ref | Array
+"""What a lowering function receives per ONNX input: a secret value, or a constant of the model."""
+
+
+class Builder:
+    """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered."""
+
+    def __init__(self, frac_bits: int, opset: int) -> None:
+        self.frac_bits = frac_bits
+        self.opset = opset
+        self.layer = ""
+        self.n_outputs = 1
+        self._steps: list[Step] = []
+        self._arrays: dict[str, NDArray[np.float64]] = {}
+        self._inputs: list[InputSpec] = []
+        self._outputs: list[OutputSpec] = []
+
+    # sources
+
+    def input(self, name: str, dtype: str, shape: Shape, reach: tuple[float, float, str]) -> Ref:
+        """A data owner's input with its declared range (low, high, known)."""
+        low, high, known = reach
+        half = 2.0 ** -(self.frac_bits + 1)
+        held = iv.widen(iv.uniform(low, high, len(shape)), half)
+        ref = self._emit("input", (), {"name": name}, shape, self.frac_bits, (held, known))
+        self._inputs.append(InputSpec(name, ref.id, dtype, shape, low, high, known))
+        return ref
+
+    def output(self, name: str, dtype: str, x: Ref) -> None:
+        """A result that is revealed to the data owner."""
+        self._outputs.append(OutputSpec(name, x.id, dtype, x.shape))
+
+    def weight(self, values: Array, frac_bits: int | None = None) -> Ref:
+        """A secret tensor of the model owner. Real values; their fraction bits may be tuned later."""
+        frac_bits = self.frac_bits if frac_bits is None else frac_bits
+        reals = np.asarray(values, np.float64)
+        name = f"w{len(self._arrays)}"
+        self._arrays[name] = reals
+        held = iv.exactly(encoded(reals, frac_bits))
+        return self._emit("weight", (), {"name": name}, reals.shape, frac_bits, (held, "exact"))
+
+    def constant(self, values: Array, frac_bits: int = 0) -> Ref:
+        """A public tensor that the plan itself shows: structure, never a weight."""
+        array = np.asarray(values, np.float64)
+        words = [int(v) for v in np.rint(np.ldexp(array, frac_bits)).ravel()]
+        attrs = {"shape": list(array.shape), "values": words}
+        held = iv.exactly(encoded(array, frac_bits))
+        return self._emit("constant", (), attrs, array.shape, frac_bits, (held, "exact"))
+
+    # local: no rounds, no bytes
+
+    def add(self, x: Ref, y: Ref) -> Ref:
+        """x + y with broadcasting; equal fraction bits."""
+        return self._local("add", [x, y], np.broadcast_shapes(x.shape, y.shape))
+
+    def sub(self, x: Ref, y: Ref) -> Ref:
+        """x − y with broadcasting; equal fraction bits."""
+        return self._local("sub", [x, y], np.broadcast_shapes(x.shape, y.shape))
+
+    def scale(self, x: Ref, factor: int, raise_bits: int = 0) -> Ref:
+        """x · factor as integers; read with `raise_bits` more fraction bits."""
+        if factor == 1 and raise_bits == 0:
+            return x
+        frac_bits = x.frac_bits + raise_bits
+        return self._emit("scale", (x.id,), {"factor": int(factor)}, x.shape, frac_bits)
+
+    def offset(self, x: Ref, value: float) -> Ref:
+        """x + a public real number."""
+        steps = int(np.rint(np.ldexp(value, x.frac_bits)))
+        return self._local("offset", [x], x.shape, value=steps) if steps else x
+
+    def shift(self, x: Ref, bits: int, lower_bits: int | None = None) -> Ref:
+        """The integers divided by 2^bits, rounded; read with `lower_bits` (default: bits) fewer."""
+        if bits == 0 and not lower_bits:
+            return x
+        frac_bits = x.frac_bits - (bits if lower_bits is None else lower_bits)
+        return self._emit("shift", (x.id,), {"bits": bits}, x.shape, frac_bits)
+
+    def reshape(self, x: Ref, shape: Sequence[int]) -> Ref:
+        """The same elements in another shape."""
+        new = tuple(map(int, shape))
+        return x if new == x.shape else self._local("reshape", [x], new, shape=list(new))
+
+    def transpose(self, x: Ref, perm: Sequence[int]) -> Ref:
+        """Axes permuted as by numpy.transpose."""
+        perm = [int(p) for p in perm]
+        if perm == sorted(perm):
+            return x
+        return self._local("transpose", [x], tuple(x.shape[p] for p in perm), perm=perm)
+
+    def slice(self, x: Ref, axis: int, start: int, stop: int, step: int = 1) -> Ref:
+        """x[start:stop:step] along one axis; 0 ≤ start ≤ stop, step ≥ 1."""
+        if (start, stop, step) == (0, x.shape[axis], 1):
+            return x
+        starts, stops, steps = [0] * len(x.shape), list(x.shape), [1] * len(x.shape)
+        starts[axis], stops[axis], steps[axis] = int(start), int(stop), int(step)
+        length = len(range(start, stop, step))
+        shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
+        return self._local("slice", [x], shape, starts=starts, stops=stops, steps=steps)
+
+    def concat(self, xs: Sequence[Ref], axis: int) -> Ref:
+        """Joined along an axis; equal fraction bits."""
+        if len(xs) == 1:
+            return xs[0]
+        length = sum(x.shape[axis] for x in xs)
+        shape = (*xs[0].shape[:axis], length, *xs[0].shape[axis + 1 :])
+        return self._local("concat", xs, shape, axis=axis)
+
+    def pad(self, x: Ref, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Ref:
+        """Surrounded by a public value."""
+        if not any(before) and not any(after):
+            return x
+        shape = tuple(d + b + a for d, b, a in zip(x.shape, before, after, strict=True))
+        word = int(np.rint(np.ldexp(value, x.frac_bits)))
+        return self._local("pad", [x], shape, before=list(before), after=list(after), value=word)
+
+    def expand(self, x: Ref, shape: Sequence[int]) -> Ref:
+        """Broadcast to `shape`."""
+        new = tuple(map(int, shape))
+        return x if new == x.shape else self._local("expand", [x], new, shape=list(new))
+
+    def gather(self, x: Ref, axis: int, indices: Sequence[int]) -> Ref:
+        """Elements at public indices along an axis."""
+        indices = [int(i) for i in indices]
+        if indices == list(range(x.shape[axis])):
+            return x
+        shape = (*x.shape[:axis], len(indices), *x.shape[axis + 1 :])
+        return self._local("gather", [x], shape, axis=axis, indices=indices)
+
+    def sum(self, x: Ref, axes: Sequence[int]) -> Ref:
+        """Sum over `axes`, which are dropped."""
+        if not axes:
+            return x
+        shape = tuple(d for i, d in enumerate(x.shape) if i not in axes)
+        return self._local("sum", [x], shape, axes=sorted(int(a) for a in axes))
+
+    # interactive: one round or more
+
+    def mul(self, x: Ref, y: Ref, addend: Ref | None = None, to: int | None = None) -> Ref:
+        """x · y elementwise (+ addend); `to`: fraction bits of the result."""
+        shape = np.broadcast_shapes(x.shape, y.shape)
+        return self._product("mul", x, y, addend, to, shape, {})
+
+    def matmul(self, x: Ref, y: Ref, addend: Ref | None = None, to: int | None = None) -> Ref:
+        """x @ y (+ addend), batch axes broadcast; both of rank ≥ 2."""
+        lead = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        return self._product("matmul", x, y, addend, to, (*lead, x.shape[-2], y.shape[-1]), {})
+
+    def conv(
+        self,
+        x: Ref,
+        w: Ref,
+        addend: Ref | None = None,
+        to: int | None = None,
+        *,
+        strides: Sequence[int] = (1, 1),
+        pads: Sequence[int] = (0, 0, 0, 0),
+        dilations: Sequence[int] = (1, 1),
+        groups: int = 1,
+    ) -> Ref:
+        """2-d convolution of N×C×H×W by O×C/groups×kh×kw; pads top, left, bottom, right."""
+        attrs: dict[str, Any] = {
+            "strides": list(map(int, strides)),
+            "pads": list(map(int, pads)),
+            "dilations": list(map(int, dilations)),
+            "groups": int(groups),
+        }
+        return self._product("conv", x, w, addend, to, None, attrs)
+
+    def sign(self, x: Ref) -> Ref:
+        """The bit [x < 0]."""
+        bits = iv.uniform(0.0, 1.0, len(x.shape))
+        return self._emit("sign", (x.id,), {}, x.shape, 0, (bits, "proved"))
+
+    def select(self, bit: Ref, x: Ref, when: int, nonnegative: bool = False) -> Ref:
+        """x where bit = `when`, else 0. `nonnegative` promises x ≥ 0 where selected."""
+        attrs = {"when": when, "nonnegative": nonnegative}
+        return self._emit("select", (bit.id, x.id), attrs, x.shape, x.frac_bits)
+
+    # what is known
+
+    def interval(self, x: Ref) -> Interval:
+        """Range of x as reals, per element (compact)."""
+        return self._steps[x.id].interval
+
+    def bound(self, x: Ref) -> int:
+        """|x| < 2^bound ulp."""
+        return self._steps[x.id].bound
+
+    def known(self, x: Ref) -> str:
+        """How the bound is known."""
+        return self._steps[x.id].known
+
+    def within(self, x: Ref, low: Any, high: Any) -> Ref:
+        """State a range of x that interval arithmetic cannot see; the same Ref."""
+        rank = len(x.shape)
+        ends = [_ranked(np.asarray(e, np.float64), rank) for e in (low, high)]
+        step = replace(self._steps[x.id], stated=Interval(*ends))
+        self._steps[x.id] = self._settle(step)
+        return x
+
+    def sampled(self, x: Ref, low: float, high: float) -> None:
+        """A range of all elements of x, seen in samples; so also of what x merely rearranges."""
+        step = self._steps[x.id]
+        if step.op in ("reshape", "transpose"):
+            self.sampled(self.ref(step.inputs[0]), low, high)
+        step = replace(step, sampled=iv.uniform(low, high, len(x.shape)))
+        self._steps[x.id] = self._settle(step)
+
+    def ref(self, id: int) -> Ref:
+        """The Ref of value `id`."""
+        step = self._steps[id]
+        return Ref(id, step.shape, step.frac_bits)
+
+    def draft(self) -> Draft:
+        """Everything emitted so far."""
+        return Draft(
+            tuple(self._steps), tuple(self._inputs), tuple(self._outputs), dict(self._arrays)
+        )
+
+    # emission
+
+    def _product(
+        self,
+        op: str,
+        x: Ref,
+        y: Ref,
+        addend: Ref | None,
+        to: int | None,
+        shape: Shape | None,
+        attrs: dict[str, Any],
+    ) -> Ref:
+        full = x.frac_bits + y.frac_bits
+        to = self.frac_bits if to is None else to
+        attrs = attrs | {"truncate": max(full - to, 0)}
+        if shape is None:
+            rule = OPS[op].shape
+            assert rule is not None
+            shape = rule([x.shape, y.shape], attrs)
+        if addend is not None and addend.frac_bits != full:
+            raise AssertionError(f"addend has {addend.frac_bits} fraction bits, expected {full}")
+        ids = (x.id, y.id) if addend is None else (x.id, y.id, addend.id)
+        return self._emit(op, ids, attrs, shape, full - attrs["truncate"])
+
+    def _local(self, op: str, xs: Sequence[Ref], shape: Shape, /, **attrs: Any) -> Ref:
+        frac_bits = {x.frac_bits for x in xs}
+        if len(frac_bits) != 1:
+            raise AssertionError(f"{op} of values with fraction bits {sorted(frac_bits)}")
+        return self._emit(op, tuple(x.id for x in xs), attrs, tuple(shape), frac_bits.pop())
+
+    def _emit(
+        self,
+        op: str,
+        inputs: tuple[int, ...],
+        attrs: Mapping[str, Any],
+        shape: Sequence[int],
+        frac_bits: int,
+        held: tuple[Interval, str] | None = None,
+    ) -> Ref:
+        if prod(shape) == 0:
+            raise Unsupported("a tensor with no elements", "remove the empty branch")
+        interval, known = held or (iv.uniform(0.0, 0.0, len(shape)), "exact")
+        step = Step(op, inputs, attrs, tuple(shape), frac_bits, interval, known, self.layer)
+        self._steps.append(self._settle(step))
+        return Ref(len(self._steps) - 1, tuple(shape), frac_bits)
+
+    def _settle(self, step: Step) -> Step:
+        return settle(step, [self._steps[j] for j in step.inputs])
+
+
+def _ranked(x: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)

@@ -1,0 +1,143 @@
+"""Ranges of inputs and of intermediate tensors: declared, seen in samples, or assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import frexp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler.graph import Graph, Tensor, to_onnx
+from mpcserve.compiler.importing import session
+from mpcserve.compiler.lower import Hull, Ranges, Reach
+from mpcserve.errors import InputError
+
+Array = NDArray[Any]
+Samples = str | Path | Array | Mapping[str, Array]
+
+ASSUMED = 16.0
+"""Inputs are taken to lie in [−16, 16] when nothing is declared and no samples are given."""
+
+
+def ranges_of(
+    graph: Graph,
+    samples: Samples | None,
+    declared: tuple[float, float] | None,
+    margin_bits: int,
+) -> tuple[Ranges, list[str]]:
+    """(ranges, notes that say what they rest on). Raises: InputError on samples that do not fit."""
+    notes = []
+    inputs: dict[str, Reach] = {}
+    if declared is not None:
+        low, high = map(float, declared)
+        if not (np.isfinite([low, high]).all() and low < high):
+            raise InputError(f"input range {low}..{high} is not a range", "give LO < HI")
+        inputs = {i.name: (low, high, "proved") for i in graph.inputs}
+        notes.append(f"input range declared: {low:g} to {high:g}")
+    values: dict[str, Hull] = {}
+    if samples is not None:
+        arrays = _loaded(samples, graph.inputs)
+        count = min(len(a) for a in arrays.values())
+        values = {k: _with_margin(h, margin_bits) for k, h in hulls(graph, arrays).items()}
+        notes.append(f"calibrated on {count} samples with {margin_bits} margin bits")
+        for i in graph.inputs:
+            if declared is None:
+                low, high = values[i.name]
+                reach = _power_of_two(max(-low, high))
+                least = float(arrays[i.name].min())
+                inputs[i.name] = (0.0 if least >= 0 else -reach, reach, "calibrated")
+            else:
+                _refuse_outside(i.name, arrays[i.name], declared)
+    if not inputs:
+        inputs = {i.name: (-ASSUMED, ASSUMED, "assumed") for i in graph.inputs}
+        notes.append(f"input range assumed: {-ASSUMED:g} to {ASSUMED:g}")
+    return Ranges(inputs, values), notes
+
+
+def hulls(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Hull]:
+    """(min, max) of every float tensor of the graph over all samples, by onnxruntime."""
+    run = session(to_onnx(graph, every_value=True))
+    names = [o.name for o in run.get_outputs()]
+    found: dict[str, Hull] = {}
+    for feed in _batches(graph.inputs, samples):
+        values = [*feed.items(), *zip(names, run.run(names, feed), strict=True)]
+        for name, value in values:
+            if np.issubdtype(value.dtype, np.floating) and value.size:
+                low, high = float(value.min()), float(value.max())
+                old = found.get(name, (low, high))
+                found[name] = (min(low, old[0]), max(high, old[1]))
+    return found
+
+
+def _batches(inputs: tuple[Tensor, ...], samples: Mapping[str, Array]) -> Any:
+    """Feeds of the graph's batch; the last one repeats its final sample."""
+    count = min(len(a) for a in samples.values())
+    batch = inputs[0].shape[0] if inputs[0].shape else 1
+    for start in range(0, count, batch):
+        rows = np.minimum(np.arange(start, start + batch), count - 1)
+        yield {i.name: samples[i.name][rows].astype(i.dtype).reshape(i.shape) for i in inputs}
+
+
+def _loaded(samples: Samples, inputs: tuple[Tensor, ...]) -> dict[str, Array]:
+    if isinstance(samples, str | Path):
+        samples = _read(Path(samples))
+    if isinstance(samples, np.ndarray):
+        if len(inputs) != 1:
+            names = ", ".join(repr(i.name) for i in inputs)
+            raise InputError(
+                f"one array of samples for {len(inputs)} inputs", f"give an .npz with {names}"
+            )
+        samples = {inputs[0].name: samples}
+    missing = [i.name for i in inputs if i.name not in samples]
+    if missing:
+        raise InputError(f"no samples for input {missing[0]!r}", "name the arrays as the inputs")
+    for i in inputs:
+        array = samples[i.name]
+        if array.shape[1:] != i.shape[1:] or not len(array):
+            raise InputError(
+                f"samples of input {i.name!r} have shape {list(array.shape)}, "
+                f"expected N x {list(i.shape[1:])}",
+                "stack the samples along a first axis",
+            )
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"samples of input {i.name!r} are not all finite", "remove NaN and inf"
+            )
+    return {i.name: np.asarray(samples[i.name]) for i in inputs}
+
+
+def _read(path: Path) -> Array | dict[str, Array]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(
+            f"{path}: cannot read samples: {e}", "write them with numpy.save or numpy.savez"
+        ) from None
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded:
+        return {k: loaded[k] for k in loaded.files}
+
+
+def _refuse_outside(name: str, array: Array, declared: tuple[float, float]) -> None:
+    low, high = float(array.min()), float(array.max())
+    if low < declared[0] or high > declared[1]:
+        raise InputError(
+            f"samples of input {name!r} reach from {low:g} to {high:g}, "
+            f"outside the declared {declared[0]:g} to {declared[1]:g}",
+            "widen --input-range",
+        )
+
+
+def _with_margin(hull: Hull, margin_bits: int) -> Hull:
+    low, high = hull
+    slack = (2.0**margin_bits - 1) * max(abs(low), abs(high))
+    return low - slack, high + slack
+
+
+def _power_of_two(reach: float) -> float:
+    mantissa, exponent = frexp(reach)
+    return 2.0 ** (exponent - 1) if mantissa == 0.5 else 2.0**exponent

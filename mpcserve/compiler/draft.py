@@ -1,0 +1,123 @@
+"""A draft: the plan before widths are decided, with real intervals instead of bounds.
+
+Step i defines value i. Weights are still real arrays; their fraction bits may change until the
+widths are assigned. `law` is checked after every draft pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler.interval import Interval, bound_of
+from mpcserve.errors import PlanError
+from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.plan import InputSpec, OutputSpec
+
+Shape = tuple[int, ...]
+
+STRENGTH = ("exact", "proved", "calibrated", "assumed")
+"""From what nothing can break to what only a convention says."""
+
+
+def weakest(known: Sequence[str]) -> str:
+    """How a bound is known that rests on several others."""
+    return max(known, key=STRENGTH.index, default="exact")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One instruction without a width.
+
+    `stated`: a range that mathematics gives, `sampled`: one that samples give; both are intersected
+    with what interval arithmetic finds.
+    """
+
+    op: str
+    inputs: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    shape: Shape
+    frac_bits: int
+    interval: Interval
+    known: str
+    layer: str
+    stated: Interval | None = None
+    sampled: Interval | None = None
+
+    @property
+    def bound(self) -> int:
+        """|x| < 2^bound ulp."""
+        return 0 if self.op == "sign" else bound_of(self.interval, self.frac_bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The whole program; `arrays`: real values per weight name."""
+
+    steps: tuple[Step, ...]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    arrays: Mapping[str, NDArray[np.float64]] = field(default_factory=lambda: MappingProxyType({}))
+
+    def users(self) -> dict[int, list[int]]:
+        """Value id → ids of the steps that read it, in order."""
+        found: dict[int, list[int]] = {}
+        for id, step in enumerate(self.steps):
+            for j in dict.fromkeys(step.inputs):
+                found.setdefault(j, []).append(id)
+        return found
+
+    def keep(self, ids: Sequence[int], instead: Mapping[int, int] | None = None) -> Draft:
+        """Only the steps `ids`, in order, renumbered; reads of a key of `instead` become its value."""
+        instead = instead or {}
+        number = {old: new for new, old in enumerate(ids)}
+
+        def renamed(id: int) -> int:
+            return number[instead.get(id, id)]
+
+        steps = tuple(
+            replace(self.steps[id], inputs=tuple(map(renamed, self.steps[id].inputs))) for id in ids
+        )
+        names = {s.attrs["name"] for s in steps if s.op == "weight"}
+        return Draft(
+            steps,
+            tuple(replace(i, id=renamed(i.id)) for i in self.inputs),
+            tuple(replace(o, id=renamed(o.id)) for o in self.outputs),
+            {k: v for k, v in self.arrays.items() if k in names},
+        )
+
+
+def check_draft(draft: Draft, after: str) -> None:
+    """Check the law. Raises: PlanError naming the pass."""
+    problems = tuple(_breaches(draft))
+    if problems:
+        raise PlanError(
+            f"compiler pass {after!r} broke the draft: {problems[0]}",
+            "this is a defect of mpcserve; please report the model",
+            problems,
+        )
+
+
+def _breaches(draft: Draft) -> Iterator[str]:
+    for id, s in enumerate(draft.steps):
+        where = f"step {id} {s.op} ({s.layer})"
+        if any(not 0 <= j < id for j in s.inputs):
+            yield f"{where}: operand not defined before it"
+            continue
+        xs = [draft.steps[j] for j in s.inputs]
+        rule = OPS[s.op].shape
+        if rule is not None and rule([x.shape for x in xs], s.attrs) != s.shape:
+            yield f"{where}: shape {s.shape}"
+        if np.broadcast_shapes(s.interval.low.shape, s.shape) != s.shape:
+            yield f"{where}: interval of shape {s.interval.low.shape} for {s.shape}"
+        if s.op in PRODUCTS and s.frac_bits != (
+            xs[0].frac_bits + xs[1].frac_bits - s.attrs["truncate"]
+        ):
+            yield f"{where}: frac_bits {s.frac_bits}"
+        if s.op == "weight" and s.attrs["name"] not in draft.arrays:
+            yield f"{where}: no values of {s.attrs['name']!r}"

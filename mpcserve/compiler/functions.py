@@ -1,0 +1,161 @@
+"""Functions that several operators share, as compositions of plan instructions.
+
+Each is exact on integers unless its docstring states an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from math import frexp
+
+import numpy as np
+
+from mpcserve.compiler.builder import Builder, Operand, Ref
+from mpcserve.compiler.problems import Unsupported
+
+WIDEST_BOUND = 62
+"""A bound that every instruction can hold in 64 bits: two spare bits for a general select."""
+
+ROUNDING_ULPS = 0.25
+"""How far an integer factor may bend a result, on top of the shift's own rounding."""
+
+
+def secret(b: Builder, x: Operand, frac_bits: int | None = None) -> Ref:
+    """A constant of the model becomes a secret weight; a secret value stays as it is."""
+    return x if isinstance(x, Ref) else b.weight(x, frac_bits)
+
+
+def values_of(x: Operand | None, what: str) -> np.ndarray:  # type: ignore[type-arg]
+    """The array of an input that must be constant. Raises: Unsupported naming `what`."""
+    if x is None or isinstance(x, Ref):
+        raise Unsupported(
+            f"its {what} is computed from a secret value, expected a constant",
+            "export the model with this input fixed",
+        )
+    return x
+
+
+def ints_of(x: Operand | None, what: str) -> list[int]:
+    """As `values_of`, as a flat list of integers."""
+    return [int(v) for v in np.asarray(values_of(x, what)).ravel()]
+
+
+def axis_of(axis: int, rank: int) -> int:
+    """A possibly negative axis as 0 … rank − 1."""
+    return axis + rank if axis < 0 else axis
+
+
+def with_frac_bits(b: Builder, x: Ref, frac_bits: int) -> Ref:
+    """The same real numbers at another scale: exact when raised, Error: 1.5 ulp when lowered."""
+    up = frac_bits - x.frac_bits
+    return b.scale(x, 1 << up, up) if up >= 0 else b.shift(x, -up)
+
+
+def aligned(b: Builder, *xs: Operand) -> list[Ref]:
+    """All operands at one scale: the plan's, or the finest one where that is coarser."""
+    refs = [x for x in xs if isinstance(x, Ref)]
+    finest = max((r.frac_bits for r in refs), default=b.frac_bits)
+    frac_bits = finest if len({r.frac_bits for r in refs}) < 2 else min(finest, b.frac_bits)
+    return [with_frac_bits(b, secret(b, x, frac_bits), frac_bits) for x in xs]
+
+
+def times(b: Builder, x: Ref, factor: float) -> Ref:
+    """x · a public real number. Error: 1.75 ulp, none for an integer. Cost: none, width only."""
+    if float(factor).is_integer():
+        return b.scale(x, int(factor))
+    shift, scaled = fraction(factor, b.bound(x))
+    return b.shift(b.scale(x, scaled), shift, 0)
+
+
+def fraction(factor: float, bound: int) -> tuple[int, int]:
+    """(s, n): factor ≈ n / 2^s, to ROUNDING_ULPS for integers below 2^bound if 64 bits allow."""
+    # |x · round(factor·2^s)| must stay below 2^62 before the shift.
+    most = WIDEST_BOUND - 1 - bound - max(frexp(factor)[1], 0)
+    if most < 1:
+        raise Unsupported(
+            f"its input needs {bound} bits, too many to be multiplied by {factor:g}",
+            "calibrate the model with samples, or lower --frac-bits",
+        )
+    for s in range(most):
+        scaled = factor * 2.0**s
+        if abs(scaled - round(scaled)) * 2.0 ** (bound - s) <= ROUNDING_ULPS:
+            return s, round(scaled)
+    return most, round(factor * 2.0**most)
+
+
+def relu(b: Builder, x: Ref) -> Ref:
+    """max(x, 0). Cost: sign and select; none where the range already says the answer."""
+    held = b.interval(x)
+    if held.least >= 0:
+        return x
+    if held.most <= 0:
+        return b.scale(x, 0)
+    return b.select(b.sign(x), x, when=0, nonnegative=True)
+
+
+def maximum(b: Builder, x: Operand, y: Operand) -> Ref:
+    """max(x, y) = y + relu(x − y), with broadcasting."""
+    x, y = aligned(b, x, y)
+    highest = b.add(y, relu(b, b.sub(x, y)))
+    xs, ys = b.interval(x), b.interval(y)
+    return b.within(highest, np.maximum(xs.low, ys.low), np.maximum(xs.high, ys.high))
+
+
+def minimum(b: Builder, x: Operand, y: Operand) -> Ref:
+    """min(x, y) = x − relu(x − y), with broadcasting."""
+    x, y = aligned(b, x, y)
+    lowest = b.sub(x, relu(b, b.sub(x, y)))
+    xs, ys = b.interval(x), b.interval(y)
+    return b.within(lowest, np.minimum(xs.low, ys.low), np.minimum(xs.high, ys.high))
+
+
+def clip(b: Builder, x: Ref, low: float | None, high: float | None) -> Ref:
+    """min(max(x, low), high) for public ends; the two comparisons run side by side."""
+    held = b.interval(x)
+    ulp = 2.0**-x.frac_bits
+    low = None if low is None or low <= held.least else _on_grid(low, ulp)
+    high = None if high is None or high >= held.most else _on_grid(high, ulp)
+    if low is not None and high is not None and high < low:
+        low = high  # ONNX: the upper end wins.
+    if low is None and high is None:
+        return x
+    if low is None:
+        assert high is not None
+        clipped = b.sub(x, relu(b, b.offset(x, -high)))
+    else:
+        clipped = b.offset(relu(b, b.offset(x, -low)), low)
+        if high is not None:
+            clipped = b.sub(clipped, relu(b, b.offset(x, -high)))
+    ends = (-np.inf if low is None else low, np.inf if high is None else high)
+    return b.within(clipped, np.clip(held.low, *ends), np.clip(held.high, *ends))
+
+
+def absolute(b: Builder, x: Ref) -> Ref:
+    """|x| = 2·relu(x) − x."""
+    held = b.interval(x)
+    if held.least >= 0:
+        return x
+    size = b.sub(b.scale(relu(b, x), 2), x)
+    high = np.maximum(np.abs(held.low), np.abs(held.high))
+    return b.within(size, np.zeros_like(high), high)
+
+
+def reduce_max(b: Builder, x: Ref, axis: int) -> Ref:
+    """Maximum along an axis, which is kept with length 1: ⌈log2 n⌉ comparisons deep, n − 1 in all."""
+    while (n := x.shape[axis]) > 1:
+        half = n // 2
+        best = maximum(b, b.slice(x, axis, 0, half), b.slice(x, axis, half, 2 * half))
+        rest = [b.slice(x, axis, 2 * half, n)] if n % 2 else []
+        x = b.concat([best, *rest], axis)
+    return x
+
+
+def add_all(b: Builder, xs: Sequence[Operand]) -> Ref:
+    """Sum of any number of operands."""
+    refs = aligned(b, *xs)
+    return reduce(b.add, refs)
+
+
+def _on_grid(value: float, ulp: float) -> float:
+    return float(np.rint(value / ulp) * ulp)

@@ -1,0 +1,156 @@
+"""The float graph between ONNX and the plan: nodes in topological order, constants as arrays.
+
+Rules: every name is defined once, before it is used; constants hold no NaN and no infinity; all
+shapes are static. `to_onnx` writes the graph back, so that any pass can be checked, and ranges can
+be measured, by running onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation. Missing optional inputs and outputs are empty names."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: Mapping[str, Any]
+    name: str
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or an output: `dtype` is NumPy's name of the element type."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A model with a fixed batch."""
+
+    name: str
+    opset: int
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, NDArray[Any]]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    shapes: Mapping[str, Shape]
+
+    def uses(self) -> dict[str, list[Node]]:
+        """Name → nodes that read it, in order."""
+        users: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                users.setdefault(name, []).append(node)
+        return users
+
+    def producers(self) -> dict[str, Node]:
+        """Name → the node that defines it."""
+        return {o: n for n in self.nodes for o in n.outputs if o}
+
+    def with_nodes(self, nodes: list[Node], constants: Mapping[str, Any] | None = None) -> Graph:
+        """The same model with other nodes; unused constants are dropped."""
+        everything = dict(self.constants) | dict(constants or {})
+        used = {i for n in nodes for i in n.inputs} | {o.name for o in self.outputs}
+        kept = {k: v for k, v in everything.items() if k in used}
+        return replace(self, nodes=tuple(nodes), constants=kept)
+
+
+def graph_of(model: onnx.ModelProto, name: str) -> Graph:
+    """Read a checked, folded model whose shapes are all static."""
+    g = model.graph
+    constants = {t.name: numpy_helper.to_array(t) for t in g.initializer}
+    shapes: dict[str, Shape] = {k: v.shape for k, v in constants.items()}
+    for info in (*g.value_info, *g.input, *g.output):
+        if (shape := static_shape(info)) is not None:
+            shapes[info.name] = shape
+    nodes = []
+    for n in g.node:
+        node = Node(
+            n.op_type, tuple(n.input), tuple(n.output), _attrs(n), n.name or n.output[0], n.domain
+        )
+        nodes.append(node)
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    inputs = tuple(_tensor(i) for i in g.input if i.name not in constants)
+    return Graph(
+        name, opset, tuple(nodes), constants, inputs, tuple(map(_tensor, g.output)), shapes
+    )
+
+
+def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
+    """Write the graph as a model; with `every_value`, all intermediate tensors are outputs."""
+    outputs = [
+        helper.make_tensor_value_info(
+            o.name, helper.np_dtype_to_tensor_dtype(np.dtype(o.dtype)), o.shape
+        )
+        for o in graph.outputs
+    ]
+    if every_value:
+        known = {o.name for o in graph.outputs}
+        names = [o for n in graph.nodes for o in n.outputs if o and o not in known]
+        outputs += [onnx.ValueInfoProto(name=name) for name in names]
+    inputs = [
+        helper.make_tensor_value_info(
+            i.name, helper.np_dtype_to_tensor_dtype(np.dtype(i.dtype)), i.shape
+        )
+        for i in graph.inputs
+    ]
+    nodes = [
+        helper.make_node(
+            n.op, n.inputs, n.outputs, name=n.name, domain=n.domain, **_protos(n.attrs)
+        )
+        for n in graph.nodes
+    ]
+    constants = [numpy_helper.from_array(np.asarray(v), k) for k, v in graph.constants.items()]
+    proto = helper.make_graph(nodes, graph.name, inputs, outputs, constants)
+    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", graph.opset)])
+
+
+def static_shape(info: onnx.ValueInfoProto) -> Shape | None:
+    """The shape, or None where any axis is unknown."""
+    kind = info.type.tensor_type
+    if not kind.HasField("shape"):
+        return None
+    dims = kind.shape.dim
+    return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
+
+
+def _tensor(info: onnx.ValueInfoProto) -> Tensor:
+    dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+    return Tensor(info.name, str(np.dtype(dtype)), static_shape(info) or ())
+
+
+def _attrs(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: _plain(helper.get_attribute_value(a)) for a in node.attribute}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value
+
+
+def _protos(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v for k, v in attrs.items()
+    }

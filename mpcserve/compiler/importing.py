@@ -1,0 +1,151 @@
+"""ONNX → graph: convert, fix the batch, infer shapes, fold. The work is onnx's and onnxruntime's own."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper, inliner, numpy_helper, shape_inference, version_converter
+
+from mpcserve.compiler.graph import Graph, Node, graph_of
+from mpcserve.compiler.load import opset_of
+from mpcserve.compiler.problems import Problem
+from mpcserve.compiler.survey import secret_nodes
+from mpcserve.errors import ModelError
+
+_LARGE_BYTES = 1 << 30
+"""Models above this travel to onnxruntime by external files: a protobuf ends at 2 GiB."""
+
+
+def named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Local functions inlined, initialisers no longer inputs, every node with a name of its own."""
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    constants = {t.name for t in model.graph.initializer}
+    inputs = [i for i in model.graph.input if i.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    taken: set[str] = set()
+    for position, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.name or node.op_type}_{position}"
+        taken.add(node.name)
+    return model
+
+
+def converted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """In the newest opset that onnx and onnxruntime share; unchanged where there is no way."""
+    target = newest_opset()
+    if opset_of(model) == target:
+        return model
+    try:
+        result: onnx.ModelProto = version_converter.convert_version(model, target)
+        onnx.checker.check_model(result)
+    except (RuntimeError, onnx.checker.ValidationError, version_converter.ConvertError):
+        return model
+    return result
+
+
+def newest_opset() -> int:
+    """The newest opset that onnx writes and onnxruntime reads."""
+    info = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    out = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [info], [out])
+    for opset in range(onnx.defs.onnx_opset_version(), 7, -1):
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+        try:
+            session(model)
+        except ModelError:
+            continue
+        return opset
+    raise ModelError("onnx and onnxruntime share no opset", "install matching versions of the two")
+
+
+def session(model: onnx.ModelProto, optimized: Path | None = None) -> ort.InferenceSession:
+    """onnxruntime on a model; with `optimized`, its basic optimisation is written there."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 0
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = (
+        level.ORT_ENABLE_BASIC if optimized else level.ORT_DISABLE_ALL
+    )
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as e:  # onnxruntime's own exception classes share no base
+        reason = str(e).splitlines()[0].split(" : ")[-1]
+        raise ModelError(
+            f"onnxruntime cannot load the model: {reason}", "check it with onnx.checker"
+        ) from None
+
+
+def folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Constants and Conv/BatchNormalization folded, shapes everywhere."""
+    model = inferred(model)
+    with tempfile.TemporaryDirectory(prefix="mpcserve-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(model, path)
+        optimized = onnx.load(path)
+    if any(n.domain not in ("", "ai.onnx") for n in optimized.graph.node):
+        optimized = model
+    return inferred(optimized)
+
+
+def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """All shapes anew from the inputs'. Raises: ModelError when they contradict each other."""
+    del model.graph.value_info[:]
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        return shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    except (shape_inference.InferenceError, RuntimeError) as e:
+        reason = " ".join(str(e).split())
+        raise ModelError(f"shapes do not fit: {reason}", "check the model with onnx.checker") from e
+
+
+def folded_graph(model: onnx.ModelProto, name: str) -> tuple[Graph, list[Problem]]:
+    """The graph of a folded model; leftover constant nodes are computed here."""
+    graph = graph_of(model, name)
+    secret = {n.name for n in secret_nodes(model.graph)}
+    constants: dict[str, Any] = dict(graph.constants)
+    nodes = []
+    for node in graph.nodes:
+        if node.name in secret:
+            nodes.append(node)
+        else:
+            constants.update(_evaluated(node, constants, graph))
+    return graph.with_nodes(nodes, constants), []
+
+
+def _evaluated(node: Node, constants: dict[str, Any], graph: Graph) -> dict[str, Any]:
+    """A constant node's outputs."""
+    if node.op in ("Shape", "Size") and node.inputs[0] not in constants:
+        shape = np.array(graph.shapes[node.inputs[0]], np.int64)
+        start, end = node.attrs.get("start", 0), node.attrs.get("end")
+        value = shape[start:end] if node.op == "Shape" else np.prod(shape)
+        return {node.outputs[0]: np.asarray(value, np.int64)}
+    from onnx.reference import ReferenceEvaluator
+
+    inputs = [helper.make_value_info(i, onnx.TypeProto()) for i in node.inputs if i]
+    outputs = [helper.make_value_info(o, onnx.TypeProto()) for o in node.outputs if o]
+    attrs = {
+        k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v
+        for k, v in node.attrs.items()
+    }
+    proto = helper.make_node(
+        node.op, node.inputs, node.outputs, node.name, domain=node.domain, **attrs
+    )
+    model = helper.make_model(
+        helper.make_graph([proto], "constant", inputs, outputs),
+        opset_imports=[helper.make_opsetid(node.domain, graph.opset)],
+    )
+    values = ReferenceEvaluator(model).run(None, {i: constants[i] for i in node.inputs if i})
+    return dict(zip([o for o in node.outputs if o], values, strict=True))

@@ -1,0 +1,223 @@
+"""Real intervals [low, high] per element: what is known of a value before any input is seen.
+
+Arrays are float64 and *compact*: an axis along which the interval does not vary has length 1, so a
+batch or a picture costs no more than its channels. Rules are conservative: sums of float64 products
+are widened by their own rounding error, and a truncation by the ulps that it may add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import frexp
+
+import numpy as np
+from numpy.typing import NDArray
+
+Reals = NDArray[np.float64]
+Shape = tuple[int, ...]
+
+EPSILON = 2.0**-50
+"""Relative slack of a float64 result of a few operations; a dot product of n terms takes n times it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """low ≤ x ≤ high, elementwise; both arrays have the value's rank and broadcast to its shape."""
+
+    low: Reals
+    high: Reals
+
+    @property
+    def magnitude(self) -> float:
+        """max |x|."""
+        if self.low.size == 0:
+            return 0.0
+        return float(max(-self.low.min(), self.high.max(), self.low.max(), -self.high.min(), 0.0))
+
+    @property
+    def least(self) -> float:
+        """Lower end of the hull of all elements."""
+        return float(self.low.min(initial=0.0) if self.low.size == 0 else self.low.min())
+
+    @property
+    def most(self) -> float:
+        """Upper end of the hull of all elements."""
+        return float(self.high.max(initial=0.0) if self.high.size == 0 else self.high.max())
+
+
+def uniform(low: float, high: float, rank: int) -> Interval:
+    """The same interval for every element."""
+    shape = (1,) * rank
+    return Interval(np.full(shape, low, np.float64), np.full(shape, high, np.float64))
+
+
+def exactly(x: NDArray[np.floating] | NDArray[np.int64]) -> Interval:
+    """The interval of known numbers."""
+    reals = np.asarray(x, np.float64)
+    return Interval(reals, reals)
+
+
+def bound_of(interval: Interval, frac_bits: int) -> int:
+    """Least b ≥ 1 with |x| < 2^b ulp: the only trace of the interval that the plan shows."""
+    magnitude = interval.magnitude
+    if not np.isfinite(magnitude):
+        return 1 << 20
+    _, exponent = frexp(magnitude * (1 + 4 * EPSILON))
+    return max(exponent + frac_bits, 1)
+
+
+def widen(x: Interval, by: float) -> Interval:
+    """[low − by, high + by]."""
+    return Interval(x.low - by, x.high + by)
+
+
+def intersect(x: Interval, y: Interval) -> Interval:
+    """The common part; where rounding has left none, the nearer end of `x`."""
+    low, high = np.maximum(x.low, y.low), np.minimum(x.high, y.high)
+    return Interval(np.minimum(low, x.high), np.maximum(high, np.minimum(low, x.high)))
+
+
+def hull(x: Interval, value: float) -> Interval:
+    """The smallest interval that holds x and `value`."""
+    return Interval(np.minimum(x.low, value), np.maximum(x.high, value))
+
+
+def add(x: Interval, y: Interval) -> Interval:
+    """x + y."""
+    return _rounded(x.low + y.low, x.high + y.high)
+
+
+def sub(x: Interval, y: Interval) -> Interval:
+    """x − y."""
+    return _rounded(x.low - y.high, x.high - y.low)
+
+
+def scale(x: Interval, factor: float) -> Interval:
+    """x · factor."""
+    ends = (x.low * factor, x.high * factor)
+    return Interval(*ends) if factor >= 0 else Interval(ends[1], ends[0])
+
+
+def mul(x: Interval, y: Interval) -> Interval:
+    """x · y, elementwise with broadcasting."""
+    ends = [x.low * y.low, x.low * y.high, x.high * y.low, x.high * y.high]
+    return _rounded(np.minimum.reduce(ends), np.maximum.reduce(ends))
+
+
+def matmul(x: Interval, y: Interval, inner: int) -> Interval:
+    """x @ y over `inner` terms, by centres and radii: tight when either side is exact."""
+    a, b = _spread(x, -1, inner), _spread(y, -2, inner)
+    ac, ar, bc, br = _centre(a), _radius(a), _centre(b), _radius(b)
+    centre = ac @ bc
+    radius = ar @ (np.abs(bc) + br) + np.abs(ac) @ br
+    slack = (inner + 4) * EPSILON * (np.abs(ac) @ np.abs(bc) + radius)
+    return Interval(centre - radius - slack, centre + radius + slack)
+
+
+def reshape(x: Interval, old: Shape, new: Shape) -> Interval:
+    """Keeps the leading axes compact where both shapes share them."""
+    lead = 0
+    while lead < min(len(old), len(new)) and old[lead] == new[lead]:
+        lead += 1
+    if x.low.size == 1:
+        shape: Shape = (1,) * len(new)
+        return Interval(x.low.reshape(shape), x.high.reshape(shape))
+    head = x.low.shape[:lead]
+    full = (*head, *old[lead:])
+    return Interval(
+        *(np.broadcast_to(end, full).reshape((*head, *new[lead:])) for end in (x.low, x.high))
+    )
+
+
+def pad(x: Interval, before: Sequence[int], after: Sequence[int], value: float) -> Interval:
+    """Full axes are padded; along compact ones the interval takes `value` in."""
+    pads = [(b, a) if n > 1 else (0, 0) for n, b, a in zip(x.low.shape, before, after, strict=True)]
+    low = np.pad(x.low, pads, constant_values=value)
+    high = np.pad(x.high, pads, constant_values=value)
+    grown = any(b + a and n == 1 for n, b, a in zip(x.low.shape, before, after, strict=True))
+    return hull(Interval(low, high), value) if grown else Interval(low, high)
+
+
+def take(x: Interval, axis: int, indices: Sequence[int] | slice) -> Interval:
+    """Elements along an axis; a compact axis stays compact."""
+    if x.low.shape[axis] == 1:
+        return x
+    index = (slice(None),) * axis + (indices if isinstance(indices, slice) else list(indices),)
+    return Interval(x.low[index], x.high[index])
+
+
+def concat(xs: Sequence[Interval], sizes: Sequence[int], axis: int) -> Interval:
+    """Along `axis` every part is spread to its full size; other axes broadcast."""
+    ends = []
+    rank = xs[0].low.ndim
+    common = list(np.broadcast_shapes(*(_without(x.low.shape, axis) for x in xs)))
+    for side in ("low", "high"):
+        parts = []
+        for x, size in zip(xs, sizes, strict=True):
+            shape = [*common[:axis], size, *common[axis : rank - 1]]
+            parts.append(np.broadcast_to(getattr(x, side), shape))
+        ends.append(np.concatenate(parts, axis))
+    return Interval(ends[0], ends[1])
+
+
+def total(x: Interval, shape: Shape, axes: Sequence[int]) -> Interval:
+    """Sum over `axes`, which are dropped."""
+    count = 1
+    for a in axes:
+        count *= shape[a] if x.low.shape[a] == 1 else 1
+    low, high = x.low.sum(axis=tuple(axes)) * count, x.high.sum(axis=tuple(axes)) * count
+    terms = int(np.prod([shape[a] for a in axes]))
+    slack = (terms + 4) * EPSILON * terms * x.magnitude
+    return Interval(np.asarray(low) - slack, np.asarray(high) + slack)
+
+
+def conv(x: Interval, w: Interval, groups: int, padded: bool) -> Interval:
+    """Per output channel: x: N×C×·×·, w: O×C/groups×kh×kw. Space is taken as one hull."""
+    low, high = x.low.min(axis=(2, 3)), x.high.max(axis=(2, 3))
+    if padded:
+        low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+    outputs, per_group, kh, kw = w.low.shape
+    shape = (low.shape[0], groups * per_group)
+    each = Interval(np.broadcast_to(low, shape), np.broadcast_to(high, shape))
+    wc, wr = _centre(w), _radius(w)
+    # The centre is the same for every tap, so the taps' weights add up; the radii do not cancel.
+    weight = wc.sum(axis=(2, 3))
+    spread = (np.abs(wc) + wr).sum(axis=(2, 3))
+    error = wr.sum(axis=(2, 3))
+    lows, highs = [], []
+    for g in range(groups):
+        xs = slice(g * per_group, (g + 1) * per_group)
+        os = slice(g * (outputs // groups), (g + 1) * (outputs // groups))
+        ac, ar = _centre(each)[:, xs], _radius(each)[:, xs]
+        centre = ac @ weight[os].T
+        radius = ar @ spread[os].T + np.abs(ac) @ error[os].T
+        slack = (per_group * kh * kw + 4) * EPSILON * (np.abs(ac) @ spread[os].T + radius)
+        lows.append(centre - radius - slack)
+        highs.append(centre + radius + slack)
+    ends = [np.concatenate(e, axis=1)[:, :, None, None] for e in (lows, highs)]
+    return Interval(ends[0], ends[1])
+
+
+def _rounded(low: Reals, high: Reals) -> Interval:
+    return Interval(low - EPSILON * np.abs(low), high + EPSILON * np.abs(high))
+
+
+def _centre(x: Interval) -> Reals:
+    return x.low if x.low is x.high else (x.low + x.high) / 2
+
+
+def _radius(x: Interval) -> Reals:
+    return np.zeros_like(x.low) if x.low is x.high else (x.high - x.low) / 2
+
+
+def _spread(x: Interval, axis: int, size: int) -> Interval:
+    if x.low.shape[axis] == size:
+        return x
+    shape = list(x.low.shape)
+    shape[axis] = size
+    return Interval(np.broadcast_to(x.low, shape), np.broadcast_to(x.high, shape))
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    return shape[:axis] + shape[axis + 1 :]

@@ -1,0 +1,106 @@
+"""Graph → draft: every node through its lowering function, all problems collected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpcserve.compiler.builder import Builder, Operand, Ref
+from mpcserve.compiler.draft import Draft
+from mpcserve.compiler.graph import Graph, Node
+from mpcserve.compiler.problems import Problem, Unsupported
+from mpcserve.compiler.registry import Lowering, Registry
+
+Reach = tuple[float, float, str]
+"""(low, high, known) of an input."""
+
+Hull = tuple[float, float]
+"""(low, high) seen in samples, margin included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """`inputs`: declared range per input. `values`: hull per tensor that samples passed through."""
+
+    inputs: Mapping[str, Reach]
+    values: Mapping[str, Hull]
+
+
+def lower(
+    graph: Graph, ranges: Ranges, frac_bits: int, registry: Registry
+) -> tuple[Draft, list[Problem]]:
+    """The draft of a graph. It is of no use when problems were found."""
+    b = Builder(frac_bits, graph.opset)
+    known: dict[str, Operand] = dict(graph.constants)
+    problems: list[Problem] = []
+    for i in graph.inputs:
+        known[i.name] = b.input(i.name, i.dtype, i.shape, ranges.inputs[i.name])
+    for node in graph.nodes:
+        problems += _lower_node(b, node, graph, known, registry)
+        for name in node.outputs:
+            value = known.get(name)
+            if name in ranges.values and isinstance(value, Ref):
+                b.sampled(value, *ranges.values[name])
+    for o in graph.outputs:
+        value = known.get(o.name)
+        if isinstance(value, Ref):
+            b.layer = ""
+            b.output(o.name, o.dtype, value)
+        elif not problems:
+            reason = f"output {o.name!r} depends on no input"
+            problems.append(Problem("", "", reason, "remove it from the model's outputs"))
+    return b.draft(), problems
+
+
+def _lower_node(
+    b: Builder, node: Node, graph: Graph, known: dict[str, Operand], registry: Registry
+) -> list[Problem]:
+    b.layer, b.n_outputs = node.name, sum(map(bool, node.outputs))
+    entry = registry.find(node.op, graph.opset, node.domain)
+    if entry is None:
+        problem = unknown_op(node, graph.opset, registry)
+    else:
+        try:
+            known.update(_call(b, entry, node, known))
+            return []
+        except Unsupported as e:
+            problem = Problem(node.name, node.op, e.reason, e.hint)
+    # A stand-in lets the nodes behind this one be checked too.
+    for name in node.outputs:
+        if name in graph.shapes:
+            known[name] = b.input(name, "float32", graph.shapes[name], (-1.0, 1.0, "assumed"))
+    return [problem]
+
+
+def unknown_op(node: Node, opset: int, registry: Registry) -> Problem:
+    """What to say of an operator that has no lowering."""
+    domain = f" of domain {node.domain!r}" if node.domain not in ("", "ai.onnx") else ""
+    close = [n for n in registry.names() if n.lower() == node.op.lower()]
+    hint = f"did you mean {close[0]}?" if close else "replace it by supported operators"
+    return Problem(node.name, node.op, f"operator{domain} is not supported in opset {opset}", hint)
+
+
+def _call(
+    b: Builder, entry: Lowering, node: Node, known: Mapping[str, Operand]
+) -> dict[str, Operand]:
+    missing = [i for i in node.inputs if i and i not in known]
+    if missing:
+        raise Unsupported(f"its input {missing[0]!r} could not be lowered")
+    operands = [known[i] if i else None for i in node.inputs]
+    if not any(isinstance(x, Ref) for x in operands):
+        raise Unsupported("all its inputs are constant, yet it could not be folded")
+    unknown = sorted(set(node.attrs) - set(entry.attributes))
+    if unknown:
+        raise Unsupported(f"attribute {unknown[0]!r} is not supported")
+    for x in operands:
+        if isinstance(x, np.ndarray) and not np.issubdtype(x.dtype, np.number):
+            raise Unsupported(f"a constant input has elements of {x.dtype}")
+    try:
+        result = entry.function(b, *operands, **node.attrs)
+    except (TypeError, ValueError, IndexError) as e:
+        raise Unsupported(f"its inputs or attributes do not fit: {e}") from e
+    outputs = result if isinstance(result, tuple) else (result,)
+    names = [n for n in node.outputs if n]
+    return dict(zip(names, outputs, strict=False))

@@ -1,0 +1,110 @@
+"""compile_model: the whole way from an ONNX model to a plan and encoded weights.
+
+load      path, bytes, ModelProto → ModelProto with its data
+survey    all that is wrong without running it
+import    newest opset, fixed batch, shapes, folding → graph
+PASSES    graph → graph, same function
+ranges    declared, sampled or assumed
+lower     graph → draft
+DRAFTS    draft → draft
+widths    draft → plan
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler import calibrate as samples
+from mpcserve.compiler import importing
+from mpcserve.compiler.artifact import CompiledModel
+from mpcserve.compiler.draft import Draft, check_draft
+from mpcserve.compiler.graph import Graph
+from mpcserve.compiler.load import Source, load_model, structure_digest
+from mpcserve.compiler.lower import Ranges, lower
+from mpcserve.compiler.passes.deduplicate import deduplicate
+from mpcserve.compiler.passes.identities import remove_identities
+from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
+from mpcserve.compiler.passes.unused import remove_unused
+from mpcserve.compiler.precision import check_fit, tune_weights
+from mpcserve.compiler.problems import raise_all
+from mpcserve.compiler.registry import registry
+from mpcserve.compiler.survey import fix_batch, survey
+from mpcserve.compiler.widths import assign_widths, extended
+from mpcserve.errors import ModelError
+from mpcserve.plan import Plan, verify_plan
+
+PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    remove_identities,  # Identity, Dropout, casts between floats: nothing to do
+    relu_after_maxpool,  # Relu → MaxPool becomes MaxPool → Relu: fewer comparisons
+)
+
+DRAFTS: tuple[Callable[[Draft], Draft], ...] = (
+    deduplicate,  # equal steps of equal operands are computed once
+    remove_unused,  # what no output needs is not computed
+)
+
+
+def compile_model(
+    source: Source,
+    *,
+    name: str | None = None,
+    calibrate: samples.Samples | None = None,
+    input_range: tuple[float, float] | None = None,
+    batch: int = 1,
+    frac_bits: int = 16,
+    margin_bits: int = 1,
+) -> CompiledModel:
+    """Compile an ONNX model. Raises: ModelError whose `problems` lists all that is wrong."""
+    graph, digest = import_graph(source, batch)
+    name = name or graph.name
+    for run in PASSES:
+        graph = run(graph)
+    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits)
+    draft, problems = lower(graph, ranges, frac_bits, registry())
+    raise_all(graph.name, problems)
+    for step in DRAFTS:
+        draft = step(draft)
+        check_draft(draft, step.__name__)
+    draft = tune_weights(draft, frac_bits)
+    check_draft(draft, "tune_weights")
+    raise_all(graph.name, check_fit(draft, frac_bits))
+    draft = extended(draft)
+    check_draft(draft, "extended")
+    about: dict[str, Any] = {
+        "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
+        "opset": graph.opset,
+        "model_digest": digest,
+        "notes": tuple(notes),
+    }
+    plan = assign_widths(draft, name, **about)
+    verify_plan(plan)
+    return CompiledModel(plan, encoded_weights(plan, draft))
+
+
+def import_graph(source: Source, batch: int) -> tuple[Graph, str]:
+    """(graph, digest of the structure) of a model whose operators are all known."""
+    model, name = load_model(source)
+    digest = structure_digest(model)
+    model = importing.named(model)
+    found = registry()
+    problems = [*fix_batch(model, batch), *survey(model, found)]
+    raise_all(name, problems)
+    try:
+        model = importing.folded(importing.converted(model))
+        graph, problems = importing.folded_graph(model, name)
+    except ModelError as e:
+        raise ModelError(f"{name}: {e.message}", e.hint, (e.message,)) from None
+    raise_all(name, problems)
+    return graph, digest
+
+
+def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:
+    """Each weight as integers at its value's fraction bits."""
+    return {
+        name: np.rint(np.ldexp(draft.arrays[name], plan.value(id).frac_bits)).astype(np.int64)
+        for name, id in plan.weights.items()
+    }

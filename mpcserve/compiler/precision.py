@@ -1,0 +1,143 @@
+"""Fraction bits of weights: enough that rounding a weight is not felt, few enough to fit 64 bits.
+
+A weight w at `frac_bits` errs by 2^-(frac_bits+1). The product truncates as many bits as the weight
+brings, so its accumulator is `truncate` bits wider than its result: bound + truncate ≤ 62 must hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import frexp
+
+import numpy as np
+
+from mpcserve.compiler.draft import Draft, Step
+from mpcserve.compiler.functions import WIDEST_BOUND
+from mpcserve.compiler.problems import Problem
+from mpcserve.compiler.ranges import settle_all
+from mpcserve.plan.ops import PRODUCTS
+
+SMALL_WEIGHT_BITS = 4
+"""The largest entry of a weight keeps at least frac_bits − 4 significant bits."""
+
+LARGE_OPERAND_BITS = 6
+"""Operands beyond ±2^6 ask for as many more weight bits: a weight's error is multiplied by them."""
+
+MOST_EXTRA_BITS = 16
+FEWEST_BITS = 6
+"""Below six fraction bits a weight is noise; then the model does not fit."""
+
+
+def tune_weights(draft: Draft, frac_bits: int) -> Draft:
+    """Every weight that only products read gets the fraction bits it needs, as far as they fit."""
+    change: dict[int, int] = {}
+    for id, products in _tunable(draft):
+        step = draft.steps[id]
+        wish = _wished(draft, id, products, frac_bits) - step.frac_bits
+        room = min(_room(draft.steps[p]) for p in products)
+        by = min(wish, room) if room >= 0 else room
+        least = max(-int(draft.steps[p].attrs["truncate"]) for p in products)
+        by = max(by, FEWEST_BITS - step.frac_bits, least)
+        if by:
+            change[id] = by
+    return settle_all(_apply(draft, change)) if change else draft
+
+
+def check_fit(draft: Draft, frac_bits: int) -> list[Problem]:
+    """One problem per layer whose bounds need more than 64 bits."""
+    short: dict[str, tuple[int, Step]] = {}
+    for step in draft.steps:
+        spare = step.attrs["truncate"] if step.op in PRODUCTS else 0
+        excess = step.bound + spare - WIDEST_BOUND
+        if excess > short.get(step.layer, (0, step))[0]:
+            short[step.layer] = (excess, step)
+    return [
+        Problem(
+            layer,
+            step.op,
+            f"its range ±2^{step.bound - step.frac_bits} does not fit 64 bits: {excess} bits short",
+            "calibrate with samples (--calibrate), narrow --input-range, "
+            f"or lower --frac-bits by {-(-excess // 2)}",
+        )
+        for layer, (excess, step) in short.items()
+    ]
+
+
+def _room(product: Step) -> int:
+    """By how many bits the truncation may grow (negative: must shrink)."""
+    # One bit is kept back: rounding the weight anew may move the bound across a power of two.
+    return WIDEST_BOUND - 1 - product.bound - int(product.attrs["truncate"])
+
+
+def _wished(draft: Draft, id: int, products: list[int], frac_bits: int) -> int:
+    largest = float(np.abs(draft.arrays[draft.steps[id].attrs["name"]]).max(initial=0.0))
+    if largest == 0.0:
+        return frac_bits
+    small = frac_bits - SMALL_WEIGHT_BITS - frexp(largest)[1] + 1
+    reach = max(_other(draft, p, id).interval.magnitude for p in products)
+    near = any(_near_input(draft, p, id) for p in products)
+    large = frac_bits + frexp(reach)[1] - LARGE_OPERAND_BITS if near else frac_bits
+    return min(max(frac_bits, small, large), frac_bits + MOST_EXTRA_BITS)
+
+
+def _other(draft: Draft, product: int, weight: int) -> Step:
+    x, y = draft.steps[product].inputs[:2]
+    return draft.steps[y if x == weight else x]
+
+
+def _near_input(draft: Draft, product: int, weight: int) -> bool:
+    """Whether the other operand's range is a real one: an input's, or one seen in samples."""
+    step = _other(draft, product, weight)
+    while step.op in ("reshape", "transpose", "pad", "slice", "offset", "add", "sub", "concat"):
+        if step.sampled is not None:
+            return True
+        step = draft.steps[step.inputs[0]]
+    return step.op == "input" or step.sampled is not None
+
+
+def _tunable(draft: Draft) -> Iterator[tuple[int, list[int]]]:
+    """(weight, its products) where nothing but products reads the weight, as one factor."""
+    users = draft.users()
+    for id, step in enumerate(draft.steps):
+        if step.op != "weight":
+            continue
+        readers = users.get(id, [])
+        if readers and all(_tunes(draft, users, r, id) for r in readers):
+            yield id, readers
+
+
+def _tunes(draft: Draft, users: Mapping[int, list[int]], product: int, weight: int) -> bool:
+    step = draft.steps[product]
+    if step.op not in PRODUCTS or step.inputs[:2].count(weight) != 1 or weight in step.inputs[2:]:
+        return False
+    if draft.steps[_other_id(step, weight)].op == "weight":
+        return False
+    addends = step.inputs[2:]
+    return all(draft.steps[a].op == "weight" and users[a] == [product] for a in addends)
+
+
+def _other_id(step: Step, weight: int) -> int:
+    x, y = step.inputs[:2]
+    return y if x == weight else x
+
+
+def _apply(draft: Draft, change: Mapping[int, int]) -> Draft:
+    steps = list(draft.steps)
+    for id, by in change.items():
+        steps[id] = replace(steps[id], frac_bits=steps[id].frac_bits + by)
+    for id, step in enumerate(draft.steps):
+        if step.op not in PRODUCTS:
+            continue
+        for weight in step.inputs[:2]:
+            if weight in change:
+                steps[id] = _moved(steps, id, change[weight])
+    return replace(draft, steps=tuple(steps))
+
+
+def _moved(steps: list[Step], product: int, by: int) -> Step:
+    """The product with `by` more weight bits: it truncates more, its addend is finer."""
+    step = steps[product]
+    for addend in step.inputs[2:]:
+        steps[addend] = replace(steps[addend], frac_bits=steps[addend].frac_bits + by)
+    return replace(step, attrs=dict(step.attrs) | {"truncate": step.attrs["truncate"] + by})

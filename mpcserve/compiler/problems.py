@@ -1,0 +1,46 @@
+"""What can be wrong with a model: one line per problem, all of them raised together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpcserve.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`node` and `op` may be empty when the problem is the whole model's or an input's."""
+
+    node: str
+    op: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"node {self.node!r} ({self.op})" if self.op else self.node
+        text = f"{where}: {self.reason}" if where else self.reason
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+class Unsupported(Exception):  # noqa: N818 - it is a finding, collected into a Problem
+    """Raised by a lowering function: this node, with these attributes, cannot be lowered."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def raise_all(model: str, problems: Sequence[Problem]) -> None:
+    """Nothing to raise, no error. Raises: ModelError whose `problems` lists every problem."""
+    if not problems:
+        return
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    text = str(Problem(first.node, first.op, first.reason))
+    raise ModelError(
+        f"{model}: {text}{more}",
+        first.hint or "run `mpcserve check` to list every node",
+        tuple(map(str, problems)),
+    )

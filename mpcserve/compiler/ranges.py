@@ -1,0 +1,178 @@
+"""Proved ranges: interval arithmetic over a draft, one rule per instruction.
+
+Intervals speak of the very integers that the servers will hold (as reals: x / 2^frac_bits), with
+weights as encoded and with every truncation's error, not of the ideal real function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mpcserve.compiler import interval as iv
+from mpcserve.compiler.draft import Draft, Step, weakest
+from mpcserve.compiler.interval import Interval
+from mpcserve.plan.ops import OPS
+
+PRODUCT_ULPS = 1.0
+"""A product's stochastic truncation errs by less than one ulp of the result."""
+
+SHIFT_ULPS = 1.5
+"""A local shift rounds Δ and both mask shares separately: less than one and a half ulps."""
+
+Rule = Callable[[Step, Sequence[Step]], Interval]
+
+
+def interval_of(step: Step, operands: Sequence[Step]) -> Interval:
+    """What the operands' intervals prove of the step's value, before what is stated or sampled."""
+    return RULES[step.op](step, operands)
+
+
+def settle(step: Step, operands: Sequence[Step]) -> Step:
+    """The step with its interval: proved, or sampled where that saves a bit.
+
+    A step without operands brings its own interval and `known`.
+    """
+    if not operands:
+        return step
+    proved = interval_of(step, operands)
+    if step.stated is not None:
+        proved = iv.intersect(proved, step.stated)
+    known = weakest([x.known for x in operands])
+    if known == "exact" and not OPS[step.op].local:
+        known = "proved"
+    if step.sampled is not None:
+        narrowed = iv.intersect(proved, step.sampled)
+        if iv.bound_of(narrowed, step.frac_bits) < iv.bound_of(proved, step.frac_bits):
+            return replace(step, interval=narrowed, known=weakest([known, "calibrated"]))
+    return replace(step, interval=proved, known=known)
+
+
+def settle_all(draft: Draft) -> Draft:
+    """All intervals anew, for when fraction bits have changed."""
+    steps: list[Step] = []
+    for step in draft.steps:
+        if step.op == "weight":
+            values = encoded(draft.arrays[step.attrs["name"]], step.frac_bits)
+            step = replace(step, interval=iv.exactly(values))
+        steps.append(settle(step, [steps[j] for j in step.inputs]))
+    return replace(draft, steps=tuple(steps))
+
+
+def encoded(values: iv.Reals, frac_bits: int) -> iv.Reals:
+    """The reals that a weight becomes: rounded to `frac_bits`."""
+    return np.ldexp(np.rint(np.ldexp(values, frac_bits)), -frac_bits)
+
+
+def _ulp(step: Step) -> float:
+    return 2.0**-step.frac_bits
+
+
+def _aligned(step: Step, xs: Sequence[Step]) -> tuple[Interval, ...]:
+    """Operand intervals with their ranks raised to the result's."""
+    return tuple(_ranked(x.interval, len(step.shape)) for x in xs)
+
+
+def _ranked(x: Interval, rank: int) -> Interval:
+    lead = (1,) * (rank - x.low.ndim)
+    if not lead:
+        return x
+    return Interval(x.low.reshape(lead + x.low.shape), x.high.reshape(lead + x.high.shape))
+
+
+def _product(exact: Callable[[Step, Sequence[Step]], Interval]) -> Rule:
+    def rule(step: Step, xs: Sequence[Step]) -> Interval:
+        result = exact(step, xs)
+        if len(xs) == 3:
+            result = iv.add(result, _ranked(xs[2].interval, len(step.shape)))
+        return iv.widen(result, PRODUCT_ULPS * _ulp(step)) if step.attrs["truncate"] else result
+
+    return rule
+
+
+def _mul(step: Step, xs: Sequence[Step]) -> Interval:
+    if step.inputs[0] == step.inputs[1]:
+        square = iv.mul(xs[0].interval, xs[0].interval)
+        return Interval(np.maximum(square.low, 0.0), square.high)
+    return iv.mul(*_aligned(step, xs[:2]))
+
+
+def _matmul(step: Step, xs: Sequence[Step]) -> Interval:
+    return iv.matmul(*_aligned(step, xs[:2]), inner=xs[0].shape[-1])
+
+
+def _conv(step: Step, xs: Sequence[Step]) -> Interval:
+    return iv.conv(xs[0].interval, xs[1].interval, step.attrs["groups"], any(step.attrs["pads"]))
+
+
+def _scale(step: Step, xs: Sequence[Step]) -> Interval:
+    factor = np.ldexp(float(step.attrs["factor"]), xs[0].frac_bits - step.frac_bits)
+    return iv.scale(xs[0].interval, float(factor))
+
+
+def _shift(step: Step, xs: Sequence[Step]) -> Interval:
+    factor = 2.0 ** (xs[0].frac_bits - step.attrs["bits"] - step.frac_bits)
+    return iv.widen(iv.scale(xs[0].interval, factor), SHIFT_ULPS * _ulp(step))
+
+
+def _offset(step: Step, xs: Sequence[Step]) -> Interval:
+    by = float(np.ldexp(float(step.attrs["value"]), -step.frac_bits))
+    return iv.add(xs[0].interval, iv.uniform(by, by, len(step.shape)))
+
+
+def _slice(step: Step, xs: Sequence[Step]) -> Interval:
+    found = xs[0].interval
+    attrs = step.attrs
+    for axis, bounds in enumerate(
+        zip(attrs["starts"], attrs["stops"], attrs["steps"], strict=True)
+    ):
+        found = iv.take(found, axis, slice(*bounds))
+    return found
+
+
+def _transpose(step: Step, xs: Sequence[Step]) -> Interval:
+    perm = step.attrs["perm"]
+    return Interval(xs[0].interval.low.transpose(perm), xs[0].interval.high.transpose(perm))
+
+
+def _pad(step: Step, xs: Sequence[Step]) -> Interval:
+    attrs = step.attrs
+    value = float(np.ldexp(float(attrs["value"]), -step.frac_bits))
+    return iv.pad(xs[0].interval, attrs["before"], attrs["after"], value)
+
+
+def _concat(step: Step, xs: Sequence[Step]) -> Interval:
+    axis = step.attrs["axis"]
+    return iv.concat([x.interval for x in xs], [x.shape[axis] for x in xs], axis)
+
+
+def _select(step: Step, xs: Sequence[Step]) -> Interval:
+    x = xs[1].interval
+    return iv.hull(
+        Interval(np.maximum(x.low, 0.0), x.high) if step.attrs["nonnegative"] else x, 0.0
+    )
+
+
+RULES: Mapping[str, Rule] = {
+    "add": lambda s, xs: iv.add(*_aligned(s, xs)),
+    "sub": lambda s, xs: iv.sub(*_aligned(s, xs)),
+    "scale": _scale,
+    "offset": _offset,
+    "shift": _shift,
+    "reshape": lambda s, xs: iv.reshape(xs[0].interval, xs[0].shape, s.shape),
+    "transpose": _transpose,
+    "slice": _slice,
+    "concat": _concat,
+    "pad": _pad,
+    "expand": lambda s, xs: _aligned(s, xs)[0],
+    "gather": lambda s, xs: iv.take(xs[0].interval, s.attrs["axis"], s.attrs["indices"]),
+    "sum": lambda s, xs: iv.total(xs[0].interval, xs[0].shape, s.attrs["axes"]),
+    "mul": _product(_mul),
+    "matmul": _product(_matmul),
+    "conv": _product(_conv),
+    "sign": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
+    "select": _select,
+    "extend": lambda s, xs: xs[0].interval,
+}

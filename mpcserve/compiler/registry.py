@@ -1,0 +1,89 @@
+"""The registry of lowering functions: one function per ONNX operator.
+
+    @lowers("HardSigmoid", since=6)
+    def hard_sigmoid(b: Builder, x: Ref, /, *, alpha: float = 0.2, beta: float = 0.5) -> Ref: ...
+
+Positional parameters are the node's inputs in order (None where an optional one is missing),
+keyword parameters are the schema's attributes with the schema's defaults. `since`: the oldest opset
+whose form the function understands; of several functions for one operator the newest that is not
+newer than the model serves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MARK = "__lowers__"
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """One entry: `attributes` are the keyword parameters, `summary` the docstring's first line."""
+
+    op: str
+    since: int
+    function: Callable[..., Any]
+    attributes: Mapping[str, Any]
+    summary: str
+    family: str
+
+
+def lowers(*ops: str, since: int = 7) -> Callable[[F], F]:
+    """Mark a function as the lowering of the operators `ops` from opset `since` on."""
+
+    def mark(function: F) -> F:
+        marks = [*getattr(function, _MARK, ()), *((op, since) for op in ops)]
+        setattr(function, _MARK, tuple(marks))
+        return function
+
+    return mark
+
+
+class Registry:
+    """All lowering functions found in `mpcserve.compiler.ops`."""
+
+    def __init__(self, entries: tuple[Lowering, ...]) -> None:
+        self.entries = entries
+        self._by_op: dict[str, list[Lowering]] = {}
+        for entry in sorted(entries, key=lambda e: e.since):
+            self._by_op.setdefault(entry.op, []).append(entry)
+
+    def find(self, op: str, opset: int, domain: str = "") -> Lowering | None:
+        """The function that serves `op` in a model of `opset`."""
+        if domain not in ("", "ai.onnx"):
+            return None
+        fitting = [e for e in self._by_op.get(op, ()) if e.since <= opset]
+        return fitting[-1] if fitting else None
+
+    def names(self) -> list[str]:
+        """Operators, sorted."""
+        return sorted(self._by_op)
+
+
+def registry() -> Registry:
+    """Every marked function of every module in the package `ops`."""
+    from mpcserve.compiler import ops
+
+    entries = []
+    for info in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"{ops.__name__}.{info.name}")
+        for function in vars(module).values():
+            if getattr(function, "__module__", "") == module.__name__:
+                for op, since in getattr(function, _MARK, ()):
+                    entries.append(_entry(op, since, function, info.name))
+    return Registry(tuple(entries))
+
+
+def _entry(op: str, since: int, function: Callable[..., Any], family: str) -> Lowering:
+    parameters = inspect.signature(function).parameters.values()
+    attributes = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    summary = (inspect.getdoc(function) or "").partition("\n")[0]
+    return Lowering(op, since, function, MappingProxyType(attributes), summary, family)

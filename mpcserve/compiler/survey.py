@@ -1,0 +1,124 @@
+"""What can be said of a model before any of it is run: inputs, numbers, operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from mpcserve.compiler.graph import Node
+from mpcserve.compiler.load import OLDEST_OPSET, opset_of, tensors_of
+from mpcserve.compiler.lower import unknown_op
+from mpcserve.compiler.problems import Problem
+from mpcserve.compiler.registry import Registry
+
+_SHAPE_ONLY = frozenset({"Shape", "Size"})
+"""Operators whose result depends on a shape alone: constants once shapes are fixed."""
+
+
+def survey(model: onnx.ModelProto, registry: Registry) -> list[Problem]:
+    """Everything that is wrong without running the model."""
+    opset = opset_of(model)
+    if opset < OLDEST_OPSET:
+        reason = f"opset {opset} is older than {OLDEST_OPSET}"
+        return [Problem("", "", reason, f"export the model with opset {OLDEST_OPSET} or newer")]
+    return [*_numbers(model.graph), *_operators(model, registry)]
+
+
+def secret_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Nodes whose result depends on an input's values, in order."""
+    constants = {t.name for t in graph.initializer}
+    secret = {i.name for i in graph.input if i.name not in constants}
+    found = []
+    for node in graph.node:
+        inputs = {*node.input, *_captured(node)}
+        if node.op_type not in _SHAPE_ONLY and inputs & secret:
+            secret.update(node.output)
+            found.append(node)
+    return found
+
+
+def fix_batch(model: onnx.ModelProto, batch: int) -> list[Problem]:
+    """Write the batch into the inputs' shapes, in place; other dynamic axes are problems."""
+    graph = model.graph
+    constants = {t.name for t in graph.initializer}
+    inputs = [i for i in graph.input if i.name not in constants]
+    problems: list[Problem] = []
+    symbols = {
+        d.dim_param
+        for i in inputs
+        for d in i.type.tensor_type.shape.dim[:1]
+        if not d.dim_value and d.dim_param
+    }
+    for i in inputs:
+        if not i.type.HasField("tensor_type") or not i.type.tensor_type.HasField("shape"):
+            problems.append(
+                Problem(f"input {i.name!r}", "", "has no shape", "export it with a shape")
+            )
+            continue
+        for axis, d in enumerate(i.type.tensor_type.shape.dim):
+            if d.dim_value > 0:
+                if axis == 0 and batch not in (1, d.dim_value):
+                    problems.append(_fixed(i.name, d.dim_value, batch))
+            elif axis == 0 or d.dim_param in symbols:
+                d.dim_value = batch
+            else:
+                problems.append(_dynamic(i.name, axis, d.dim_param))
+    return problems
+
+
+def _fixed(name: str, size: int, batch: int) -> Problem:
+    return Problem(
+        f"input {name!r}",
+        "",
+        f"has a fixed batch of {size}, expected {batch}",
+        "export it with a symbolic batch, or leave --batch out",
+    )
+
+
+def _dynamic(name: str, axis: int, symbol: str) -> Problem:
+    called = f" ({symbol!r})" if symbol else ""
+    return Problem(
+        f"input {name!r}",
+        "",
+        f"axis {axis}{called} has no fixed length",
+        "only the batch may vary; export the model with this length fixed",
+    )
+
+
+def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:
+    readers: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, node)
+    for holder, tensor in tensors_of(graph):
+        array = numpy_helper.to_array(tensor)
+        if not np.issubdtype(array.dtype, np.inexact):
+            continue
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if bad:
+            reader = readers.get(tensor.name)
+            where = (reader.name, reader.op_type) if reader is not None else ("", "")
+            reason = f"{holder} holds {bad} numbers that are NaN or infinite"
+            yield Problem(*where, reason, "train or export the model again")
+
+
+def _operators(model: onnx.ModelProto, registry: Registry) -> Iterator[Problem]:
+    opset = opset_of(model)
+    for node in secret_nodes(model.graph):
+        if registry.find(node.op_type, opset, node.domain) is None:
+            plain = Node(node.op_type, (), (), {}, node.name, node.domain)
+            yield unknown_op(plain, opset, registry)
+
+
+def _captured(node: onnx.NodeProto) -> set[str]:
+    """Names that a node's subgraphs read."""
+    return {
+        name
+        for attribute in node.attribute
+        if attribute.type == onnx.AttributeProto.GRAPH
+        for inner in attribute.g.node
+        for name in (*inner.input, *_captured(inner))
+    }

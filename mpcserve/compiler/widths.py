@@ -1,0 +1,178 @@
+"""Draft → plan: how many bits each value is shared with, decided by what its readers need.
+
+Backwards over the steps, every reader states the width it needs of each operand:
+
+    sign, relu's select       bound + 1           (they read no more)
+    general select, extend    bound + 2
+    product                   its ring: accumulator bound + 1, or what its result must deliver + t
+    shift by k                own width + k
+    other local steps         own width
+    output                    bound + 1
+
+A product delivers at most 64 − t bits after truncating t. Where more is needed, an `extend` is put
+where it touches the fewest elements: a round and the bits that a wider ring costs, nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+from mpcserve.compiler.chunks import sign_chunks
+from mpcserve.compiler.draft import Draft, Step
+from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
+
+
+def extended(draft: Draft) -> Draft:
+    """The draft with `extend` steps where a product cannot deliver what is needed of it."""
+    while wider := _Needs(draft).wider:
+        draft = _insert(draft, wider)
+    return draft
+
+
+def assign_widths(draft: Draft, name: str, **about: Any) -> Plan:
+    """The plan of a draft that needs no more `extend`."""
+    needs = _Needs(draft)
+    assert not needs.wider, "insert the extends first"
+    instructions = tuple(
+        _instruction(id, step, needs.width, draft) for id, step in enumerate(draft.steps)
+    )
+    return Plan(name, instructions, draft.inputs, draft.outputs, **about)
+
+
+OUTPUT = -1
+"""Stands for the data owner among the readers of a value."""
+
+
+def least_width(step: Step) -> int:
+    """The narrowest width that holds the value."""
+    return 1 if step.op == "sign" else max(step.bound + 1, 2)
+
+
+@dataclass
+class _Needs:
+    """One backward walk. `width`: per value. `wider`: value to extend → width → its readers."""
+
+    draft: Draft
+    width: list[int] = field(init=False)
+    wider: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        steps = self.draft.steps
+        self.caps = _caps(steps)
+        self.width = [_own_width(s, steps) for s in steps]
+        for o in self.draft.outputs:
+            self.need(OUTPUT, o.id, least_width(steps[o.id]))
+        for id in reversed(range(len(steps))):
+            for j, width in operand_needs(steps[id], self.width[id], steps):
+                self.need(id, j, width)
+
+    def need(self, reader: int, id: int, width: int) -> None:
+        """`reader` reads `id` with `width` bits."""
+        if width <= self.caps[id] or self._cheaper_before(id, width):
+            self.width[id] = max(self.width[id], width)
+        else:
+            readers = self.wider.setdefault(id, {})
+            readers[reader] = max(width, readers.get(reader, 0))
+
+    def _cheaper_before(self, id: int, width: int) -> bool:
+        """Whether extending what `id` is made of touches fewer elements than extending `id`."""
+        return self._extended(id, width) < prod(self.draft.steps[id].shape)
+
+    def _extended(self, id: int, width: int) -> int:
+        """Elements to extend, at best, so that `id` has `width` bits."""
+        step = self.draft.steps[id]
+        if width <= self.caps[id]:
+            return 0
+        here = prod(step.shape)
+        if not OPS[step.op].local:
+            return here
+        spare = step.attrs["bits"] if step.op == "shift" else 0
+        if width + spare > RING_BITS:
+            return here
+        before = sum(self._extended(j, width + spare) for j in dict.fromkeys(step.inputs))
+        return min(here, before)
+
+
+def _caps(steps: tuple[Step, ...]) -> list[int]:
+    """The widest that each value can be without an extend."""
+    caps: list[int] = []
+    for s in steps:
+        if s.op in PRODUCTS:
+            caps.append(RING_BITS - s.attrs["truncate"])
+        elif OPS[s.op].local and s.inputs:
+            spare = s.attrs["bits"] if s.op == "shift" else 0
+            caps.append(min(caps[j] for j in s.inputs) - spare)
+        else:
+            caps.append(RING_BITS)
+    return caps
+
+
+def ring_of(step: Step, width: int) -> int:
+    """A product's ring when its result has `width` bits."""
+    return max(least_width(step), width) + int(step.attrs["truncate"])
+
+
+def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple[int, int]]:
+    """(operand, width) for each operand of a step whose value has `width` bits."""
+    if step.op in PRODUCTS:
+        return [(j, ring_of(step, width)) for j in step.inputs]
+    if step.op == "select":
+        bit, x = step.inputs
+        return [(bit, 1), (x, _read_width(step, steps[x]))]
+    if step.op in ("sign", "extend"):
+        return [(step.inputs[0], _read_width(step, steps[step.inputs[0]]))]
+    spare = step.attrs["bits"] if step.op == "shift" else 0
+    return [(j, width + spare) for j in step.inputs]
+
+
+def _own_width(step: Step, steps: tuple[Step, ...]) -> int:
+    """The narrowest value that the step can make: a select writes no fewer bits than it reads."""
+    if step.op in ("select", "extend"):
+        return max(least_width(step), _read_width(step, steps[step.inputs[-1]]))
+    return least_width(step)
+
+
+def _read_width(step: Step, x: Step) -> int:
+    """The bits of its operand that a sign, select or extend reads."""
+    tight = step.op == "sign" or (step.op == "select" and step.attrs["nonnegative"])
+    return max(x.bound, 1) + (1 if tight else 2)
+
+
+def _insert(draft: Draft, wider: dict[int, dict[int, int]]) -> Draft:
+    """An extend right behind each key of `wider`; its readers read that instead."""
+    number: dict[int, int] = {}
+    extension: dict[int, int] = {}
+    steps: list[Step] = []
+    for id, step in enumerate(draft.steps):
+        inputs = tuple(extension[j] if id in wider.get(j, ()) else number[j] for j in step.inputs)
+        number[id] = len(steps)
+        steps.append(replace(step, inputs=inputs))
+        if id in wider:
+            extension[id] = len(steps)
+            extend = replace(step, op="extend", inputs=(number[id],), attrs={}, sampled=None)
+            steps.append(extend)
+    return replace(
+        draft,
+        steps=tuple(steps),
+        inputs=tuple(replace(i, id=number[i.id]) for i in draft.inputs),
+        outputs=tuple(replace(o, id=number[o.id]) for o in draft.outputs),
+    )
+
+
+def _instruction(id: int, step: Step, widths: list[int], draft: Draft) -> Instruction:
+    width = widths[id]
+    bound = 0 if step.op == "sign" else step.bound
+    value = Value(step.shape, width, step.frac_bits, bound, step.known)
+    attrs = dict(step.attrs)
+    if step.op in PRODUCTS:
+        attrs["ring"] = ring_of(step, width)
+    elif step.op == "sign":
+        x = draft.steps[step.inputs[0]]
+        attrs["chunks"], attrs["groups"] = sign_chunks(_read_width(step, x))
+    elif step.op in ("select", "extend"):
+        attrs["width"] = _read_width(step, draft.steps[step.inputs[-1]])
+    return Instruction(id, step.op, step.inputs, value, MappingProxyType(attrs), step.layer)
