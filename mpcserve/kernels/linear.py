@@ -172,19 +172,18 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, out: Words, whole: bool) -
         yield out.size
         return
     x, flat = np.ascontiguousarray(x), out.reshape(-1)
-    channel, image = g.pixels, g.out_shape[1] * g.pixels
-    for n0, n1, bands in g.chunks():
-        left = _conv_left(w, g, n1 - n0)
-        source = prepare(x, g, n0, n1, bands[0])
-        for tile in _tiles(len(left.at), g.rows, channel, g.deep, whole):
+    channel, item = g.pixels, g.rows * g.pixels
+    for first, last, bands in g.chunks():
+        left = _conv_left(w, g, first, last)
+        source = prepare(x, g, first, last, bands[0])
+        for tile in _tiles(last - first, g.rows, channel, g.deep, whole):
             for band in bands:
                 if len(bands) > 1:
-                    source = prepare(x, g, n0, n1, band)
+                    source = prepare(x, g, first, last, band)
                 right = _Right(source.words, source.at, source.offs, source.base, False)
-                at = np.arange(len(left.at)) * (g.rows * channel)
-                at += n0 * image + band[0] * g.out_shape[3]
+                at = np.arange(first, last) * item + band[0] * g.out_shape[3]
                 _multiply(left, right, flat, at, channel, g.rows, tile)
-            yield n0 * image + (tile[1] - 1) * g.rows * channel + tile[3] * channel
+            yield (first + tile[1] - 1) * item + tile[3] * channel
 
 
 def _multiply(
@@ -236,8 +235,8 @@ def _right_of(b: Words | Packed, lead: tuple[int, ...]) -> _Right:
     return _Right(words, _offsets(lead, steps), offs, base, False)
 
 
-def _conv_left(w: Words | Packed, g: Geometry, images: int) -> _Left:
-    at = np.tile(np.arange(g.groups) * (g.rows * g.deep), images)
+def _conv_left(w: Words | Packed, g: Geometry, first: int, last: int) -> _Left:
+    at = np.arange(first, last) % g.groups * (g.rows * g.deep)
     if isinstance(w, Packed):
         assert w.groups == g.groups, (w.groups, g.groups)
         return _Left(w.words, at, 0, 0, True)
@@ -249,7 +248,8 @@ def _flat(x: Words, shape: tuple[int, ...]) -> tuple[Words, tuple[int, ...]]:
     assert x.dtype == np.uint64
     if not x.flags.aligned or any(s < 0 or s % 8 for s in x.strides):
         x = np.ascontiguousarray(x)
-    steps = tuple(s // 8 for s in np.broadcast_to(x, shape).strides)
+    view = x if x.shape == shape else np.broadcast_to(x, shape)
+    steps = tuple(s // 8 for s in view.strides)
     if x.flags.c_contiguous or x.size == 0:
         return x.reshape(-1), steps
     span = 1 + sum((d - 1) * s // 8 for d, s in zip(x.shape, x.strides, strict=True))

@@ -19,7 +19,7 @@ from mpcserve.kernels.linear_micro import Index
 from mpcserve.ring import U64, Words
 
 SOURCE_WORDS = 1 << 20  # of a padded copy: 8 MiB
-SEVERAL_WORDS = 1 << 16  # small images are copied several at once, as many as fit an L2 cache
+SEVERAL_WORDS = 1 << 16  # small items are copied several at once, as many as fit an L2 cache
 
 _ZERO = U64(0)
 
@@ -38,6 +38,11 @@ class Geometry:
     dilations: Pair
     groups: int
     out_shape: tuple[int, int, int, int]
+
+    @property
+    def items(self) -> int:
+        """Independent products: one for each image and group, in this order in memory."""
+        return self.x_shape[0] * self.groups
 
     @property
     def rows(self) -> int:
@@ -72,23 +77,23 @@ class Geometry:
         return (band[1] - band[0] - 1) * self.strides[0] + reach
 
     def copy_words(self, band: Band) -> int:
-        """Words of the padded copy of one image."""
+        """Words of the padded copy of one item."""
         columns = self.row_words * self.strides[1]
-        return self.x_shape[1] * self.source_rows(band) * columns
+        return self.w_shape[1] * self.source_rows(band) * columns
 
     def chunks(self) -> Iterator[tuple[int, int, list[Band]]]:
-        """Images first : last and the bands to cut them into; one band unless they are large."""
-        count, last = self.x_shape[0], self.out_shape[2]
+        """Items first : last and the bands to cut them into; one band unless they are large."""
+        last = self.out_shape[2]
         if not self.copies:
-            yield 0, count, [(0, last)]
+            yield 0, self.items, [(0, last)]
             return
         several = max(1, SEVERAL_WORDS // self.copy_words((0, last)))
         high = last
         while high > 1 and self.copy_words((0, high)) > SOURCE_WORDS:
             high = (high + 1) // 2
         bands = [(y, min(last, y + high)) for y in range(0, last, high)]
-        for n in range(0, count, several):
-            yield n, min(count, n + several), bands
+        for item in range(0, self.items, several):
+            yield item, min(self.items, item + several), bands
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,26 +124,23 @@ def geometry_of(
     return Geometry(x, w, strides, pads, dilations, groups, out)
 
 
-def prepare(x: Words, g: Geometry, n0: int, n1: int, band: Band) -> Source:
-    """The source for images n0:n1 and the output rows of the band; one item per image and group."""
-    (high, _), (tall, wide) = g.strides, g.w_shape[2:]
+def prepare(x: Words, g: Geometry, first: int, last: int, band: Band) -> Source:
+    """The source for items first:last and the output rows of the band. x is contiguous."""
+    x = x.reshape(g.items, g.w_shape[1], *g.x_shape[2:])
+    (high, _), (channels, tall, wide) = g.strides, g.w_shape[1:]
     taps = np.arange(wide) * g.dilations[1]
     if g.copies:
-        words, first, across = _padded(x, g, n0, n1, band), 0, 1
+        words, start, across = _padded(x, g, first, last, band), 0, 1
         row = g.row_words * g.strides[1]
         plane = row * g.source_rows(band)
         taps = taps % g.strides[1] * g.row_words + taps // g.strides[1]
     else:
-        row, plane = g.x_shape[3], g.x_shape[2] * g.x_shape[3]
         words, across = x.reshape(-1), g.strides[1]
-        first = n0 * g.x_shape[1] * plane + band[0] * high * row
-    channels = g.w_shape[1]
-    tap_rows = np.arange(tall) * (g.dilations[0] * row)
-    offs = _sums(np.arange(channels) * plane, tap_rows, taps)
+        row, plane = x.shape[3], x.shape[2] * x.shape[3]
+        start = first * channels * plane + band[0] * high * row
+    offs = _sums(np.arange(channels) * plane, np.arange(tall) * (g.dilations[0] * row), taps)
     base = _sums(np.arange(band[1] - band[0]) * (high * row), np.arange(g.out_shape[3]) * across)
-    image = g.x_shape[1] * plane
-    at = _sums(np.arange(n1 - n0) * image + first, np.arange(g.groups) * (channels * plane))
-    return Source(words, at, offs, base)
+    return Source(words, start + np.arange(last - first) * (channels * plane), offs, base)
 
 
 def _sums(*terms: Index) -> Index:
@@ -149,13 +151,11 @@ def _sums(*terms: Index) -> Index:
     return total
 
 
-def _padded(x: Words, g: Geometry, n0: int, n1: int, band: Band) -> Words:
-    words = g.copy_words(band)
-    out = np.empty((n1 - n0) * words, np.uint64)
+def _padded(x: Words, g: Geometry, first: int, last: int, band: Band) -> Words:
+    out = np.empty((last - first) * g.copy_words(band), np.uint64)
     top = band[0] * g.strides[0] - g.pads[0]
-    for n in range(n0, n1):
-        copy = out[(n - n0) * words : (n - n0 + 1) * words]
-        _pad(x[n], top, g.pads[1], g.strides[1], g.source_rows(band), g.row_words, copy)
+    planes = x[first:last].reshape(-1, *x.shape[2:])
+    _pad(planes, top, g.pads[1], g.strides[1], g.source_rows(band), g.row_words, out)
     return out
 
 
@@ -163,11 +163,11 @@ def _padded(x: Words, g: Geometry, n0: int, n1: int, band: Band) -> Words:
     "void(Array(uint64, 3, 'C', readonly=True), int64, int64, int64, int64, int64, uint64[::1])"
 )
 def _pad(x: Words, top: int, left: int, phases: int, rows: int, row_words: int, out: Words) -> None:
-    """Rows top : top + rows of each channel, zero outside; column x goes to phase x + left."""
-    channels, height, width = x.shape
+    """Rows top : top + rows of each plane, zero outside; column x goes to phase x + left."""
+    planes, height, width = x.shape
     out[:] = _ZERO
     at = 0
-    for channel in range(channels):
+    for plane in range(planes):
         for y in range(top, top + rows):
             for phase in range(phases):
                 # Column p of this phase is column p · phases + phase − left of the input.
@@ -176,5 +176,5 @@ def _pad(x: Words, top: int, left: int, phases: int, rows: int, row_words: int, 
                 last = min(row_words, (width - start + phases - 1) // phases)
                 if 0 <= y < height:
                     for p in range(first, last):
-                        out[at + p] = x[channel, y, p * phases + start]
+                        out[at + p] = x[plane, y, p * phases + start]
                 at += row_words
