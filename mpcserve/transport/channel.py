@@ -1,0 +1,303 @@
+"""One stream of one link: DATA and messages, in the order they were sent.
+
+The inbox is where the link's reader thread meets the thread that waits. DATA goes straight into the
+buffer of a waiting `receive`; with nobody waiting it is collected in blocks, so that a peer which
+sends single bytes costs no more memory than one which does not.
+
+    the stream ended because            queued bytes and messages    then
+    the peer closed it, or the link     are still delivered          PeerLost
+    the peer sent an ERROR              are dropped                  the same class of error
+    this side closed it                 are dropped                  PeerLost
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpcserve.errors import MpcError, PeerLost, PeerTimeout, WireError
+from mpcserve.transport.sender import Outbox
+from mpcserve.wire import Buffer
+
+if TYPE_CHECKING:
+    from mpcserve.transport.link import Link
+
+_BLOCK = 256 << 10  # DATA that nobody waits for is collected in blocks of this size
+_MAX_UNREAD_MESSAGES = 4 << 20  # bytes of JSON; DATA has its window, messages have this
+_MESSAGE_COST = 256  # what an unread message costs beside its JSON
+_ALIVE = "check that it is alive and see its log, or raise the deadline"
+
+
+class Inbox:
+    """What has come and was not taken yet. Thread-safe; knows no link."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._came = threading.Condition(self._lock)
+        self._items: deque[bytearray | tuple[dict[str, object], int]] = deque()
+        self._start = 0  # bytes of the first block that were taken already
+        self._target = memoryview(b"")  # of the waiting `receive`: what is still to be filled
+        self._unread = 0  # cost of unread messages
+        self._end: Callable[[], MpcError] | None = None
+        self.queued = 0  # DATA bytes
+        self.received = 0  # DATA bytes since the stream began
+        self.consumed = 0  # of these, taken
+
+    # ── the reader thread ──
+
+    def put(self, chunk: memoryview) -> None:
+        """DATA has come. The chunk is copied."""
+        with self._lock:
+            self.received += len(chunk)
+            if self._target:
+                taken = min(len(self._target), len(chunk))
+                self._target[:taken] = chunk[:taken]
+                self._target = self._target[taken:]
+                self.consumed += taken
+                chunk = chunk[taken:]
+                if not self._target:
+                    self._came.notify_all()
+            while chunk:
+                chunk = self._collect(chunk)
+
+    def put_message(self, message: dict[str, object], size: int) -> bool:
+        """A message has come. False if too many are unread."""
+        with self._lock:
+            if self._unread > _MAX_UNREAD_MESSAGES:
+                return False
+            self._unread += size + _MESSAGE_COST
+            self._items.append((message, size))
+            self._came.notify_all()
+            return True
+
+    def end(self, error: Callable[[], MpcError], drop: bool) -> None:
+        """Nothing more comes; `error` makes what later receives raise. The first end counts."""
+        with self._lock:
+            if drop:
+                self._items.clear()
+                self.queued = self._start = self._unread = 0
+            if self._end is None:
+                self._end = error
+            self._came.notify_all()
+
+    # ── the thread that waits ──
+
+    def take(self, n: int, deadline: float) -> memoryview | int | dict[str, object]:
+        """Exactly n DATA bytes; after the deadline the count that came; a message if that is next.
+
+        Raises: the error the stream ended with.
+        """
+        target = bytearray(n)
+        with self._lock:
+            self._target = memoryview(target)
+            self._fill()
+            while self._target:
+                if self._items or self._end is not None:
+                    break
+                if not self._came.wait(deadline - time.monotonic()):
+                    break
+            missing = len(self._target)
+            self._target = memoryview(b"")
+            if not missing:
+                return memoryview(target)
+            first = self._items[0] if self._items else None
+            if isinstance(first, tuple):
+                return first[0]
+            if self._end is not None:
+                raise self._end()
+            self._put_back(target, n - missing)
+            return n - missing
+
+    def take_message(self, deadline: float) -> dict[str, object] | int | None:
+        """The next message; None after the deadline; a count of bytes if DATA is next.
+
+        Raises: the error the stream ended with.
+        """
+        with self._lock:
+            while not self._items:
+                if self._end is not None:
+                    raise self._end()
+                if not self._came.wait(deadline - time.monotonic()):
+                    return None
+            first = self._items[0]
+            if isinstance(first, bytearray):
+                return len(first) - self._start
+            self._items.popleft()
+            self._unread -= first[1] + _MESSAGE_COST
+            return first[0]
+
+    # ── helpers, `_lock` held ──
+
+    def _collect(self, chunk: memoryview) -> memoryview:
+        """Append to the last block; the part that did not fit."""
+        last = self._items[-1] if self._items else None
+        if not isinstance(last, bytearray) or len(last) >= _BLOCK:
+            last = bytearray()
+            self._items.append(last)
+        taken = min(len(chunk), _BLOCK - len(last))
+        last += chunk[:taken]
+        self.queued += taken
+        return chunk[taken:]
+
+    def _fill(self) -> None:
+        """Move queued DATA into the target."""
+        while self._target and self._items and isinstance(self._items[0], bytearray):
+            block = self._items[0]
+            taken = min(len(self._target), len(block) - self._start)
+            with memoryview(block) as view:
+                self._target[:taken] = view[self._start : self._start + taken]
+            self._target = self._target[taken:]
+            self._start += taken
+            self.queued -= taken
+            self.consumed += taken
+            if self._start == len(block):
+                self._items.popleft()
+                self._start = 0
+
+    def _put_back(self, target: bytearray, count: int) -> None:
+        """A receive that timed out takes nothing: a later one gets these bytes."""
+        if count:
+            self._items.appendleft(target[:count])
+            self.queued += count
+
+
+class Channel:
+    """One stream of a link: `Link.channel` or the `on_stream` callback gives one.
+
+    One thread may send while another receives; messages and DATA arrive in the order in which they
+    were sent, and must be taken in that order. A context manager: it closes the stream on leaving,
+    and fails it when left by an MpcError.
+    """
+
+    def __init__(self, link: Link, stream: bytes, out: Outbox) -> None:
+        self.link = link
+        self.stream = stream
+        self.payload_sent = 0
+        self.inbox = Inbox()
+        self.out = out
+        self.waiting_since: float | None = None  # opened by the peer, claimed by nobody here yet
+        self.known_to_peer = False
+        self._sending = threading.Lock()
+        self._crediting = threading.Lock()
+        self._credited = 0
+
+    @property
+    def peer(self) -> str:
+        """The role at the other end."""
+        return self.link.peer
+
+    @property
+    def payload_received(self) -> int:
+        """DATA bytes that have come on this stream."""
+        return self.inbox.received
+
+    def send(self, data: Buffer) -> None:
+        """Send DATA: any C-contiguous buffer, copied unless it is `bytes`.
+
+        Returns when sent or queued; waits while more than `send_queue` is queued or the peer is a
+        window behind. Raises: PeerTimeout, PeerLost, or what the peer ended the stream with.
+        """
+        view = memoryview(data)
+        if not view.nbytes:
+            return
+        view = view.cast("B")
+        step = self.link.sender.frame_bytes
+        with self._sending:
+            for at in range(0, len(view), step):
+                piece = view[at : at + step]
+                payload = piece if isinstance(view.obj, bytes) else bytes(piece)
+                header = self.link.session.data_header(self.stream, len(piece))
+                self.payload_sent += len(piece)
+                self._send(header, payload)
+
+    def receive(self, n: int, what: str, timeout: float) -> memoryview:
+        """Exactly n DATA bytes, in a buffer of their own; `what` names them in errors.
+
+        Raises: PeerTimeout (the bytes that came stay), PeerLost, WireError if a message is next, or
+        what the peer ended the stream with.
+        """
+        started = time.monotonic()
+        try:
+            got = self.inbox.take(n, started + timeout)
+        except PeerLost as error:
+            raise self._lost(error, what, started) from None
+        self.grant_credit()
+        if isinstance(got, memoryview):
+            return got
+        if isinstance(got, int):
+            raise self._late(what, timeout, f": {got} of {n} bytes came")
+        raise WireError(
+            f"{self.link.name}: expected {n} bytes ({what}), got a message",
+            "run the same version of mpcserve on every machine",
+        )
+
+    def send_message(self, message: dict[str, object]) -> None:
+        """Send a JSON object, after all DATA sent before. Raises: as `send`."""
+        with self._sending:
+            self._send(self.link.session.message(self.stream, message), b"")
+
+    def receive_message(self, what: str, timeout: float) -> dict[str, object]:
+        """The next message. Raises: as `receive`; WireError if DATA is next."""
+        started = time.monotonic()
+        try:
+            got = self.inbox.take_message(started + timeout)
+        except PeerLost as error:
+            raise self._lost(error, what, started) from None
+        if isinstance(got, dict):
+            return got
+        if got is None:
+            raise self._late(what, timeout, "")
+        raise WireError(
+            f"{self.link.name}: expected a message ({what}), got {got} bytes of DATA or more",
+            "run the same version of mpcserve on every machine",
+        )
+
+    def fail(self, error: MpcError) -> None:
+        """Tell the peer that this stream failed, and how; drop what is queued; close."""
+        self.link.end_channel(self, error)
+
+    def close(self) -> None:
+        """End the stream: what is queued still goes, what has come is dropped."""
+        self.link.end_channel(self, None)
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, MpcError):
+            self.fail(error)
+        else:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Channel {self.stream.hex()[:8]} with {self.link.name}>"
+
+    def grant_credit(self) -> None:
+        """Tell the peer when a quarter of the window was consumed."""
+        step = self.link.session.window // 4
+        with self._crediting:
+            consumed = self.inbox.consumed
+            if consumed - self._credited < step:
+                return
+            self._credited = consumed
+        self.link.sender.urge(self.link.session.credit(self.stream, consumed))
+
+    def _send(self, header: bytes, payload: Buffer) -> None:
+        self.known_to_peer = True
+        if not self.link.sender.send(self.out, header, payload):
+            seconds = self.link.options.send_timeout
+            raise PeerTimeout(
+                f"{self.link.name} took nothing for {seconds:g} s while we were sending "
+                f"({self.payload_sent} bytes on this stream, {self.out.credited} consumed)",
+                _ALIVE,
+            )
+
+    def _late(self, what: str, timeout: float, came: str) -> PeerTimeout:
+        return PeerTimeout(f"waited {timeout:g} s for {what} from {self.link.name}{came}", _ALIVE)
+
+    def _lost(self, error: PeerLost, what: str, started: float) -> PeerLost:
+        waited = time.monotonic() - started
+        return PeerLost(f"{error.message}, after {waited:.1f} s of waiting for {what}", error.hint)

@@ -1,0 +1,101 @@
+"""Emulated networks: a line with a round-trip time and a bandwidth.
+
+A batch of bytes handed to the line at `now` has left it at
+
+    free = max(now, free of the batch before) + 8·bytes / bits_per_s     (one at a time)
+
+and arrives at free + rtt/2. Batches in flight overlap, so a long line delays without costing
+throughput. Applied where bytes are sent, below TLS: what is counted is what the wire would carry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from mpcserve.errors import ConfigError
+
+# The line takes the next batch this long before it is free, so that a late wake-up leaves no gap.
+_AHEAD_S = 0.001
+_MAX_RTT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkProfile:
+    """Round-trip time in seconds and bandwidth in bits per second, each way."""
+
+    rtt_s: float = 0.0
+    bits_per_s: float = math.inf
+
+    @property
+    def is_real(self) -> bool:
+        """True if nothing is emulated."""
+        return self.rtt_s == 0 and math.isinf(self.bits_per_s)
+
+    @classmethod
+    def parse(cls, text: str) -> NetworkProfile:
+        """`loopback` (nothing emulated), `lan`, `wan`, or `RTT_MS,MBIT`.
+
+        Raises: ConfigError.
+        """
+        if text in _NAMED:
+            return _NAMED[text]
+        try:
+            rtt_ms, mbit = (float(part) for part in text.split(","))
+        except ValueError:
+            rtt_ms = mbit = math.nan
+        if not (0 <= rtt_ms <= 1000 * _MAX_RTT_S and mbit > 0):
+            raise ConfigError(
+                f"network profile: expected loopback, lan, wan or RTT_MS,MBIT, got {text[:60]!r}",
+                "for example 40,100 is 40 ms round trip and 100 Mbit/s each way",
+            )
+        return cls(rtt_ms / 1000, mbit * 1e6)
+
+    def __str__(self) -> str:
+        if self.is_real:
+            return "loopback"
+        return f"{self.rtt_s * 1000:g} ms round trip, {self.bits_per_s / 1e6:g} Mbit/s"
+
+
+LOOPBACK = NetworkProfile()
+LAN = NetworkProfile(rtt_s=0.5e-3, bits_per_s=1e9)
+WAN = NetworkProfile(rtt_s=40e-3, bits_per_s=100e6)
+_NAMED = MappingProxyType({"loopback": LOOPBACK, "lan": LAN, "wan": WAN})
+
+
+@dataclass(slots=True)
+class Line:
+    """One direction of an emulated line. It is told the time; it owns no clock."""
+
+    profile: NetworkProfile
+    _free_at: float = -math.inf
+    _flying: deque[tuple[float, bytes]] = field(default_factory=deque)
+
+    def push(self, now: float, batch: bytes) -> None:
+        """Put a batch on the line."""
+        self._free_at = max(now, self._free_at) + 8 * len(batch) / self.profile.bits_per_s
+        self._flying.append((self._free_at + self.profile.rtt_s / 2, batch))
+
+    def pop(self, now: float) -> bytes | None:
+        """The next batch that has arrived by `now`."""
+        if self._flying and self._flying[0][0] <= now:
+            return self._flying.popleft()[1]
+        return None
+
+    def takes(self, now: float) -> bool:
+        """True if another batch may be pushed."""
+        return self._free_at - _AHEAD_S <= now
+
+    @property
+    def empty(self) -> bool:
+        """True if nothing is in flight."""
+        return not self._flying
+
+    def wait(self, now: float, more: bool) -> float | None:
+        """Seconds until a batch arrives or, if there is `more` to send, the line takes it."""
+        times = [self._flying[0][0]] if self._flying else []
+        if more:
+            times.append(self._free_at - _AHEAD_S)
+        return max(0.0, min(times) - now) if times else None
