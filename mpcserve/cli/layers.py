@@ -68,11 +68,10 @@ def print_layers(plan: Plan) -> None:
     bill = bill_of(plan)
     rows = layer_rows(plan)
     table(
-        ("layer", "online", "shape", "width", "|x| <", "known", "rounds", "each way", "dealt"),
+        ("layer", "shape", "width", "|x| <", "known", "rounds", "each way", "dealt"),
         (
             (
                 r.layer,
-                r.ops,
                 shape_text(r.shape),
                 f"{r.width}.{r.frac_bits}",
                 f"{r.limit:.4g}",
@@ -83,10 +82,9 @@ def print_layers(plan: Plan) -> None:
             )
             for r in rows
         ),
-        left=3,
+        left=2,
         footer=(
             "total",
-            "",
             "",
             "",
             "",

@@ -12,6 +12,7 @@ import click
 from mpcserve.cli.options import FILE, JSON
 
 if TYPE_CHECKING:
+    from mpcserve.compiler import CompiledModel
     from mpcserve.plan import Plan
 
 CALIBRATE = click.option(
@@ -64,23 +65,17 @@ def compile_command(
     Example:
       mpcserve compile model.onnx --calibrate samples.npy --batch 8 -o model.plan
     """
-    from mpcserve.cli.arrays import load_arrays
     from mpcserve.cli.output import progress
     from mpcserve.compiler import compile_model
-    from mpcserve.plan import save_plan
-    from mpcserve.plan.weights import save_weights
 
     plan_path = output or model.with_suffix(".plan")
-    weights_path = plan_path.with_suffix(".weights")
-    samples = load_arrays(calibrate) if calibrate else None
     begin = time.perf_counter()
     with progress(f"compiling {model}"):
         compiled = compile_model(
-            model, calibrate=samples, input_range=input_range, batch=batch, frac_bits=frac_bits
+            model, calibrate=calibrate, input_range=input_range, batch=batch, frac_bits=frac_bits
         )
     seconds = time.perf_counter() - begin
-    save_plan(compiled.plan, plan_path)
-    save_weights(weights_path, compiled.plan, compiled.weights)
+    weights_path = _save(compiled, plan_path)
     if as_json:
         files = {"plan": str(plan_path), "weights": str(weights_path)}
         _print_json(compiled.plan, files=files, seconds=seconds)
@@ -112,6 +107,15 @@ def inspect_command(plan: Path, layers: bool, as_json: bool) -> None:
     else:
         click.echo(plan_text(loaded))
     print_bill(loaded)
+
+
+def _save(compiled: CompiledModel, path: Path) -> Path:
+    from mpcserve.errors import ConfigError
+
+    try:
+        return compiled.save(path)
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot write: {e.strerror}", "give another -o") from None
 
 
 def _print_json(plan: Plan, **more: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -38,15 +38,21 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    view = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for position, name in enumerate(columns):
-        view.add_column(name, justify="left" if position < left else "right", overflow="fold")
+        text = position < left
+        justify: Literal["left", "right"] = "left" if text else "right"
+        view.add_column(name, justify=justify, overflow="fold", no_wrap=not text)
     for row in rows:
         view.add_row(*(c if isinstance(c, Text) else Text(str(c)) for c in row))
     if footer is not None:
         view.add_section()
         view.add_row(*(Text(str(c), style="bold") for c in footer))
-    console().print(view)
+    screen = console()
+    with screen.capture() as capture:
+        screen.print(view)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    click.echo("\n".join([*([title] if title else []), *lines[1:]]))
 
 
 def print_json(value: Any) -> None:

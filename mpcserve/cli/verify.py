@@ -73,7 +73,7 @@ def verify_command(
     with progress(f"compiling {model}"):
         compiled = compile_model(
             model,
-            calibrate=load_arrays(calibrate) if calibrate else None,
+            calibrate=calibrate,
             input_range=input_range,
             batch=batch or plaintext.batch or min(rows, MAX_BATCH),
             frac_bits=frac_bits,
