@@ -1,4 +1,4 @@
-"""The Builder: what lowering functions call. Each method emits one instruction and returns its value.
+"""The Builder that lowering functions call: each method emits one instruction, returns its value.
 
 A `Ref` names a secret value of the plan. Widths, rings and chunks are decided later, by demand; the
 Builder keeps shapes, fraction bits and intervals. Steps that would do nothing are not emitted.
@@ -70,7 +70,7 @@ class Builder:
         self._outputs.append(OutputSpec(name, x.id, dtype, x.shape))
 
     def weight(self, values: Array, frac_bits: int | None = None) -> Ref:
-        """A secret tensor of the model owner. Real values; their fraction bits may be tuned later."""
+        """A secret tensor of the model owner. Fraction bits may be tuned later."""
         frac_bits = self.frac_bits if frac_bits is None else frac_bits
         reals = np.asarray(values, np.float64)
         name = f"w{len(self._arrays)}"

@@ -73,7 +73,7 @@ class Draft:
         return found
 
     def keep(self, ids: Sequence[int], instead: Mapping[int, int] | None = None) -> Draft:
-        """Only the steps `ids`, in order, renumbered; reads of a key of `instead` become its value."""
+        """Only the steps `ids`, renumbered; reads of a key of `instead` become its value."""
         instead = instead or {}
         number = {old: new for new, old in enumerate(ids)}
 

@@ -11,7 +11,7 @@ from math import frexp
 
 import numpy as np
 
-from mpcserve.compiler.builder import Builder, Operand, Ref
+from mpcserve.compiler.builder import Array, Builder, Operand, Ref
 from mpcserve.compiler.problems import Unsupported
 
 WIDEST_BOUND = 62
@@ -26,7 +26,7 @@ def secret(b: Builder, x: Operand, frac_bits: int | None = None) -> Ref:
     return x if isinstance(x, Ref) else b.weight(x, frac_bits)
 
 
-def values_of(x: Operand | None, what: str) -> np.ndarray:  # type: ignore[type-arg]
+def values_of(x: Operand | None, what: str) -> Array:
     """The array of an input that must be constant. Raises: Unsupported naming `what`."""
     if x is None or isinstance(x, Ref):
         raise Unsupported(
@@ -142,7 +142,7 @@ def absolute(b: Builder, x: Ref) -> Ref:
 
 
 def reduce_max(b: Builder, x: Ref, axis: int) -> Ref:
-    """Maximum along an axis, which is kept with length 1: ⌈log2 n⌉ comparisons deep, n − 1 in all."""
+    """Maximum along an axis, kept with length 1: n − 1 comparisons, ⌈log2 n⌉ deep."""
     while (n := x.shape[axis]) > 1:
         half = n // 2
         best = maximum(b, b.slice(x, axis, 0, half), b.slice(x, axis, half, 2 * half))

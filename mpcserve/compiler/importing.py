@@ -1,4 +1,4 @@
-"""ONNX → graph: convert, fix the batch, infer shapes, fold. The work is onnx's and onnxruntime's own."""
+"""ONNX → graph: conversion, shapes and folding are done by onnx and onnxruntime themselves."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Reals = NDArray[np.float64]
 Shape = tuple[int, ...]
 
 EPSILON = 2.0**-50
-"""Relative slack of a float64 result of a few operations; a dot product of n terms takes n times it."""
+"""Relative slack of a float64 result; a dot product of n terms takes n times it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def mul(x: Interval, y: Interval) -> Interval:
     return _rounded(np.minimum.reduce(ends), np.maximum.reduce(ends))
 
 
-def matmul(x: Interval, y: Interval, inner: int) -> Interval:
+def matmul(inner: int, x: Interval, y: Interval) -> Interval:
     """x @ y over `inner` terms, by centres and radii: tight when either side is exact."""
     a, b = _spread(x, -1, inner), _spread(y, -2, inner)
     ac, ar, bc, br = _centre(a), _radius(a), _centre(b), _radius(b)

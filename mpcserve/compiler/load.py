@@ -1,4 +1,4 @@
-"""Reading a model: a path, bytes or a ModelProto → a ModelProto with all its data, or a ModelError."""
+"""Reading a model: path, bytes or ModelProto → a ModelProto with all its data, or a ModelError."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx.external_data_helper import (
     ExternalDataInfo,
     load_external_data_for_model,
@@ -81,7 +80,7 @@ def _parsed(data: bytes, source: str) -> onnx.ModelProto:
     try:
         model.ParseFromString(data)
         valid = bool(model.graph.node or model.graph.output) and opset_of(model) > 0
-    except (DecodeError, ValueError, RuntimeError):
+    except Exception:  # protobuf's DecodeError differs between its implementations
         valid = False
     if not valid:
         raise ModelError(f"{source}: not an ONNX model", "export it with torch.onnx or skl2onnx")

@@ -24,7 +24,7 @@ from mpcserve.compiler.artifact import CompiledModel
 from mpcserve.compiler.draft import Draft, check_draft
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
-from mpcserve.compiler.lower import Ranges, lower
+from mpcserve.compiler.lower import lower
 from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool

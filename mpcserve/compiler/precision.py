@@ -1,7 +1,7 @@
 """Fraction bits of weights: enough that rounding a weight is not felt, few enough to fit 64 bits.
 
-A weight w at `frac_bits` errs by 2^-(frac_bits+1). The product truncates as many bits as the weight
-brings, so its accumulator is `truncate` bits wider than its result: bound + truncate ≤ 62 must hold.
+A weight w at `frac_bits` errs by 2^-(frac_bits+1). The product truncates as many bits as the
+weight brings, so its accumulator is that much wider than its result: bound + truncate ≤ 62.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Problem:
         return f"{text}; {self.hint}" if self.hint else text
 
 
-class Unsupported(Exception):  # noqa: N818 - it is a finding, collected into a Problem
+class Unsupported(Exception):
     """Raised by a lowering function: this node, with these attributes, cannot be lowered."""
 
     def __init__(self, reason: str, hint: str = "") -> None:

@@ -100,7 +100,7 @@ def _mul(step: Step, xs: Sequence[Step]) -> Interval:
 
 
 def _matmul(step: Step, xs: Sequence[Step]) -> Interval:
-    return iv.matmul(*_aligned(step, xs[:2]), inner=xs[0].shape[-1])
+    return iv.matmul(xs[0].shape[-1], *_aligned(step, xs[:2]))
 
 
 def _conv(step: Step, xs: Sequence[Step]) -> Interval:

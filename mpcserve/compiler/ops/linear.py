@@ -29,14 +29,15 @@ def gemm(
 ) -> Ref:
     """alpha · x @ w + beta · c, one product."""
     x, w = _turned(b, x, transA), _turned(b, w, transB)
-    public_alpha = isinstance(x, Ref) and isinstance(w, Ref)
-    if not public_alpha:
-        x, w = (alpha * x, w) if isinstance(w, Ref) else (x, alpha * w)
+    if isinstance(x, np.ndarray):
+        x, alpha = alpha * x, 1.0
+    elif isinstance(w, np.ndarray):
+        w, alpha = alpha * w, 1.0
     x, w = secret(b, x), secret(b, w)
-    if isinstance(c, Ref) or public_alpha:
-        y = times(b, b.matmul(x, w), alpha) if public_alpha else b.matmul(x, w)
-        return y if c is None else b.add(*aligned(b, y, _scaled(b, c, beta)))
-    return b.matmul(x, w, _bias(b, x, w, None if c is None else beta * c))
+    if alpha == 1.0 and not isinstance(c, Ref):
+        return b.matmul(x, w, _bias(b, x, w, None if c is None else beta * c))
+    y = times(b, b.matmul(x, w), alpha)
+    return y if c is None else b.add(*aligned(b, y, _scaled(b, c, beta)))
 
 
 @lowers("MatMul", since=7)

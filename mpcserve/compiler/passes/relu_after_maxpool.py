@@ -1,4 +1,4 @@
-"""Relu → MaxPool becomes MaxPool → Relu: the same value, and only the winners are compared with 0."""
+"""Relu → MaxPool becomes MaxPool → Relu: the same value, only the winners are compared with 0."""
 
 from __future__ import annotations
 
