@@ -25,7 +25,7 @@ from mpcserve.ring import Words
 
 TILE_OUTPUTS = 1 << 16  # words of output that are worth sending on their own …
 TILE_PRODUCTS = 1 << 25  # … or a few milliseconds of work, whichever is less, but not below
-TILE_ROWS = 2 * ROWS  # this many rows: fewer would gather a panel for too little work
+TILE_ROWS = 36  # this many rows: fewer would gather a panel for too little work; of ROWS a multiple
 
 _Tile = tuple[int, int, int, int]  # items first : last, and of each its rows first : last
 
@@ -137,7 +137,7 @@ def pack_conv_w(w: Words, groups: int) -> Packed:
     """The weight of a convolution, [O, C / groups, kh, kw], for many products."""
     assert w.shape[0] % groups == 0
     rows, deep = w.shape[0] // groups, prod(w.shape[1:])
-    flat = np.ascontiguousarray(w).reshape(-1)
+    flat = _contiguous(w).reshape(-1)
     words = _aligned(flat.size)
     for at in range(0, flat.size, max(1, rows * deep)):
         micro.pack_left(flat, at, rows, deep, words, at)
@@ -150,7 +150,7 @@ def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _matmul(a: Words, b: Words | Packed, out: Words, whole: bool) -> Iterator[int]:
-    assert a.dtype == out.dtype == np.uint64 and out.flags.c_contiguous
+    assert a.dtype == out.dtype == np.uint64 and out.flags.carray
     if len(b.shape) == 2 and a.ndim > 2:  # one right operand for all rows: one tall product
         a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
     *lead, height, wide = out.shape
@@ -166,12 +166,12 @@ def _matmul(a: Words, b: Words | Packed, out: Words, whole: bool) -> Iterator[in
 
 
 def _conv2d(x: Words, w: Words | Packed, g: Geometry, out: Words, whole: bool) -> Iterator[int]:
-    assert x.dtype == out.dtype == np.uint64 and out.flags.c_contiguous
+    assert x.dtype == out.dtype == np.uint64 and out.flags.carray
     if out.size == 0 or g.deep == 0:
         out[...] = 0
         yield out.size
         return
-    x, flat = np.ascontiguousarray(x), out.reshape(-1)
+    x, flat = _contiguous(x), out.reshape(-1)
     channel, item = g.pixels, g.rows * g.pixels
     for first, last, bands in g.chunks():
         left = _conv_left(w, g, first, last)
@@ -240,20 +240,24 @@ def _conv_left(w: Words | Packed, g: Geometry, first: int, last: int) -> _Left:
     if isinstance(w, Packed):
         assert w.groups == g.groups, (w.groups, g.groups)
         return _Left(w.words, at, 0, 0, True)
-    return _Left(np.ascontiguousarray(w).reshape(-1), at, g.deep, 1, False)
+    return _Left(_contiguous(w).reshape(-1), at, g.deep, 1, False)
 
 
 def _flat(x: Words, shape: tuple[int, ...]) -> tuple[Words, tuple[int, ...]]:
     """The memory of x as one vector, and the steps in words of x broadcast to the shape."""
     assert x.dtype == np.uint64
     if not x.flags.aligned or any(s < 0 or s % 8 for s in x.strides):
-        x = np.ascontiguousarray(x)
+        x = _contiguous(x)
     view = x if x.shape == shape else np.broadcast_to(x, shape)
     steps = tuple(s // 8 for s in view.strides)
     if x.flags.c_contiguous or x.size == 0:
         return x.reshape(-1), steps
     span = 1 + sum((d - 1) * s // 8 for d, s in zip(x.shape, x.strides, strict=True))
     return np.lib.stride_tricks.as_strided(x, (span,), (8,), writeable=False), steps
+
+
+def _contiguous(x: Words) -> Words:
+    return np.require(x, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
 def _offsets(lead: tuple[int, ...], steps: tuple[int, ...]) -> Index:

@@ -1,0 +1,385 @@
+"""Matrix products and convolutions mod 2^64, against Python integers and NumPy's uint64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpcserve.kernels import linear, linear_image, linear_micro
+from mpcserve.kernels.linear import (
+    conv2d,
+    conv2d_tiles,
+    matmul,
+    matmul_tiles,
+    pack_conv_w,
+    pack_matmul_b,
+)
+from mpcserve.ring import Words
+
+EDGES = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+SEED = 20240607
+
+
+def words(rng: np.random.Generator, *shape: int) -> Words:
+    """Uniform words, a quarter of them edge values."""
+    x = rng.integers(0, 2**64, shape, np.uint64)
+    edge = rng.random(shape) < 0.25
+    x[edge] = EDGES[rng.integers(0, len(EDGES), shape)][edge]
+    return x
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    print("seed", SEED)
+    return np.random.default_rng(SEED)
+
+
+def integer_matmul(a: Words, b: Words) -> Words:
+    """a @ b for two matrices, on Python integers."""
+    rows = [[int(v) for v in row] for row in a]
+    columns = [[int(v) for v in column] for column in b.T]
+    sums = [[sum(map(int.__mul__, r, c)) % 2**64 for c in columns] for r in rows]
+    return np.array(sums, np.uint64).reshape(len(rows), len(columns))
+
+
+def integer_conv2d(
+    x: Words,
+    w: Words,
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    groups: int,
+) -> Words:
+    """The definition, word by word, on Python integers."""
+    count, _, height, width = x.shape
+    channels, own, tall, wide = w.shape
+    high = (height + pads[0] + pads[2] - (tall - 1) * dilations[0] - 1) // strides[0] + 1
+    across = (width + pads[1] + pads[3] - (wide - 1) * dilations[1] - 1) // strides[1] + 1
+    out = np.zeros((count, channels, high, across), np.uint64)
+    for n, o, y, z in product(*map(range, out.shape)):
+        total = 0
+        for c, i, j in product(range(own), range(tall), range(wide)):
+            row = y * strides[0] + i * dilations[0] - pads[0]
+            column = z * strides[1] + j * dilations[1] - pads[1]
+            if 0 <= row < height and 0 <= column < width:
+                channel = o // (channels // groups) * own + c
+                total += int(x[n, channel, row, column]) * int(w[o, c, i, j])
+        out[n, o, y, z] = total % 2**64
+    return out
+
+
+def wrapping_conv2d(
+    x: Words,
+    w: Words,
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    groups: int,
+) -> Words:
+    """Shifted images times one weight at a time, on NumPy's wrapping uint64."""
+    x = np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+    channels, own, tall, wide = w.shape
+    high = (x.shape[2] - (tall - 1) * dilations[0] - 1) // strides[0] + 1
+    across = (x.shape[3] - (wide - 1) * dilations[1] - 1) // strides[1] + 1
+    out = np.zeros((len(x), channels, high, across), np.uint64)
+    for o, c, i, j in product(*map(range, w.shape)):
+        rows = slice(i * dilations[0], i * dilations[0] + high * strides[0], strides[0])
+        columns = slice(j * dilations[1], j * dilations[1] + across * strides[1], strides[1])
+        shifted = x[:, o // (channels // groups) * own + c, rows, columns]
+        out[:, o] += shifted[:, :high, :across] * w[o, c, i, j]
+    return out
+
+
+def follow(steps: Iterator[int], out: Words, expected: Words) -> list[int]:
+    """Run a tiled product; what it calls final must be so at that moment."""
+    counts = []
+    for done in steps:
+        counts.append(done)
+        assert np.array_equal(out.reshape(-1)[:done], expected.reshape(-1)[:done])
+    assert counts == sorted(set(counts))
+    assert counts[-1] == out.size
+    return counts
+
+
+Shape = tuple[int, ...]
+SHAPES: list[tuple[Shape, Shape]] = [
+    ((1, 1), (1, 1)),
+    ((3, 5), (5, 7)),
+    ((1, 700), (700, 33)),
+    ((5, 600), (600, 10)),
+    ((13, 31), (31, 65)),
+    ((97, 513), (513, 71)),
+    ((200, 9), (9, 1)),
+    ((2, 3, 4, 5), (5, 9)),
+    ((2, 1, 4, 300), (3, 300, 17)),
+    ((4, 5), (6, 5, 3)),
+    ((2, 3, 8, 16), (2, 3, 16, 8)),
+    ((5, 1, 7), (7, 8)),
+]
+EMPTY: list[tuple[Shape, Shape]] = [
+    ((0, 3), (3, 4)),
+    ((2, 3), (3, 0)),
+    ((2, 0), (0, 3)),
+    ((0, 2, 3), (3, 4)),
+]
+EMPTY += [((0, 2, 3), (0, 3, 4)), ((4, 0, 3), (3, 2)), ((0, 0), (0, 0))]
+
+
+@pytest.mark.parametrize("value", EDGES)
+def test_matmul_of_edge_values_wraps_as_integers_do(value: np.uint64) -> None:
+    for other in EDGES:
+        a = np.full((linear_micro.ROWS + 1, 3), value)
+        b = np.full((3, linear_micro.LANES + 1), other)
+        assert np.array_equal(matmul(a, b), integer_matmul(a, b))
+
+
+@pytest.mark.parametrize("rows", range(1, 2 * linear_micro.ROWS + 2))
+def test_matmul_agrees_with_integers_for_every_number_of_rows(
+    rows: int, rng: np.random.Generator
+) -> None:
+    for wide in (1, linear_micro.LANES - 1, linear_micro.LANES, 2 * linear_micro.LANES + 3):
+        a, b = words(rng, rows, 11), words(rng, 11, wide)
+        assert np.array_equal(matmul(a, b), integer_matmul(a, b))
+
+
+@pytest.mark.parametrize(("left", "right"), SHAPES + EMPTY)
+def test_matmul_agrees_with_wrapping_numpy(
+    left: tuple[int, ...], right: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    a, b = words(rng, *left), words(rng, *right)
+    expected = a @ b
+    for operand in (b, pack_matmul_b(b)):
+        got = matmul(a, operand)
+        assert got.dtype == np.uint64
+        assert got.shape == expected.shape
+        assert np.array_equal(got, expected)
+        out = np.empty_like(expected)
+        follow(matmul_tiles(a, operand, out), out, expected)
+
+
+@pytest.mark.parametrize(("left", "right"), [((13, 31), (31, 65)), ((2, 3, 8, 16), (2, 3, 16, 8))])
+def test_matmul_reads_operands_however_they_lie_in_memory(
+    left: tuple[int, ...], right: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    a, b = words(rng, *left), words(rng, *right)
+    expected = a @ b
+    transposed_a = np.ascontiguousarray(a.swapaxes(-1, -2)).swapaxes(-1, -2)
+    transposed_b = np.ascontiguousarray(b.swapaxes(-1, -2)).swapaxes(-1, -2)
+    assert np.array_equal(matmul(transposed_a, transposed_b), expected)
+    assert np.array_equal(matmul(transposed_a, pack_matmul_b(transposed_b)), expected)
+    assert np.array_equal(matmul(a[..., ::-1, :], b[..., ::-1]), expected[..., ::-1, ::-1])
+    assert np.array_equal(
+        matmul(a[..., ::3, ::2], b[..., ::2, ::3]), a[..., ::3, ::2] @ b[..., ::2, ::3]
+    )
+    column = np.broadcast_to(b[..., :1], b.shape)
+    assert np.array_equal(matmul(a, column), a @ column)
+
+
+def test_matmul_reads_read_only_and_unaligned_memory(rng: np.random.Generator) -> None:
+    a, b = words(rng, 7, 12), words(rng, 12, 9)
+    frozen = np.frombuffer(b"x" + a.tobytes(), np.uint64, offset=1).reshape(a.shape)
+    assert not frozen.flags.writeable
+    assert not frozen.flags.aligned
+    fixed = np.frombuffer(b.tobytes(), np.uint64).reshape(b.shape)
+    assert np.array_equal(matmul(frozen, fixed), a @ b)
+    assert np.array_equal(matmul(a, pack_matmul_b(fixed)), a @ b)
+
+    x, w = words(rng, 1, 2, 5, 6), words(rng, 3, 2, 2, 2)
+    expected = wrapping_conv2d(x, w, (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    x = np.frombuffer(b"x" + x.tobytes(), np.uint64, offset=1).reshape(x.shape)
+    w = np.frombuffer(b"x" + w.tobytes(), np.uint64, offset=1).reshape(w.shape)
+    assert np.array_equal(conv2d(x, w), expected)
+    assert np.array_equal(conv2d(x, pack_conv_w(w, 1)), expected)
+
+
+def test_matmul_tiles_come_in_pieces_that_are_worth_sending(rng: np.random.Generator) -> None:
+    a, b = words(rng, 500, 40), words(rng, 40, 700)
+    out = np.empty((500, 700), np.uint64)
+    counts = follow(matmul_tiles(a, b, out), out, a @ b)
+    assert 4 <= len(counts) <= 8
+
+    a, b = words(rng, 3000, 6, 5), words(rng, 3000, 5, 8)
+    out = np.empty((3000, 6, 8), np.uint64)
+    counts = follow(matmul_tiles(a, b, out), out, a @ b)
+    assert 2 <= len(counts) <= 4
+
+
+CONVOLUTIONS = [
+    # x, w, strides, pads, dilations, groups
+    ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    ((2, 3, 7, 6), (4, 3, 3, 2), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+    ((1, 2, 9, 11), (3, 2, 3, 3), (2, 3), (1, 0, 2, 3), (1, 1), 1),
+    ((1, 2, 8, 9), (2, 2, 2, 3), (1, 1), (0, 2, 1, 0), (2, 3), 1),
+    ((2, 4, 6, 7), (4, 1, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 4),
+    ((1, 4, 7, 9), (8, 1, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 4),
+    ((1, 6, 5, 5), (4, 3, 2, 2), (1, 2), (0, 1, 1, 0), (2, 1), 2),
+    ((1, 3, 1, 19), (2, 3, 1, 5), (1, 2), (0, 2, 0, 1), (1, 2), 1),
+    ((1, 2, 3, 3), (2, 2, 1, 1), (2, 2), (1, 1, 1, 1), (1, 1), 1),
+    ((1, 1, 2, 2), (1, 1, 1, 1), (3, 3), (4, 4, 4, 4), (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_conv2d_agrees_with_integers(case: tuple[Any, ...], rng: np.random.Generator) -> None:
+    x, w = words(rng, *case[0]), words(rng, *case[1])
+    how: Any = case[2:]
+    expected = integer_conv2d(x, w, *how)
+    assert np.array_equal(wrapping_conv2d(x, w, *how), expected)
+    for operand in (w, pack_conv_w(w, how[-1])):
+        assert np.array_equal(conv2d(x, operand, *how), expected)
+        out = np.empty_like(expected)
+        follow(conv2d_tiles(x, operand, *how, out), out, expected)
+
+
+GRID = list(
+    product(
+        (1, 2, 8),  # groups: dense, grouped, depthwise
+        ((1, 1), (3, 3), (2, 5)),
+        ((1, 1), (2, 2), (3, 1)),
+        ((0, 0, 0, 0), (1, 2, 0, 3)),
+        ((1, 1), (2, 1)),
+    )
+)
+
+
+@pytest.mark.parametrize(("groups", "taps", "strides", "pads", "dilations"), GRID)
+def test_conv2d_agrees_with_wrapping_numpy(
+    groups: int,
+    taps: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    rng: np.random.Generator,
+) -> None:
+    x, w = words(rng, 2, 8, 13, 21), words(rng, 16, 8 // groups, *taps)
+    expected = wrapping_conv2d(x, w, strides, pads, dilations, groups)
+    how = (strides, pads, dilations, groups)
+    assert np.array_equal(conv2d(x, w, *how), expected)
+    assert np.array_equal(conv2d(x, pack_conv_w(w, groups), *how), expected)
+
+
+def test_conv2d_of_nothing_is_nothing(rng: np.random.Generator) -> None:
+    w = words(rng, 4, 3, 3, 3)
+    assert conv2d(words(rng, 0, 3, 8, 8), w).shape == (0, 4, 6, 6)
+    assert conv2d(words(rng, 2, 3, 2, 8), w).shape == (2, 4, 0, 6)
+    out = np.empty((0, 4, 6, 6), np.uint64)
+    steps = conv2d_tiles(words(rng, 0, 3, 8, 8), w, (1, 1), (0, 0, 0, 0), (1, 1), 1, out)
+    assert list(steps) == [0]
+
+
+def test_conv2d_reads_operands_however_they_lie_in_memory(rng: np.random.Generator) -> None:
+    x, w = words(rng, 2, 4, 4, 12), words(rng, 6, 4, 3, 2)
+    how = ((2, 1), (1, 0, 0, 2), (1, 2), 1)
+    swapped = ((1, 2), (0, 1, 2, 0), (2, 1), 1)
+    expected = wrapping_conv2d(x, w, *how).transpose(0, 1, 3, 2)
+    x, w = x.transpose(0, 1, 3, 2), w.transpose(0, 1, 3, 2)
+    assert np.array_equal(conv2d(x, w, *swapped), expected)
+    assert np.array_equal(conv2d(x, pack_conv_w(w, 1), *swapped), expected)
+    x.flags.writeable = False
+    assert np.array_equal(conv2d(x, w, *swapped), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("budget", [1, 1000, 4000])
+def test_conv2d_in_bands_is_the_same(
+    groups: int, budget: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_image, "SOURCE_WORDS", budget)
+    monkeypatch.setattr(linear_image, "SEVERAL_WORDS", budget)
+    x, w = words(rng, 2, 6, 17, 15), words(rng, 80, 6 // groups, 3, 3)
+    for strides in ((1, 1), (3, 2)):
+        how = (strides, (1, 1, 0, 2), (1, 2), groups)
+        expected = wrapping_conv2d(x, w, *how)
+        out = np.empty_like(expected)
+        follow(conv2d_tiles(x, pack_conv_w(w, groups), *how, out), out, expected)
+
+
+def test_conv2d_copies_at_most_the_stated_memory() -> None:
+    shape = linear_image.geometry_of(
+        (2, 64, 224, 224), (64, 64, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1
+    )
+    chunks = list(shape.chunks())
+    assert [c[:2] for c in chunks] == [(0, 1), (1, 2)]
+    for _, _, bands in chunks:
+        assert [first for first, _ in bands[1:]] == [last for _, last in bands[:-1]]
+        assert (bands[0][0], bands[-1][1]) == (0, 224)
+        assert max(map(shape.copy_words, bands)) <= linear_image.SOURCE_WORDS
+
+
+def test_conv2d_tiles_come_in_pieces_that_are_worth_sending(rng: np.random.Generator) -> None:
+    x, w = words(rng, 1, 2, 60, 60), words(rng, 128, 2, 3, 3)
+    out = np.empty((1, 128, 60, 60), np.uint64)
+    how = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+    assert 3 <= len(follow(conv2d_tiles(x, w, *how, out), out, wrapping_conv2d(x, w, *how))) <= 5
+
+
+def test_tiles_begin_where_a_packed_panel_begins() -> None:
+    assert linear.TILE_ROWS % linear_micro.ROWS == 0
+    assert linear_micro.ROWS_L2 % linear_micro.ROWS == 0
+    for item0, item1, row0, row1 in linear._tiles(3, 1000, 100, 1000, whole=False):
+        assert (item1 - item0, row0 % linear_micro.ROWS) == (1, 0)
+        assert row1 > row0
+
+
+def test_packed_holds_little_more_than_the_weight_and_never_shows_it(
+    rng: np.random.Generator,
+) -> None:
+    b, w = words(rng, 3, 50, 41), words(rng, 6, 2, 3, 3)
+    packed = pack_matmul_b(b)
+    assert packed.shape == b.shape
+    assert b.nbytes <= packed.nbytes <= 3 * 50 * 48 * 8
+    assert pack_conv_w(w, 3).nbytes == w.nbytes
+    assert repr(packed) == "Packed(shape=(3, 50, 41), groups=0)"
+
+
+def test_kernels_run_side_by_side_in_threads(rng: np.random.Generator) -> None:
+    a, b = words(rng, 60, 300), words(rng, 300, 70)
+    x, w = words(rng, 1, 8, 20, 20), words(rng, 16, 8, 3, 3)
+    how = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+    products, images = a @ b, wrapping_conv2d(x, w, *how)
+    right: list[bool] = []
+
+    def work() -> None:
+        for _ in range(20):
+            right.append(np.array_equal(matmul(a, b), products))
+            right.append(np.array_equal(conv2d(x, w, *how), images))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 160
+
+
+OTHER_MACHINE = """
+import numpy as np
+from mpcserve.kernels import linear, linear_micro
+assert not linear_micro.NATIVE
+rng = np.random.default_rng(5)
+edges = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**32 - 1, 2**32], np.uint64)
+for m, k, n in ((1, 9, 4), (7, 600, 13), (6, 3, 8), (13, 1100, 5)):
+    a, b = rng.integers(0, 2**64, (m, k), np.uint64), rng.integers(0, 2**64, (k, n), np.uint64)
+    a[:, :3], b[:3] = rng.choice(edges, (m, 3)), rng.choice(edges, (3, n))
+    assert np.array_equal(linear.matmul(a, b), a @ b)
+    assert np.array_equal(linear.matmul(a, linear.pack_matmul_b(b)), a @ b)
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_a_machine_without_wide_products_computes_the_same(tmp_path: Path) -> None:
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    env |= {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", OTHER_MACHINE]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("same\n", "")
