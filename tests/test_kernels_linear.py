@@ -237,7 +237,7 @@ def test_conv2d_agrees_with_integers(case: tuple[Any, ...], rng: np.random.Gener
     for operand in (w, pack_conv_w(w, how[-1])):
         assert np.array_equal(conv2d(x, operand, *how), expected)
         out = np.empty_like(expected)
-        follow(conv2d_tiles(x, operand, *how, out), out, expected)
+        follow(conv2d_tiles(x, operand, *how, out=out), out, expected)
 
 
 GRID = list(
