@@ -33,9 +33,7 @@ def model_of(
     kind: int = onnx.TensorProto.FLOAT,
 ) -> onnx.ModelProto:
     """A model; Python floats in `constants` become float32, integers int64."""
-    tensors = [
-        numpy_helper.from_array(_typed(v), k) for k, v in (constants or {}).items()
-    ]
+    tensors = [numpy_helper.from_array(_typed(v), k) for k, v in (constants or {}).items()]
     ins = [helper.make_tensor_value_info(k, kind, list(v)) for k, v in inputs.items()]
     outs = [helper.make_tensor_value_info(o, kind, None) for o in outputs]
     graph = helper.make_graph(list(nodes), "small", ins, outs, tensors)

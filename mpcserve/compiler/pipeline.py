@@ -26,6 +26,7 @@ from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
 from mpcserve.compiler.lower import lower
 from mpcserve.compiler.passes.deduplicate import deduplicate
+from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 from mpcserve.compiler.passes.unused import remove_unused
@@ -39,6 +40,7 @@ from mpcserve.plan import Plan, verify_plan
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
+    fold_affine,  # scalings, offsets, normalisations and means go into neighbouring weights
     relu_after_maxpool,  # Relu → MaxPool becomes MaxPool → Relu: fewer comparisons
 )
 
