@@ -29,15 +29,8 @@ from mpcserve.kernels import linear, linear_micro
 from mpcserve.ring import Words
 
 # A BLAS reads them once, when NumPy loads it.
-ONE_THREAD = {
-    name: "1"
-    for name in (
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "OMP_NUM_THREADS",
-        "VECLIB_MAXIMUM_THREADS",
-    )
-}
+BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+ONE_THREAD = dict.fromkeys(BLAS, "1")
 
 Shape = tuple[int, ...]
 

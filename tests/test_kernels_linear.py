@@ -132,6 +132,7 @@ EMPTY: list[tuple[Shape, Shape]] = [
     ((0, 2, 3), (3, 4)),
 ]
 EMPTY += [((0, 2, 3), (0, 3, 4)), ((4, 0, 3), (3, 2)), ((0, 0), (0, 0))]
+EMPTY += [((2, 3, 0), (0, 4)), ((2, 3, 4), (4, 0)), ((2, 0, 0), (2, 0, 0))]
 
 
 @pytest.mark.parametrize("value", EDGES)
@@ -237,7 +238,7 @@ def test_conv2d_agrees_with_integers(case: tuple[Any, ...], rng: np.random.Gener
     for operand in (w, pack_conv_w(w, how[-1])):
         assert np.array_equal(conv2d(x, operand, *how), expected)
         out = np.empty_like(expected)
-        follow(conv2d_tiles(x, operand, *how, out=out), out, expected)
+        follow(conv2d_tiles(*(x, operand, *how, out)), out, expected)
 
 
 GRID = list(

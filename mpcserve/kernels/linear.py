@@ -151,13 +151,13 @@ def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 def _matmul(a: Words, b: Words | Packed, out: Words, whole: bool) -> Iterator[int]:
     assert a.dtype == out.dtype == np.uint64 and out.flags.carray
-    if len(b.shape) == 2 and a.ndim > 2:  # one right operand for all rows: one tall product
-        a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
-    *lead, height, wide = out.shape
     if out.size == 0 or a.shape[-1] == 0:
         out[...] = 0
         yield out.size
         return
+    if len(b.shape) == 2 and a.ndim > 2:  # one right operand for all rows: one tall product
+        a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
+    *lead, height, wide = out.shape
     left, right = _left_of(a, tuple(lead)), _right_of(b, tuple(lead))
     flat, at = out.reshape(-1), np.arange(prod(lead)) * (height * wide)
     for tile in _tiles(len(at), height, wide, a.shape[-1], whole):
@@ -194,9 +194,9 @@ def _multiply(
     depth = min(KC, len(right.offs))
     block, strip = np.empty(rows * depth, np.uint64), _aligned(STRIP_WORDS)
     micro.multiply(
-        left.words, left.at, left.packed, left.row_step, left.col_step,
+        left.words, left.at, (int(left.packed), left.row_step, left.col_step),
         right.words, right.at, right.packed, right.offs, right.base,
-        out, at, step, height, *tile, block, strip, np.arange(0, depth * LANES, LANES),
+        out, at, step, height, tile, block, strip, np.arange(0, depth * LANES, LANES),
     )  # fmt: skip
 
 

@@ -311,37 +311,37 @@ def _meet(
     offs: int,
     depth: int,
     rows: int,
-    width: int,
+    columns: int,
     out: int,
     step: int,
     more: int,
     corner: int,
 ) -> None:
-    """Packed rows times one panel of `width` columns, added to out when `more`."""
-    for i0 in range(0, rows, ROWS):
-        count = min(ROWS, rows - i0)
-        panel, place = left + i0 * depth, out + i0 * step
-        if width == LANES:
-            _multiply_panels(panel, right, offs, depth, count, place, step, more)
-            continue
-        _multiply_panels(panel, right, offs, depth, count, corner, LANES, 0)
-        for i in range(count):
-            for lane in range(width):
-                old = _word(place + lane) if more else 0
-                _put(old + _word(corner + i * LANES + lane), place + lane)
-            place += step
+    """Packed rows times the panels of a strip of `columns`, added to out when `more`."""
+    for p0 in range(0, columns, LANES):
+        width, panel = min(LANES, columns - p0), right + p0 * depth
+        for i0 in range(0, rows, ROWS):
+            count, these = min(ROWS, rows - i0), left + i0 * depth
+            place = out + i0 * step + p0
+            if width == LANES:
+                _multiply_panels(these, panel, offs, depth, count, place, step, more)
+                continue
+            _multiply_panels(these, panel, offs, depth, count, corner, LANES, 0)
+            for i in range(count):
+                for lane in range(width):
+                    old = _word(place + lane) if more else 0
+                    _put(old + _word(corner + i * LANES + lane), place + lane)
+                place += step
 
 
 @kernel(
-    f"void({_IN}, {_AT}, int64, int64, int64, {_IN}, {_AT}, int64, {_AT}, {_AT},"
-    f"{_OUT}, {_AT}, int64, int64, int64, int64, int64, int64, {_OUT}, {_OUT}, {_AT})"
+    f"void({_IN}, {_AT}, UniTuple(int64, 3), {_IN}, {_AT}, int64, {_AT}, {_AT},"
+    f"{_OUT}, {_AT}, int64, int64, UniTuple(int64, 4), {_OUT}, {_OUT}, {_AT})"
 )
 def multiply(
     left: Words,
     left_at: Index,
-    left_packed: int,
-    row_step: int,
-    col_step: int,
+    left_form: tuple[int, int, int],
     right: Words,
     right_at: Index,
     right_packed: int,
@@ -351,20 +351,19 @@ def multiply(
     out_at: Index,
     step: int,
     height: int,
-    item0: int,
-    item1: int,
-    row0: int,
-    row1: int,
+    tile: tuple[int, int, int, int],
     block: Words,
     strip: Words,
     in_strip: Index,
 ) -> None:
     """Rows row0:row1 of products item0:item1; row i of item t goes to out[out_at[t] + i·step :].
 
+    left_form: packed or not, and if not the steps of rows and columns.
     Shapes: `height` rows per item, len(offs) deep, len(base) wide; row0 is a multiple of ROWS.
-    Scratch: `block` for packed rows (none if left_packed), `strip` of STRIP_WORDS.
-    in_strip holds k·LANES.
+    Scratch: `block` for packed rows (none if left is), `strip` of STRIP_WORDS. in_strip: k·LANES.
     """
+    left_packed, row_step, col_step = left_form
+    item0, item1, row0, row1 = tile
     deep, wide = len(offs), len(base)
     panels = (wide + LANES - 1) // LANES * LANES
     corner = _place(strip) + KC * STRIP
@@ -382,21 +381,13 @@ def multiply(
                     lhs += i0 * row_step + k0 * col_step
                     _pack_rows(lhs, row_step, col_step, rows, depth, _place(block))
                     lhs = _place(block)
-                table = _place(offs) + k0
                 for p0 in range(0, wide, LANES if few else STRIP):
                     p1 = min(wide, p0 + (LANES if few else STRIP))
                     place = _place(out) + out_at[item] + i0 * step + p0
-                    if few and not right_packed and _neighbours(base, p0, p1):
-                        rhs = source + base[p0]
-                        _meet(lhs, rhs, table, depth, rows, LANES, place, step, k0, corner)
-                        continue
-                    if right_packed:
-                        rhs = source + k0 * panels + p0 * depth
-                    else:
+                    rhs, table = source + k0 * panels + p0 * depth, _place(in_strip)
+                    if not right_packed and few and _neighbours(base, p0, p1):
+                        rhs, table = source + base[p0], _place(offs) + k0
+                    elif not right_packed:
                         rhs = _place(strip)
-                        _gather(source, table, base, p0, p1, depth, rhs)
-                    for q0 in range(p0, p1, LANES):
-                        width, here = min(LANES, p1 - q0), _place(in_strip)
-                        _meet(lhs, rhs, here, depth, rows, width, place, step, k0, corner)
-                        rhs += LANES * depth
-                        place += LANES
+                        _gather(source, _place(offs) + k0, base, p0, p1, depth, rhs)
+                    _meet(lhs, rhs, table, depth, rows, p1 - p0, place, step, k0, corner)
