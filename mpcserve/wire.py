@@ -32,7 +32,7 @@ import enum
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
@@ -237,7 +237,7 @@ class Session:
         """Answer a PING."""
         return frame(Kind.PONG, LINK_STREAM, token)
 
-    def message(self, stream: bytes, message: dict[str, object]) -> bytes:
+    def message(self, stream: bytes, message: Mapping[str, object]) -> bytes:
         """A CONTROL message. Raises: WireError if it exceeds 1 MiB of JSON."""
         payload = _json(message)
         if len(payload) > MAX_CONTROL:
@@ -439,7 +439,7 @@ def parse_message(payload: bytes) -> dict[str, object]:
 _KINDS = frozenset(int(kind) for kind in Kind)
 
 
-def _json(message: dict[str, object]) -> bytes:
+def _json(message: Mapping[str, object]) -> bytes:
     text = json.dumps(message, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     return text.encode(errors="replace")  # a lone surrogate becomes "?": the peer would refuse it
 

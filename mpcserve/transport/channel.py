@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, WireError
@@ -58,8 +58,8 @@ class Inbox:
                 self._target = self._target[taken:]
                 self.consumed += taken
                 chunk = chunk[taken:]
-                if not self._target:
-                    self._came.notify_all()
+            if not self._target:  # filled; or nobody waits, or somebody for a message
+                self._came.notify_all()
             while chunk:
                 chunk = self._collect(chunk)
 
@@ -234,7 +234,7 @@ class Channel:
             "run the same version of mpcserve on every machine",
         )
 
-    def send_message(self, message: dict[str, object]) -> None:
+    def send_message(self, message: Mapping[str, object]) -> None:
         """Send a JSON object, after all DATA sent before. Raises: as `send`."""
         with self._sending:
             self._send(self.link.session.message(self.stream, message), b"")

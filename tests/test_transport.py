@@ -1,0 +1,389 @@
+"""Links and channels: what holds on TLS links holds on plain and on memory links."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mpcserve import errors
+from mpcserve.errors import MpcError, PeerLost, PeerTimeout, Refused, WireError
+from mpcserve.transport import Channel, Link, LinkOptions, NetworkProfile, TlsFiles
+from tests.transport_support import WAIT, Authority, Network, new_id
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TlsFiles]:
+    authority = Authority(tmp_path_factory.mktemp("pki"))
+    return {role: authority.issue(role) for role in ("alice", "bob")}
+
+
+@pytest.fixture(params=["tls", "plain", "memory"])
+def network(request: pytest.FixtureRequest, files: dict[str, TlsFiles]) -> Iterator[Network]:
+    network = Network(request.param, files)
+    yield network
+    network.close()
+
+
+def echo(channel: Channel) -> None:
+    """Answer a request {"n": …} with the n bytes that follow it."""
+    n = channel.receive_message("request", WAIT)["n"]
+    assert isinstance(n, int)
+    channel.send(channel.receive(n, "bytes to echo", WAIT))
+    channel.send_message({"echoed": n})
+
+
+# ── streams ──
+
+
+def test_messages_and_data_arrive_in_the_order_they_were_sent(network: Network) -> None:
+    alice, bob = network.pair()
+    assert (alice.peer, bob.peer) == ("bob", "alice")
+    stream = new_id()
+    out, into = bob.channel(stream), alice.channel(stream)
+    for i in range(20):
+        out.send_message({"i": i, "text": "λ"})
+        out.send(bytes([i]) * (i * 1000 + 1))
+    for i in range(20):
+        assert into.receive_message("message", WAIT) == {"i": i, "text": "λ"}
+        assert into.receive(i * 1000 + 1, "data", WAIT) == bytes([i]) * (i * 1000 + 1)
+
+
+def test_data_may_be_taken_in_other_pieces_than_it_was_sent(network: Network) -> None:
+    alice, bob = network.pair()
+    seed = 7
+    print("seed", seed)
+    rng = random.Random(seed)
+    data = rng.randbytes(3_000_000)
+    stream = new_id()
+    out, into = alice.channel(stream), bob.channel(stream)
+
+    def send() -> None:
+        for piece in pieces(rng, data):
+            out.send(piece)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert b"".join(into.receive(len(p), "p", WAIT) for p in pieces(random.Random(1), data)) == data
+    sender.join()
+    assert out.payload_sent == into.payload_received == len(data)
+
+
+def pieces(rng: random.Random, data: bytes) -> Iterator[bytes]:
+    at = 0
+    while at < len(data):
+        size = rng.choice([1, 100, 16_384, 65_536, 65_537, 262_144, 262_145, 1_000_000])
+        yield data[at : at + size]
+        at += size
+
+
+def test_any_contiguous_buffer_can_be_sent_and_reused_at_once(network: Network) -> None:
+    import numpy as np
+
+    alice, bob = network.pair()
+    stream = new_id()
+    out, into = alice.channel(stream), bob.channel(stream)
+    words = np.arange(100_000, dtype=np.uint64).reshape(100, 1000)
+    out.send(memoryview(words))
+    words[:] = 0
+    out.send(bytearray(b"abc"))
+    out.send(b"")
+    assert np.array_equal(
+        np.frombuffer(into.receive(800_000, "words", WAIT), np.uint64), np.arange(100_000)
+    )
+    assert into.receive(3, "text", WAIT) == b"abc"
+    assert into.receive(0, "nothing", WAIT) == b""
+
+
+def test_both_sides_can_send_a_lot_before_they_receive(network: Network) -> None:
+    alice, bob = network.pair(options=LinkOptions(send_queue=1 << 20))
+    size = 24 << 20
+    stream = new_id()
+    ends = alice.channel(stream), bob.channel(stream)
+    got: list[int] = []
+
+    def swap(channel: Channel, fill: bytes) -> None:
+        channel.send(fill * size)
+        got.append(sum(map(len, bytes(channel.receive(size, "swap", WAIT)).split(fill))))
+
+    threads = [
+        threading.Thread(target=swap, args=(end, fill))
+        for end, fill in zip(ends, (b"\1", b"\2"), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert got == [size, size]
+
+
+def test_a_stream_opened_with_a_message_goes_to_on_stream(network: Network) -> None:
+    alice, bob = network.pair(alice=echo, bob=echo)
+    for link in (alice, bob):
+        with link.channel(new_id()) as channel:
+            channel.send_message({"n": 5})
+            channel.send(b"hello")
+            assert channel.receive(5, "echo", WAIT) == b"hello"
+            assert channel.receive_message("end", WAIT) == {"echoed": 5}
+            with pytest.raises(PeerLost, match="closed the stream"):
+                channel.receive(1, "more", WAIT)
+
+
+def test_a_stream_opened_with_data_waits_for_its_channel(network: Network) -> None:
+    served: list[Channel] = []
+    alice, bob = network.pair(alice=served.append)
+    stream = new_id()
+    bob.channel(stream).send(b"early")
+    fence(bob, alice)
+    assert alice.channel(stream).receive(5, "early bytes", WAIT) == b"early"
+    assert served == []
+
+
+def fence(sender: Link, receiver: Link) -> None:
+    """Returns when `receiver` has seen all that `sender` sent so far."""
+    stream = new_id()
+    sender.channel(stream).send(b"x")
+    receiver.channel(stream).receive(1, "fence", WAIT)
+
+
+def test_many_streams_at_once_keep_apart(network: Network) -> None:
+    _, bob = network.pair(alice=echo)
+    seed = 11
+    print("seed", seed)
+    rng = random.Random(seed)
+    work = [rng.randbytes(rng.choice([1, 1000, 70_000, 600_000])) for _ in range(40)]
+    wrong: list[int] = []
+
+    def request(i: int) -> None:
+        with bob.channel(new_id()) as channel:
+            channel.send_message({"n": len(work[i])})
+            channel.send(work[i])
+            if channel.receive(len(work[i]), "echo", WAIT) != work[i]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=request, args=(i,)) for i in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert wrong == [] and network.log.errors.empty()
+
+
+def test_a_small_message_does_not_wait_for_a_large_one(network: Network) -> None:
+    slow = LinkOptions(network=NetworkProfile(0.0, 100e6))  # 8 MB take 0.6 s
+    alice, bob = network.pair(options=slow)
+    large, small = new_id(), new_id()
+    bob.channel(large).send(bytes(8_000_000))
+    started = time.monotonic()
+    bob.channel(small).send(b"now")
+    assert alice.channel(small).receive(3, "small", WAIT) == b"now"
+    took = time.monotonic() - started
+    alice.channel(large).receive(8_000_000, "large", WAIT)
+    assert took < (time.monotonic() - started) / 2
+
+
+def test_message_and_data_are_not_confused(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    out, into = bob.channel(stream), alice.channel(stream)
+    out.send(b"ab")
+    with pytest.raises(WireError, match=r"bob at .*: expected a message \(reply\), got 2 bytes"):
+        into.receive_message("reply", WAIT)
+    out.send_message({})
+    with pytest.raises(WireError, match=r"bob at .*: expected 3 bytes \(result\), got a message"):
+        into.receive(3, "result", WAIT)
+
+
+def test_a_message_over_its_limit_is_refused_here(network: Network) -> None:
+    _, bob = network.pair()
+    channel = bob.channel(new_id())
+    with pytest.raises(WireError, match=r"alice at .* bytes of JSON, expected at most 1048576"):
+        channel.send_message({"a": "x" * (1 << 20)})
+
+
+# ── ends ──
+
+
+def test_a_late_answer_is_named_and_what_came_stays(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    out, into = bob.channel(stream), alice.channel(stream)
+    out.send(b"abc")
+    fence(bob, alice)
+    with pytest.raises(
+        PeerTimeout, match=r"waited 0\.05 s for round 3 from bob at .*: 3 of 5 bytes came"
+    ) as caught:
+        into.receive(5, "round 3", 0.05)
+    assert caught.value.hint and alice.address in caught.value.message
+    with pytest.raises(PeerTimeout, match=r"waited 0\.05 s for the reply from bob at"):
+        alice.channel(new_id()).receive_message("the reply", 0.05)
+    out.send(b"de")
+    assert into.receive(5, "round 3", WAIT) == b"abcde"
+
+
+@pytest.mark.parametrize("kind", [Refused, errors.ConfigError, PeerTimeout, MpcError])
+def test_a_failed_stream_raises_the_same_error_at_the_peer(
+    network: Network, kind: type[MpcError]
+) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    into, out = alice.channel(stream), bob.channel(stream)
+    into.send(b"unread")
+    fence(alice, bob)
+    waiting = threading.Thread(target=lambda: out.fail(kind("bundle 7 is spent", "take another")))
+    waiting.start()
+    for _ in range(2):  # pending and later
+        with pytest.raises(MpcError) as caught:
+            into.receive(1, "result", WAIT)
+        assert type(caught.value) is kind
+        assert caught.value.message.startswith("bob at ")
+        assert caught.value.message.endswith(": bundle 7 is spent")
+        assert caught.value.hint == "take another"
+    with pytest.raises(kind):
+        into.send(b"more")
+    waiting.join()
+    with pytest.raises(kind, match="bundle 7"):
+        out.receive(6, "unread", WAIT)
+
+
+def test_a_stream_that_failed_before_the_other_side_came_is_not_lost(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    bob.channel(stream).fail(Refused("no such deployment"))
+    fence(bob, alice)
+    with pytest.raises(Refused, match=r"bob at .*: no such deployment"):
+        alice.channel(stream).receive(1, "input", WAIT)
+
+
+def test_what_was_sent_before_a_stream_was_closed_is_delivered(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    with bob.channel(stream) as out:
+        out.send(b"last words")
+        out.send_message({"end": True})
+    into = alice.channel(stream)
+    assert into.receive(10, "words", WAIT) == b"last words"
+    assert into.receive_message("end", WAIT) == {"end": True}
+    with pytest.raises(PeerLost, match=r"bob at .* closed the stream, after .* waiting for more"):
+        into.receive_message("more", WAIT)
+    with pytest.raises(PeerLost, match="closed the stream"):
+        into.send(b"x")
+
+
+def test_what_was_sent_before_a_link_was_closed_is_delivered(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    bob.channel(stream).send(bytes(5_000_000))
+    bob.close()
+    # The id was opened by bob's frames, and the link has ended, maybe before we ask for it.
+    assert "closed" in str(network.log.closed.get(timeout=WAIT))
+    assert "closed" in str(network.log.closed.get(timeout=WAIT))
+    assert network.log.errors.empty()
+    assert alice.reason is not None and "bob" in alice.reason.message
+    with pytest.raises(PeerLost, match="closed the link"):
+        alice.channel(new_id())
+
+
+def test_data_is_complete_although_the_link_was_closed_behind_it(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    into = alice.channel(stream)
+    bob.channel(stream).send(bytes(5_000_000))
+    bob.close()
+    assert len(into.receive(5_000_000, "all of it", WAIT)) == 5_000_000
+    with pytest.raises(PeerLost, match="closed the link, after"):
+        into.receive(1, "more", WAIT)
+
+
+def test_a_closed_stream_takes_nothing_more_and_its_id_is_spent(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    out, into = bob.channel(stream), alice.channel(stream)
+    into.close()
+    with pytest.raises(PeerLost, match="this side closed"):
+        into.send(b"x")
+    with pytest.raises(PeerLost, match="this side closed"):
+        into.receive(1, "x", WAIT)
+    out.send(b"dropped")
+    fence(bob, alice)
+    with pytest.raises(Refused, match="used before"):
+        alice.channel(stream)
+    for bad in (bytes(16), b"short", bytes(17)):
+        with pytest.raises(Refused, match="16 bytes"):
+            alice.channel(bad)
+
+
+def test_a_lost_connection_fails_all_streams_and_names_the_peer(network: Network) -> None:
+    alice, bob = network.pair()
+    channels = [alice.channel(new_id()) for _ in range(3)]
+    caught: list[str] = []
+
+    def wait(channel: Channel) -> None:
+        with pytest.raises(PeerLost) as lost:
+            channel.receive(10, "round 2", WAIT)
+        caught.append(lost.value.message)
+
+    threads = [threading.Thread(target=wait, args=(c,)) for c in channels]
+    for thread in threads:
+        thread.start()
+    bob._made_of.sock.shutdown(2)  # as if its process was killed
+    for thread in threads:
+        thread.join(WAIT)
+    assert len(caught) == 3
+    for message in caught:
+        assert message.startswith(f"lost the connection to bob at {alice.address}")
+        assert "waiting for round 2" in message
+    assert isinstance(network.log.error(), PeerLost)
+    for channel in channels:
+        with pytest.raises(PeerLost):
+            channel.send(b"x")
+
+
+def test_closing_joins_all_threads_and_frees_all_descriptors(files: dict[str, TlsFiles]) -> None:
+    for kind in ("memory", "tls"):
+        threads, descriptors = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+        network = Network(kind, files)
+        stuck = threading.Event()
+
+        def serve(channel: Channel, stuck: threading.Event = stuck) -> None:
+            stuck.set()
+            channel.receive(1, "what never comes", 60)
+
+        _, bob = network.pair(alice=serve)
+        bob.channel(new_id()).send_message({})
+        assert stuck.wait(WAIT)
+        network.close()
+        assert set(threading.enumerate()) == threads
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+# ── callbacks ──
+
+
+def test_an_error_in_on_stream_reaches_the_peer_and_the_log(network: Network) -> None:
+    def serve(channel: Channel) -> None:
+        what = channel.receive_message("request", WAIT)["what"]
+        if what == "defect":
+            raise ZeroDivisionError("with a secret in its text")
+        if what == "refuse":
+            raise Refused("model x is not deployed", "deploy it")
+        channel.send(b"served")
+
+    _, bob = network.pair(alice=serve)
+
+    def ask(what: str) -> bytes:
+        with bob.channel(new_id()) as channel:
+            channel.send_message({"what": what})
+            return bytes(channel.receive(6, "answer", WAIT))
+
+    with pytest.raises(Refused, match=r"alice at .*: model x is not deployed"):
+        ask("refuse")
+    assert isinstance(network.log.error(), Refused)
+    with pytest.raises(MpcError, match=r"alice at .*: alice failed inside: ZeroDivisionError$"):
+        ask("defect")
+    assert isinstance(network.log.error(), ZeroDivisionError)
+    assert ask("serve") == b"served"
