@@ -1,6 +1,7 @@
 """ONNX → plan: which integers are computed, how wide they are, and why that is safe."""
 
 from mpcserve.compiler.artifact import CompiledModel, load_compiled
+from mpcserve.compiler.check import NodeReport, check_model
 from mpcserve.compiler.pipeline import compile_model
 
-__all__ = ["CompiledModel", "compile_model", "load_compiled"]
+__all__ = ["CompiledModel", "NodeReport", "check_model", "compile_model", "load_compiled"]

@@ -1,7 +1,7 @@
 """Constant scalings and offsets in a graph, and the linear nodes that can take them in.
 
-An *affine* node computes scale · x + offset with constants that broadcast to x. A *linear* node is a
-Conv, Gemm or MatMul whose weights (and bias) are constants.
+An *affine* node computes scale · x + offset with constants that broadcast to x. A *linear* node
+is a Conv, Gemm or MatMul whose weights (and bias) are constants.
 """
 
 from __future__ import annotations
@@ -114,14 +114,17 @@ def after_linear(linear: Linear, affine: Affine) -> Linear | None:
     if vectors is None:
         return None
     scale, offset = vectors
-    if linear.bias is None:
-        return None if offset.any() else replace(linear, weights=linear.weights * scale)
+    if linear.bias is None and not offset.any():
+        return replace(linear, weights=linear.weights * scale)
+    bias = linear.bias if linear.bias is not None else _no_bias(affine.scale.ndim)
+    if bias is None:
+        return None
     if linear.node.op == "Conv":
         shape = (-1, *[1] * (linear.weights.ndim - 1))
         weights = linear.weights * scale.reshape(shape)
     else:
         weights = linear.weights * scale
-    return replace(linear, weights=weights, bias=linear.bias * scale + offset)
+    return replace(linear, weights=weights, bias=bias * scale + offset)
 
 
 def before_linear(affine: Affine, linear: Linear) -> tuple[Linear, Floats | None] | None:
@@ -138,11 +141,13 @@ def before_linear(affine: Affine, linear: Linear) -> tuple[Linear, Floats | None
         return None
     scale, offset = vectors
     if linear.node.op != "Conv":
-        shift = offset @ w
-        scaled = w * scale[:, None]
-        if linear.bias is None:
-            return replace(linear, weights=scaled), shift if offset.any() else None
-        return replace(linear, weights=scaled, bias=linear.bias + shift), None
+        shift, scaled = offset @ w, w * scale[:, None]
+        if linear.bias is None and not offset.any():
+            return replace(linear, weights=scaled), None
+        bias = linear.bias if linear.bias is not None else _no_bias(affine.scale.ndim)
+        if bias is None:
+            return replace(linear, weights=scaled), shift
+        return replace(linear, weights=scaled, bias=bias + shift), None
     per_group = (groups, w.shape[0] // groups, *w.shape[1:])
     spread = (groups, 1, w.shape[1], *[1] * (w.ndim - 2))
     scaled = (w.reshape(per_group) * scale.reshape(spread)).reshape(w.shape)
@@ -169,6 +174,8 @@ def write_linear(linear: Linear, graph: Graph) -> tuple[Node, dict[str, Any]]:
         attrs = {}
     if linear.bias is None:
         return replace(node, inputs=(node.inputs[0], names[0])), constants
+    if node.op == "MatMul":
+        node = replace(node, op="Gemm")
     constants[names[1]] = linear.bias.astype(dtype)
     return replace(node, inputs=(node.inputs[0], *names), attrs=attrs), constants
 
@@ -192,6 +199,11 @@ def write_affine(
         nodes.append(Node(op, (x, constant), (result,), {}, label))
         x = result
     return nodes, constants
+
+
+def _no_bias(rank: int) -> Floats | None:
+    """A MatMul of matrices is a Gemm, which has a bias; with batch axes there is none."""
+    return np.zeros(()) if rank == 2 else None
 
 
 def _output_axis(linear: Linear) -> tuple[int, int]:

@@ -13,12 +13,14 @@ from onnx import helper, inliner, numpy_helper, shape_inference, version_convert
 
 from mpcserve.compiler.graph import Graph, Node, graph_of
 from mpcserve.compiler.load import opset_of
-from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.survey import secret_nodes
 from mpcserve.errors import ModelError
 
 _LARGE_BYTES = 1 << 30
 """Models above this travel to onnxruntime by external files: a protobuf ends at 2 GiB."""
+
+_DISABLED = ["MatMulAddFusion"]
+"""It would rename nodes and reshape batches; a bias after a MatMul is taken in by `fold_affine`."""
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,7 +80,10 @@ def session(model: onnx.ModelProto, optimized: Path | None = None) -> ort.Infere
         options.optimized_model_filepath = str(optimized)
     try:
         return ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=_DISABLED if optimized else None,
         )
     except Exception as e:  # onnxruntime's own exception classes share no base
         reason = str(e).splitlines()[0].split(" : ")[-1]
@@ -111,7 +116,7 @@ def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(f"shapes do not fit: {reason}", "check the model with onnx.checker") from e
 
 
-def folded_graph(model: onnx.ModelProto, name: str) -> tuple[Graph, list[Problem]]:
+def folded_graph(model: onnx.ModelProto, name: str) -> Graph:
     """The graph of a folded model; leftover constant nodes are computed here."""
     graph = graph_of(model, name)
     secret = {n.name for n in secret_nodes(model.graph)}
@@ -122,7 +127,7 @@ def folded_graph(model: onnx.ModelProto, name: str) -> tuple[Graph, list[Problem
             nodes.append(node)
         else:
             constants.update(_evaluated(node, constants, graph))
-    return graph.with_nodes(nodes, constants), []
+    return graph.with_nodes(nodes, constants)
 
 
 def _evaluated(node: Node, constants: dict[str, Any], graph: Graph) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from onnx.external_data_helper import (
     uses_external_data,
 )
 
-from mpcserve.compiler.problems import Problem, raise_all
+from mpcserve.compiler.problems import Problem
 from mpcserve.errors import ModelError
 
 Source = str | Path | bytes | onnx.ModelProto
@@ -21,8 +21,8 @@ Source = str | Path | bytes | onnx.ModelProto
 OLDEST_OPSET = 7
 
 
-def load_model(source: Source) -> tuple[onnx.ModelProto, str]:
-    """(model, name). Raises: ModelError when it is not ONNX or its data is missing."""
+def load_model(source: Source) -> tuple[onnx.ModelProto, str, list[Problem]]:
+    """(model, name, what is missing of its data). Raises: ModelError when it is not ONNX."""
     if isinstance(source, onnx.ModelProto):
         model, name, folder = onnx.ModelProto(), source.graph.name or "model", None
         model.CopyFrom(source)
@@ -37,8 +37,7 @@ def load_model(source: Source) -> tuple[onnx.ModelProto, str]:
                 f"{path}: cannot read the model: {e.strerror}", "give the path of an .onnx file"
             ) from None
         model, name, folder = _parsed(data, str(path)), path.stem, path.parent
-    _load_external(model, name, folder)
-    return model, name
+    return model, name, _load_external(model, folder)
 
 
 def structure_digest(model: onnx.ModelProto) -> str:
@@ -87,7 +86,7 @@ def _parsed(data: bytes, source: str) -> onnx.ModelProto:
     return model
 
 
-def _load_external(model: onnx.ModelProto, name: str, folder: Path | None) -> None:
+def _load_external(model: onnx.ModelProto, folder: Path | None) -> list[Problem]:
     problems = []
     found = False
     for holder, tensor in tensors_of(model.graph):
@@ -107,10 +106,10 @@ def _load_external(model: onnx.ModelProto, name: str, folder: Path | None) -> No
             size = file.stat().st_size
             reason = f"{holder} ends at byte {end} of {str(file)!r}, which has {size} bytes"
             problems.append(Problem("", "", reason, "copy the data file anew, it is cut short"))
-    raise_all(name, problems)
-    if found:
+    if found and not problems:
         assert folder is not None
         load_external_data_for_model(model, str(folder))
+    return problems
 
 
 def _blank(tensor: onnx.TensorProto) -> None:

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import calibrate as samples
-from mpcserve.compiler import importing
 from mpcserve.compiler.artifact import CompiledModel
+from mpcserve.compiler.check import import_model, lowering_problems
 from mpcserve.compiler.draft import Draft, check_draft
 from mpcserve.compiler.graph import Graph
-from mpcserve.compiler.load import Source, load_model, structure_digest
+from mpcserve.compiler.load import Source
 from mpcserve.compiler.lower import lower
 from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.fold_affine import fold_affine
@@ -33,9 +33,7 @@ from mpcserve.compiler.passes.unused import remove_unused
 from mpcserve.compiler.precision import check_fit, tune_weights
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import registry
-from mpcserve.compiler.survey import fix_batch, survey
 from mpcserve.compiler.widths import assign_widths, extended
-from mpcserve.errors import ModelError
 from mpcserve.plan import Plan, verify_plan
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
@@ -61,12 +59,18 @@ def compile_model(
     margin_bits: int = 1,
 ) -> CompiledModel:
     """Compile an ONNX model. Raises: ModelError whose `problems` lists all that is wrong."""
-    graph, digest = import_graph(source, batch)
+    found = registry()
+    imported = import_model(source, batch, found)
+    graph, problems = imported.graph, list(imported.problems)
+    if graph is not None and problems:
+        problems += lowering_problems(graph, found, problems)
+    raise_all(imported.name, problems)
+    assert graph is not None
     name = name or graph.name
     for run in PASSES:
         graph = run(graph)
     ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits)
-    draft, problems = lower(graph, ranges, frac_bits, registry())
+    draft, problems = lower(graph, ranges, frac_bits, found)
     raise_all(graph.name, problems)
     for step in DRAFTS:
         draft = step(draft)
@@ -79,29 +83,12 @@ def compile_model(
     about: dict[str, Any] = {
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
         "opset": graph.opset,
-        "model_digest": digest,
+        "model_digest": imported.digest,
         "notes": tuple(notes),
     }
     plan = assign_widths(draft, name, **about)
     verify_plan(plan)
     return CompiledModel(plan, encoded_weights(plan, draft))
-
-
-def import_graph(source: Source, batch: int) -> tuple[Graph, str]:
-    """(graph, digest of the structure) of a model whose operators are all known."""
-    model, name = load_model(source)
-    digest = structure_digest(model)
-    model = importing.named(model)
-    found = registry()
-    problems = [*fix_batch(model, batch), *survey(model, found)]
-    raise_all(name, problems)
-    try:
-        model = importing.folded(importing.converted(model))
-        graph, problems = importing.folded_graph(model, name)
-    except ModelError as e:
-        raise ModelError(f"{name}: {e.message}", e.hint, (e.message,)) from None
-    raise_all(name, problems)
-    return graph, digest
 
 
 def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
 
 from mpcserve.compiler.graph import Node
 from mpcserve.compiler.load import OLDEST_OPSET, opset_of, tensors_of
@@ -94,6 +95,8 @@ def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:
         for name in node.input:
             readers.setdefault(name, node)
     for holder, tensor in tensors_of(graph):
+        if uses_external_data(tensor):
+            continue
         array = numpy_helper.to_array(tensor)
         if not np.issubdtype(array.dtype, np.inexact):
             continue

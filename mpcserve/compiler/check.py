@@ -1,0 +1,98 @@
+"""From a source to a graph with every problem on the way; and the report that `check` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+
+from mpcserve.compiler import importing
+from mpcserve.compiler.graph import Graph
+from mpcserve.compiler.load import Source, load_model, structure_digest
+from mpcserve.compiler.lower import Ranges, lower
+from mpcserve.compiler.problems import Problem
+from mpcserve.compiler.registry import Registry, registry
+from mpcserve.compiler.survey import fix_batch, secret_nodes, survey
+from mpcserve.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """One node of the model as it was given. `status`: supported | constant | unsupported.
+
+    A constant node depends on no input and is computed when compiling. A problem of the whole model
+    is a report with an empty `op`.
+    """
+
+    node: str
+    op: str
+    status: str
+    reason: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """`graph` is None when the model is too broken to be read further; then there are problems."""
+
+    name: str
+    digest: str
+    model: onnx.ModelProto
+    graph: Graph | None
+    problems: tuple[Problem, ...]
+
+
+def import_model(source: Source, batch: int, found: Registry) -> Imported:
+    """Load, convert, fold. Raises: ModelError only when the source is not an ONNX model."""
+    model, name, problems = load_model(source)
+    digest = structure_digest(model)
+    model = importing.named(model)
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    blocking = [*problems, *fix_batch(model, batch)]
+    problems = [*blocking, *survey(model, found)]
+    graph = None
+    if not blocking:
+        try:
+            folded = importing.folded(importing.converted(model))
+            graph = importing.folded_graph(folded, name)
+        except ModelError as e:
+            # A model with unknown operators need not load; say only what is already known.
+            problems = problems or [Problem("", "", e.message, e.hint)]
+    return Imported(name, digest, given, graph, tuple(problems))
+
+
+def check_model(source: Source, batch: int = 1) -> list[NodeReport]:
+    """Every node, supported or not, and every problem of the model, all at once.
+
+    Raises: ModelError only when the source is not an ONNX model.
+    """
+    found = registry()
+    imported = import_model(source, batch, found)
+    problems = list(imported.problems)
+    if imported.graph is not None:
+        problems += lowering_problems(imported.graph, found, problems)
+    by_node: dict[str, list[Problem]] = {}
+    for p in problems:
+        by_node.setdefault(p.node, []).append(p)
+    secret = {n.name for n in secret_nodes(imported.model.graph)}
+    reports = []
+    for node in imported.model.graph.node:
+        bad = by_node.pop(node.name, [])
+        reports += [_report(p, node.op_type) for p in bad]
+        if not bad:
+            status = "supported" if node.name in secret else "constant"
+            reports.append(NodeReport(node.name, node.op_type, status))
+    rest = [_report(p, p.op) for problems in by_node.values() for p in problems]
+    return rest + reports
+
+
+def lowering_problems(graph: Graph, found: Registry, known: list[Problem]) -> list[Problem]:
+    """What lowering finds that is not in `known`."""
+    ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
+    seen = {(p.node, p.op) for p in known}
+    return [p for p in lower(graph, ranges, 16, found)[1] if (p.node, p.op) not in seen]
+
+
+def _report(problem: Problem, op: str) -> NodeReport:
+    return NodeReport(problem.node, op, "unsupported", problem.reason, problem.hint)
