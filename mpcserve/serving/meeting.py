@@ -1,16 +1,19 @@
-"""Where two halves of one request find each other: an owner asks alice and bob, alice tells bob.
+"""Where two halves of one request find each other: an owner asks alice and bob, alice leads bob.
 
-Bob parks what he is asked under the request's id until alice claims it, whichever comes first.
+Bob parks what the owner asked under the request's id until alice's half claims it, whichever comes
+first. What the claimer fails with ends the other half too.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from mpcserve.errors import MpcError, PeerTimeout, Refused
+from mpcserve.serving.log import named_error
 
 T = TypeVar("T")
 
@@ -19,11 +22,12 @@ T = TypeVar("T")
 class _Offer(Generic[T]):
     value: T
     claimed: bool = False
+    done: bool = False
     error: MpcError | None = None
 
 
 class Meeting(Generic[T]):
-    """At most `capacity` offers wait at once. Safe to call from any thread."""
+    """At most `capacity` offers at once. Safe to call from any thread."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -31,53 +35,70 @@ class Meeting(Generic[T]):
         self._changed = threading.Condition()
 
     def offer(self, id: bytes, value: T, claimer: str, timeout: float) -> None:
-        """Wait until `value` is claimed. Raises: PeerTimeout, Refused, or why it was refused."""
+        """Wait until `value` is claimed, then until its claimer is done.
+
+        Raises: PeerTimeout when nobody claims it; the claimer's error; Refused.
+        """
         mine = _Offer(value)
         with self._changed:
-            if id in self._offers:
-                raise Refused(f"request {id.hex()} was sent twice", "make a new request id")
-            if len(self._offers) >= self._capacity:
-                raise Refused(f"{len(self._offers)} requests wait already", "try again later")
-            self._offers[id] = mine
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: mine.claimed or mine.error, timeout)
-            del self._offers[id]
+            self._admit(id, mine)
+            try:
+                if not self._changed.wait_for(lambda: mine.claimed or mine.error, timeout):
+                    raise PeerTimeout(
+                        f"{claimer} did not take up request {id.hex()} in {timeout:.1f} s",
+                        f"was the request sent to {claimer} too, and can she be reached?",
+                    )
+                self._changed.wait_for(lambda: mine.done or mine.error)
+            finally:
+                del self._offers[id]
         if mine.error:
             raise mine.error
-        if not mine.claimed:
-            raise PeerTimeout(
-                f"{claimer} did not take up request {id.hex()} in {timeout:.1f} s",
-                f"is the request sent to {claimer} too, and is she reachable?",
-            )
 
-    def claim(self, id: bytes, offerer: str, timeout: float) -> T:
-        """The value offered under `id`. Raises: PeerTimeout naming who did not offer it."""
+    @contextmanager
+    def claim(self, id: bytes, offerer: str, timeout: float) -> Iterator[T]:
+        """The value offered under `id`, until the block ends; its error is the offerer's too.
+
+        Raises: PeerTimeout naming who did not offer it.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._open(id), timeout)
-            if offer := self._open(id):
-                offer.claimed = True
+            if not self._changed.wait_for(lambda: self._unclaimed(id), timeout):
+                raise PeerTimeout(
+                    f"{offerer} did not send this half of request {id.hex()} in {timeout:.1f} s",
+                    f"is {offerer} still there, and is `deadlines.round` long enough?",
+                )
+            offer = self._offers[id]
+            offer.claimed = True
+            self._changed.notify_all()
+        error: MpcError | None = None
+        try:
+            yield offer.value
+        except Exception as e:
+            error = named_error(e)
+            raise error from None
+        finally:
+            with self._changed:
+                offer.done, offer.error = True, error
                 self._changed.notify_all()
-                return offer.value
-        raise PeerTimeout(
-            f"{offerer} did not send its half of request {id.hex()} in {timeout:.1f} s",
-            f"is {offerer} still there, and is `deadlines.round` long enough?",
-        )
-
-    def refuse(self, id: bytes, error: MpcError) -> None:
-        """End the wait of whoever offered under `id`."""
-        self._refuse(lambda other: other == id, error)
 
     def refuse_all(self, error: MpcError) -> None:
-        """End every wait."""
-        self._refuse(lambda other: True, error)
-
-    def _open(self, id: bytes) -> _Offer[T] | None:
-        offer = self._offers.get(id)
-        return offer if offer and not (offer.claimed or offer.error) else None
-
-    def _refuse(self, chosen: Callable[[bytes], bool], error: MpcError) -> None:
+        """End every wait for a claim."""
         with self._changed:
-            for id, offer in self._offers.items():
-                if chosen(id) and not offer.claimed:
+            for offer in self._offers.values():
+                if not offer.claimed:
                     offer.error = error
             self._changed.notify_all()
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def _admit(self, id: bytes, offer: _Offer[T]) -> None:
+        if id in self._offers:
+            raise Refused(f"request {id.hex()} was sent twice", "make a new id for each request")
+        if len(self._offers) >= self._capacity:
+            raise Refused(f"busy: {len(self._offers)} requests are here already", "try again later")
+        self._offers[id] = offer
+        self._changed.notify_all()
+
+    def _unclaimed(self, id: bytes) -> bool:
+        offer = self._offers.get(id)
+        return offer is not None and not offer.claimed and offer.error is None

@@ -236,6 +236,11 @@ class Shelf(Generic[T]):
             )
         return found[1]
 
+    def discard(self, bundle: bytes) -> None:
+        """Forget one bundle, if it is here."""
+        with self._lock:
+            self._entries.pop(bundle, None)
+
     def drop(self, link: Hashable) -> None:
         """Forget every bundle agreed on over `link`."""
         self._keep(lambda deployment, entry: entry.link != link)

@@ -1,0 +1,280 @@
+"""Alice leads: she picks the bundle of every request, and decides when a deployment is in use.
+
+    infer     data owner → alice, bob      alice takes a bundle and tells bob which; both evaluate
+    deploy    model owner → alice, bob     all three stage, alice commits, bob and carol follow
+    prepare   alice → bob                  both prepare a bundle; bob has carol deal to him
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mpcserve.errors import MpcError, PeerTimeout, Refused, WireError
+from mpcserve.plan.bill import bill_of
+from mpcserve.plan.store import plan_bytes
+from mpcserve.protocol import ServerProgram
+from mpcserve.randomness import KEY_BYTES
+from mpcserve.serving.deployment import ID_BYTES, Deployment
+from mpcserve.serving.evaluation import Live, Prepared, Timer, bring_to_life, evaluate
+from mpcserve.serving.gate import Gate
+from mpcserve.serving.links import Wiring
+from mpcserve.serving.log import log, named_error
+from mpcserve.serving.online import OnlineServer, WeightsReceived
+from mpcserve.serving.pool import Pool
+from mpcserve.serving.report import Meter, merged, server_report
+from mpcserve.serving.request import Request, check_digest, failing, receive_message
+from mpcserve.serving.server import OWNERS, Route
+from mpcserve.transport import Channel, Link
+
+FOLLOWERS = ("bob", "carol")
+
+
+class Alice(OnlineServer):
+    """The server that coordinates."""
+
+    side = "alice"
+    peers = FOLLOWERS
+    accepts = (*FOLLOWERS, *OWNERS)
+
+    def __init__(self, wiring: Wiring) -> None:
+        config = wiring.config
+        self.gate = Gate(config.limits.requests, config.limits.queue)
+        self.pool: Pool[Prepared] = Pool(self._make, config.pool.depth, config.pool.max_bytes)
+        self._deploying = threading.Lock()
+        super().__init__(wiring)
+        self.store.settle(())  # what she had not committed when she stopped was never deployed
+
+    def routes(self) -> dict[str, Route]:
+        """Requests that alice leads."""
+        return {
+            **super().routes(),
+            "infer": Route(("data-owner",), self._infer),
+            "deploy": Route(("model-owner",), self._deploy),
+        }
+
+    def close(self) -> None:
+        """Stop dealing ahead, end all links."""
+        self.pool.close()
+        super().close()
+
+    def health(self) -> dict[str, Any]:
+        """Adds the pool's depth and the queue."""
+        running, waiting = self.gate.counts
+        return super().health() | {
+            "pool": {d.name: self.pool.ready(d.id) for d in self.store},
+            "evaluations": {"running": running, "waiting": waiting},
+        }
+
+    def deployed(self, live: Live) -> None:
+        """Begin to deal ahead for it."""
+        self.pool.add(live.deployment.id, bill_of(live.plan).dealt_bytes)
+
+    def retired(self, id: bytes) -> None:
+        """Drop its bundles."""
+        self.pool.remove(id)
+
+    def on_linked(self, link: Link) -> None:
+        """Tell the follower what is deployed before anything else is asked of it."""
+        with self._one_deploy(self.deadlines.request):
+            self._settle(link)
+        super().on_linked(link)
+        self.pool.retry()
+
+    def on_lost(self, link: Link) -> None:
+        """Bob has dropped his halves of these bundles too."""
+        self.pool.drop(link)
+
+    # -- infer ------------------------------------------------------------------------------------
+
+    def _infer(self, request: Request) -> None:
+        bob = self.links.get("bob").channel(request.id)
+        with failing(bob):
+            bob.send_message({"type": "evaluate"})
+            with self.gate.enter(request.deadline.left()):
+                self._evaluate(request, bob)
+        bob.close()
+
+    def _evaluate(self, request: Request, bob: Channel) -> None:
+        name = request.message.optional_text("model") or self.config.model
+        live = self.live(self.store.find(name).id)
+        check_digest(live.plan, request.message.text("digest"), "the data owner", self.role)
+        prepared = self.pool.take(live.deployment.id, request.deadline.left())
+        meter = Meter(bob.link)
+        try:
+            bob.send_message(
+                {
+                    "type": "run",
+                    "deployment": live.deployment.id.hex(),
+                    "digest": live.plan.digest,
+                    "bundle": prepared.bundle.id.hex(),
+                }
+            )
+            took = evaluate(
+                live, prepared, request.channel, bob, request.deadline, self.deadlines.round
+            )
+            facts = merged(prepared.facts, took, meter.sent("alice->bob", bob))
+            request.channel.send_message(server_report(self.role, facts))
+        except Exception:
+            self._tell_bob_to_drop(prepared)
+            raise
+        finally:
+            self.ledger.spend(prepared.bundle.id)
+        log.info(
+            "infer %s: %s, %d rounds, %.3f s",
+            request.name,
+            live.deployment.name,
+            took["rounds"],
+            took["online_seconds"],
+        )
+
+    def _tell_bob_to_drop(self, prepared: Prepared) -> None:
+        """He may not have learnt that his half was to be used; a lost link drops it anyway."""
+        try:
+            channel = self.links.get("bob").channel(secrets.token_bytes(ID_BYTES))
+            channel.send_message({"type": "drop", "bundle": prepared.bundle.id.hex()})
+            channel.close()
+        except MpcError as error:
+            log.debug("bob was not told to drop a bundle: %s", error)
+
+    # -- prepare ----------------------------------------------------------------------------------
+
+    def _make(self, deployment: bytes) -> Prepared:
+        """Agree with bob on a fresh bundle; both prepare it while carol deals."""
+        live = self.live(deployment)
+        link = self.links.get("bob")
+        id = secrets.token_bytes(ID_BYTES)
+        timer = Timer.start()
+        self.ledger.admit(id, deployment)
+        bob = link.channel(id)
+        with failing(bob):
+            bob.send_message(
+                {"type": "prepare", "deployment": deployment.hex(), "digest": live.plan.digest}
+            )
+            bundle = live.program.prepare(id, None)
+            _, cpu = timer.seconds()
+            timeout = self.deadlines.request
+            theirs = receive_message(bob, "prepared", "bob's half of a bundle", timeout)
+        bob.close()
+        facts = {"preprocessing_seconds": timer.seconds()[0], "preprocessing_cpu_seconds": cpu}
+        nbytes = max(bundle.nbytes, theirs.size("nbytes", 1 << 62))
+        return Prepared(bundle, link, nbytes, facts)
+
+    # -- deploy -----------------------------------------------------------------------------------
+
+    def _deploy(self, request: Request) -> None:
+        bob = self.links.get("bob").channel(request.id)
+        with failing(bob):
+            bob.send_message({"type": "stage"})
+            with self._one_deploy(request.deadline.left()):
+                live = self._deploy_on_all(request, bob)
+        request.channel.send_message({"type": "deployed"})
+        log.info("deploy %s: %s, plan %s", request.name, live.deployment.name, live.plan.digest)
+
+    def _deploy_on_all(self, request: Request, bob: Channel) -> Live:
+        """Stage on all three, then commit on all three."""
+        carol = self.links.get("carol").channel(request.id)
+        try:
+            with failing(bob, carol):
+                carol.send_message({"type": "stage"})
+                live = self._stage(request, bob, carol)
+            self._commit(live, (bob, carol), request)
+        except Exception:
+            self._undo(request.message.id("deployment"))
+            raise
+        return live
+
+    def _stage(self, request: Request, bob: Channel, carol: Channel) -> Live:
+        """All three hold the deployment on disk when this returns; none uses it yet."""
+        message, client = request.message, request.channel
+        name, replaced = message.text("name"), self._replaced(request)
+        plan = self.receive_plan(request)
+        keys = {peer: secrets.token_bytes(KEY_BYTES) for peer in FOLLOWERS}
+        deployment = Deployment(message.id("deployment"), name, plan, keys, replaced)
+        order = {
+            "type": "order",
+            "deployment": deployment.id.hex(),
+            "name": name,
+            "digest": plan.digest,
+            "replaces": replaced.hex() if replaced else None,
+        }
+        bob.send_message(order)
+        bob.send(keys["bob"])
+        data = plan_bytes(plan)
+        carol.send_message(order | {"plan_bytes": len(data)})
+        carol.send(data)
+        carol.send(keys["carol"])
+        client.send_message({"type": "masks"})
+        client.send(ServerProgram.weight_seed(plan, "alice", keys["carol"]))
+        weights = WeightsReceived(client, plan, self.deadlines.round)
+        self.store.stage(deployment, weights)
+        live = bring_to_life("alice", deployment, self.store)
+        for follower in (bob, carol):
+            what = f"{follower.peer} to store the deployment"
+            theirs = receive_message(follower, "staged", what, request.deadline.left())
+            if follower is bob and theirs.text("weights") != weights.digest:
+                raise WireError(
+                    "alice and bob were sent different masked weights", "deploy the model again"
+                )
+        return live
+
+    def _commit(self, live: Live, followers: Sequence[Channel], request: Request) -> None:
+        """From here on the deployment stands: a follower that is lost now learns it later."""
+        self.store.commit(live.deployment.id)
+        try:
+            for follower in followers:
+                follower.send_message({"type": "commit"})
+            for follower in followers:
+                what = f"{follower.peer} to put the deployment in use"
+                receive_message(follower, "committed", what, request.deadline.left())
+                follower.close()
+        finally:
+            self.enliven(live.deployment, live)
+
+    def _undo(self, id: bytes) -> None:
+        """Discard what was staged here; followers that can be reached discard it too."""
+        self.store.discard(id)
+        for peer in FOLLOWERS:
+            try:
+                self._settle(self.links.get(peer))
+            except Exception as e:
+                # It will be told when it connects again.
+                log.warning("%s was not told to discard a deployment: %s", peer, named_error(e))
+
+    def _replaced(self, request: Request) -> bytes | None:
+        """The deployment that this one retires. Raises: Refused unless it may."""
+        name = request.message.text("name")
+        old = self.store.named(name)
+        if old is None:
+            return None
+        if not request.message.flag("replace"):
+            raise Refused(
+                f"a model named {name!r} is deployed already (plan {old.plan.digest})",
+                "choose another --name, or give --replace to retire it",
+            )
+        return old.id
+
+    def _settle(self, link: Link) -> None:
+        """Tell a follower which deployments stand; it commits and discards accordingly."""
+        channel = link.channel(secrets.token_bytes(ID_BYTES))
+        with failing(channel):
+            ids = [d.id.hex() for d in self.store]
+            channel.send_message({"type": "settle", "deployments": ids})
+            what = f"{link.peer} to settle its deployments"
+            receive_message(channel, "settled", what, self.deadlines.request)
+        channel.close()
+
+    @contextmanager
+    def _one_deploy(self, timeout: float) -> Iterator[None]:
+        """One deployment at a time: names are given out one after the other."""
+        if not self._deploying.acquire(timeout=timeout):
+            raise PeerTimeout(
+                f"another deployment has not ended in {timeout:.1f} s", "try again later"
+            )
+        try:
+            yield
+        finally:
+            self._deploying.release()

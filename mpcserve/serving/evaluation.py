@@ -1,0 +1,137 @@
+"""One evaluation on alice or bob: hand out seeds, take Δx, exchange rounds, hand out the result.
+
+It is the same on both servers; who leads is settled before it begins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mpcserve.plan.ops import packed_bytes
+from mpcserve.plan.plan import Plan
+from mpcserve.plan.schedule import schedule_of
+from mpcserve.protocol import Bundle, ServerProgram, Steps, unpack_weight
+from mpcserve.serving.deployment import Deployment, Store
+from mpcserve.serving.request import Deadline
+from mpcserve.transport import Channel
+
+Side = Literal["alice", "bob"]
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A deployment in memory, ready to evaluate. `rounds` names what each round waits for."""
+
+    deployment: Deployment
+    program: ServerProgram
+    rounds: tuple[str, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """The deployment's plan."""
+        return self.deployment.plan
+
+
+def bring_to_life(role: Side, deployment: Deployment, store: Store) -> Live:
+    """Unpack Δw and pack it for the kernels."""
+    plan = deployment.plan
+    weights = {n: unpack_weight(plan, n, data) for n, data in store.weights(deployment)}
+    peer: Side = "bob" if role == "alice" else "alice"
+    program = ServerProgram(plan, role, deployment.keys["carol"], deployment.keys[peer], weights)
+    return Live(deployment, program, tuple(round_names(plan)))
+
+
+def round_names(plan: Plan) -> Iterator[str]:
+    """For each round, the instructions whose messages it carries: what an error names."""
+    schedule = schedule_of(plan)
+    for r in range(schedule.rounds):
+        begun = [plan[id] for id in schedule.levels[r]]
+        busy = next((i for i in begun if i.op in _SPEAKING), None)
+        if busy is None:
+            # The second or later round of something that began before.
+            earlier = (plan[id] for level in schedule.levels[:r][::-1] for id in level)
+            busy = next(i for i in earlier if i.op in _SPEAKING)
+        layer = f" ({busy.layer})" if busy.layer else ""
+        yield f"round {r + 1} of {schedule.rounds}, instruction {busy.id} {busy.op}{layer}"
+
+
+_SPEAKING = ("mul", "matmul", "conv", "sign", "select", "extend")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A bundle, ready: what it hangs on, what it cost, and what is told of it in a report."""
+
+    bundle: Bundle
+    link: Hashable
+    nbytes: int
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """Wall and CPU seconds of this thread since it was made."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def start(cls) -> Timer:
+        """Begin now."""
+        return cls(time.perf_counter(), time.thread_time())
+
+    def seconds(self) -> tuple[float, float]:
+        """(wall, cpu) so far."""
+        return time.perf_counter() - self.wall, time.thread_time() - self.cpu
+
+
+def evaluate(
+    live: Live,
+    prepared: Prepared,
+    client: Channel,
+    peer: Channel,
+    deadline: Deadline,
+    round_timeout: float,
+) -> dict[str, Any]:
+    """Serve the data owner on `client`, exchanging rounds on `peer`; what it took."""
+    plan = live.plan
+    client.send_message({"type": "ready", "digest": plan.digest})
+    client.send(b"".join(prepared.bundle.input_seeds))
+    inputs = []
+    for spec in plan.inputs:
+        value = plan.value(spec.id)
+        size = packed_bytes(value.size, value.width)
+        what = f"input {spec.name!r} ({size} bytes)"
+        inputs.append(client.receive(size, what, deadline.left(round_timeout)))
+    timer = Timer.start()
+    steps = live.program.evaluate(prepared.bundle, inputs)
+    result, rounds = drive(
+        steps, peer, lambda r: live.rounds[r], lambda: deadline.left(round_timeout)
+    )
+    client.send(result)
+    wall, cpu = timer.seconds()
+    return {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
+
+
+def drive(
+    steps: Steps[bytes],
+    peer: Channel,
+    name: Callable[[int], str],
+    timeout: Callable[[], float],
+) -> tuple[bytes, int]:
+    """Run a generator of rounds over a channel: its result and how many rounds it took."""
+    reply: memoryview | None = None
+    rounds = 0
+    try:
+        while True:
+            step = next(steps) if reply is None else steps.send(reply)
+            for piece in step.pieces:
+                peer.send(piece)
+            reply = peer.receive(step.expect, name(rounds), timeout())
+            rounds += 1
+    except StopIteration as end:
+        result: bytes = end.value
+        return result, rounds

@@ -1,0 +1,48 @@
+"""A server process, from start to end, in the role it is given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+from mpcserve.config import Config
+from mpcserve.protocol import warm_up
+from mpcserve.serving.alice import Alice
+from mpcserve.serving.bob import Bob
+from mpcserve.serving.carol import Carol
+from mpcserve.serving.links import Wiring
+from mpcserve.serving.log import log, start_log
+from mpcserve.serving.server import Server
+from mpcserve.transport import NetworkProfile
+
+SERVERS: Mapping[str, type[Server]] = {"alice": Alice, "bob": Bob, "carol": Carol}
+
+
+def run_party(
+    config: Config,
+    role: str,
+    *,
+    stop: threading.Event,
+    on_ready: Callable[[], None],
+    plaintext: bool = False,
+    network: str = "loopback",
+) -> None:
+    """Serve until `stop` is set; then take no more requests, finish what runs, and return.
+
+    `on_ready` is called when kernels are compiled and peers connected. Raises: ConfigError.
+    """
+    start_log(role, config.log_level)
+    warm_up()
+    wiring = Wiring(config, role, NetworkProfile.parse(network), plaintext)
+    server = SERVERS[role](wiring)
+    try:
+        server.start()
+        if server.links.wait_up(stop):
+            on_ready()
+            log.info("ready, %d models deployed", len(server.store))
+            stop.wait()
+            if not server.drain(config.deadlines.drain):
+                log.warning("requests still run after %g s: leaving them", config.deadlines.drain)
+    finally:
+        server.close()
+    log.info("stopped")

@@ -1,0 +1,151 @@
+"""A request as it arrives on a stream: who asks, under which id, for what.
+
+A message is a JSON object made by somebody else, so every field is checked when it is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mpcserve.errors import Refused, WireError
+from mpcserve.plan.plan import Plan
+from mpcserve.serving.log import named_error
+from mpcserve.transport import Channel
+
+T = TypeVar("T")
+
+MAX_PLAN_BYTES = 1 << 30
+
+
+class Message:
+    """The fields of a message, checked as they are read."""
+
+    __slots__ = ("_fields", "_sender")
+
+    def __init__(self, fields: Mapping[str, Any], sender: str) -> None:
+        self._fields, self._sender = fields, sender
+
+    def text(self, key: str) -> str:
+        """A string. Raises: WireError."""
+        return self._typed(key, str)
+
+    def optional_text(self, key: str) -> str | None:
+        """A string, or None where there is none."""
+        return None if self._fields.get(key) is None else self.text(key)
+
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        return self._typed(key, bool)
+
+    def size(self, key: str, most: int) -> int:
+        """A whole number 0 … `most`."""
+        value = self._typed(key, int)
+        if not 0 <= value <= most:
+            raise self._unlike(key, f"0 … {most}", value)
+        return value
+
+    def number(self, key: str) -> float:
+        """A number."""
+        value = self._fields.get(key)
+        return float(value) if isinstance(value, int) else self._typed(key, float)
+
+    def id(self, key: str) -> bytes:
+        """16 bytes in hex."""
+        text = self.text(key)
+        try:
+            value = bytes.fromhex(text)
+        except ValueError:
+            value = b""
+        if len(value) != 16:
+            raise self._unlike(key, "16 bytes in hex", text[:64])
+        return value
+
+    def optional_id(self, key: str) -> bytes | None:
+        """16 bytes in hex, or None where there are none."""
+        return None if self._fields.get(key) is None else self.id(key)
+
+    def ids(self, key: str) -> frozenset[bytes]:
+        """A list of ids."""
+        return frozenset(
+            Message({key: item}, self._sender).id(key) for item in self._typed(key, list)
+        )
+
+    def expect(self, kind: str) -> Message:
+        """The message itself, if its type is `kind`. Raises: WireError."""
+        if self._fields.get("type") != kind:
+            raise self._unlike("type", kind, self._fields.get("type"))
+        return self
+
+    def _typed(self, key: str, kind: type[T]) -> T:
+        value = self._fields.get(key)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self._unlike(key, kind.__name__, type(value).__name__)
+        return value
+
+    def _unlike(self, key: str, expected: str, got: object) -> WireError:
+        return WireError(
+            f"a message of {self._sender}: {key}: expected {expected}, got {str(got)[:80]}",
+            "run the same version of mpcserve on every machine",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`id` names the request on all its links; `channel` is where it came from and is answered."""
+
+    channel: Channel
+    message: Message
+    deadline: Deadline
+
+    @property
+    def id(self) -> bytes:
+        """16 bytes drawn by whoever made the request."""
+        return self.channel.stream
+
+    @property
+    def name(self) -> str:
+        """Short enough for a log line."""
+        return self.id.hex()[:8]
+
+
+class Deadline:
+    """When a request must have ended."""
+
+    __slots__ = ("_end", "_seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+
+    def left(self, most: float = float("inf")) -> float:
+        """Seconds still to wait, at most `most`; a passed deadline leaves none."""
+        return max(0.0, min(self._end - time.monotonic(), most))
+
+
+def receive_message(channel: Channel, kind: str, what: str, timeout: float) -> Message:
+    """The next message on `channel`, which must be of type `kind`."""
+    return Message(channel.receive_message(what, timeout), channel.peer).expect(kind)
+
+
+@contextmanager
+def failing(*channels: Channel) -> Iterator[None]:
+    """Run the block; an error of it ends these channels and is told to their peers."""
+    try:
+        yield
+    except Exception as e:
+        error = named_error(e)
+        for channel in channels:
+            channel.fail(error)
+        raise error from None
+
+
+def check_digest(ours: Plan, theirs: str, who: str, role: str) -> None:
+    """Both sides must mean one plan. Raises: Refused with both digests."""
+    if theirs != ours.digest:
+        raise Refused(
+            f"plan digests differ: {role} has {ours.digest}, {who} has {theirs[:64]}",
+            "the model was deployed again, or the plan file is another one: fetch the plan anew",
+        )
