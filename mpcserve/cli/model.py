@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import click
 from mpcserve.cli.options import FILE, JSON
 
 if TYPE_CHECKING:
-    from mpcserve.compiler import CompiledModel
+    from mpcserve.compiler import CompiledModel, NodeReport
     from mpcserve.plan import Plan
 
 CALIBRATE = click.option(
@@ -35,6 +36,37 @@ FRAC_BITS = click.option(
     show_default=True,
     help="Bits after the binary point.",
 )
+
+
+@click.command("check")
+@click.argument("model", type=FILE)
+@JSON
+def check_command(model: Path, as_json: bool) -> None:
+    """Say of every node of MODEL whether it is supported, and what to do about those that are not.
+
+    Lists all problems at once; exit 3 if there is any.
+
+    \b
+    Example:
+      mpcserve check model.onnx
+    """
+    from mpcserve.cli.output import print_json
+    from mpcserve.compiler import check_model
+    from mpcserve.errors import ModelError
+
+    reports = check_model(model)
+    bad = [r for r in reports if r.status == "unsupported"]
+    if as_json:
+        print_json({"supported": not bad, "nodes": [asdict(r) for r in reports]})
+    else:
+        _print_check(reports)
+    if bad:
+        places = len({r.node for r in bad})
+        raise ModelError(
+            f"{model}: {len(bad)} problem{'s' * (len(bad) > 1)} in {places} "
+            f"place{'s' * (places > 1)}, listed above",
+            bad[0].hint or "change the model as said above, or export it without these operators",
+        )
 
 
 @click.command("compile")
@@ -116,6 +148,20 @@ def _save(compiled: CompiledModel, path: Path) -> Path:
         return compiled.save(path)
     except OSError as e:
         raise ConfigError(f"{path}: cannot write: {e.strerror}", "give another -o") from None
+
+
+def _print_check(reports: Sequence[NodeReport]) -> None:
+    from collections import Counter
+
+    from mpcserve.cli.output import table
+
+    fine = Counter((r.op, r.status) for r in reports if r.status != "unsupported")
+    table(("operator", "status", "nodes"), ((*k, n) for k, n in sorted(fine.items())), left=2)
+    for r in reports:
+        if r.status == "unsupported":
+            where = f"{r.node} ({r.op})" if r.op else r.node
+            advice = f"; {r.hint}" if r.hint else ""
+            click.echo(f"unsupported: {where}: {r.reason}{advice}".replace(": : ", ": "))
 
 
 def _print_json(plan: Plan, **more: Any) -> None:
