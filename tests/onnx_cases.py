@@ -85,7 +85,8 @@ def agree(
 def on_grid(plan: Plan, index: int, x: Array) -> Array:
     """x as the client encodes it."""
     frac_bits = plan.value(plan.inputs[index].id).frac_bits
-    return np.ldexp(np.rint(np.ldexp(x.astype(np.float64), frac_bits)), -frac_bits).astype(x.dtype)
+    rounded = np.ldexp(np.rint(np.ldexp(np.asarray(x, np.float64), frac_bits)), -frac_bits)
+    return np.asarray(rounded, x.dtype)
 
 
 def ops_of(plan: Plan) -> list[str]:

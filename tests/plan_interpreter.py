@@ -160,7 +160,7 @@ class Interpreter:
         return self._product(i, out, xs)
 
     def op_sign(self, i: Instruction, xs: Sequence[Big]) -> Big:
-        return np.frompyfunc(lambda v: int(v < 0), 1, 1)(xs[0])
+        return big(np.asarray(xs[0] < 0))
 
     def op_select(self, i: Instruction, xs: Sequence[Big]) -> Big:
         chosen = np.where(xs[0] == i.attrs["when"], xs[1], 0)
@@ -175,4 +175,4 @@ class Interpreter:
 def big(x: Any) -> Big:
     """Any integers (or integral floats) as Python integers."""
     array = np.asarray(x)
-    return np.frompyfunc(int, 1, 1)(array).astype(object) if array.size else array.astype(object)
+    return np.array([int(v) for v in array.ravel()], object).reshape(array.shape)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import interval as iv
+from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.draft import Draft, Shape, Step
 from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.problems import Unsupported
@@ -59,9 +60,9 @@ class Builder:
     def input(self, name: str, dtype: str, shape: Shape, reach: tuple[float, float, str]) -> Ref:
         """A data owner's input with its declared range (low, high, known)."""
         low, high, known = reach
-        half = 2.0 ** -(self.frac_bits + 1)
-        held = iv.widen(iv.uniform(low, high, len(shape)), half)
-        ref = self._emit("input", (), {"name": name}, shape, self.frac_bits, (held, known))
+        frac_bits = 0 if is_integer(dtype) else self.frac_bits
+        held = iv.widen(iv.uniform(low, high, len(shape)), 2.0 ** -(frac_bits + 1))
+        ref = self._emit("input", (), {"name": name}, shape, frac_bits, (held, known))
         self._inputs.append(InputSpec(name, ref.id, dtype, shape, low, high, known))
         return ref
 

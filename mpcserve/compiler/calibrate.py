@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcserve.compiler.dtypes import natural_range
 from mpcserve.compiler.graph import Graph, Tensor, to_onnx
 from mpcserve.compiler.importing import session
 from mpcserve.compiler.lower import Hull, Ranges, Reach
@@ -51,9 +52,12 @@ def ranges_of(
                 inputs[i.name] = (0.0 if least >= 0 else -reach, reach, "calibrated")
             else:
                 _refuse_outside(i.name, arrays[i.name], declared)
-    if not inputs:
-        inputs = {i.name: (-ASSUMED, ASSUMED, "assumed") for i in graph.inputs}
-        notes.append(f"input range assumed: {-ASSUMED:g} to {ASSUMED:g}")
+    for i in graph.inputs:
+        if natural := natural_range(i.dtype):
+            inputs[i.name] = (*natural, "proved")
+        elif i.name not in inputs:
+            inputs[i.name] = (-ASSUMED, ASSUMED, "assumed")
+            notes.append(f"range of input {i.name!r} assumed: {-ASSUMED:g} to {ASSUMED:g}")
     return Ranges(inputs, values), notes
 
 
@@ -65,7 +69,7 @@ def hulls(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Hull]:
     for feed in _batches(graph.inputs, samples):
         values = [*feed.items(), *zip(names, run.run(names, feed), strict=True)]
         for name, value in values:
-            if np.issubdtype(value.dtype, np.floating) and value.size:
+            if np.issubdtype(value.dtype, np.number) and value.size:
                 low, high = float(value.min()), float(value.max())
                 old = found.get(name, (low, high))
                 found[name] = (min(low, old[0]), max(high, old[1]))

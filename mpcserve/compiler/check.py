@@ -54,6 +54,7 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     graph = None
     if not blocking:
         try:
+            importing.checked(model)
             folded = importing.folded(importing.converted(model))
             graph = importing.folded_graph(folded, name)
         except ModelError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,26 @@ def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except (shape_inference.InferenceError, RuntimeError) as e:
-        reason = " ".join(str(e).split())
-        raise ModelError(f"shapes do not fit: {reason}", "check the model with onnx.checker") from e
+        reason = _plain(str(e))
+        raise ModelError(f"shapes do not fit: {reason}", "export the model again") from None
+
+
+def checked(model: onnx.ModelProto) -> None:
+    """onnx's own checker. Raises: ModelError."""
+    for output in model.graph.output:
+        # The checker insists on some shape; the true one is inferred later.
+        if not output.type.tensor_type.HasField("shape"):
+            output.type.tensor_type.shape.SetInParent()
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as e:
+        raise ModelError(f"not a valid model: {_plain(str(e))}", "export the model again") from None
+
+
+def _plain(message: str) -> str:
+    """onnx's message on one line, without its own tags."""
+    message = re.sub(r"\[\w+\] |Inference error\(s\): |==>.*", "", message)
+    return " ".join(message.split()).rstrip(".")
 
 
 def folded_graph(model: onnx.ModelProto, name: str) -> Graph:

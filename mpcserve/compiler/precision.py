@@ -54,14 +54,18 @@ def check_fit(draft: Draft, frac_bits: int) -> list[Problem]:
             short[step.layer] = (excess, step)
     return [
         Problem(
-            layer,
+            layer or "input",
             step.op,
             f"its range ±2^{step.bound - step.frac_bits} does not fit 64 bits: {excess} bits short",
-            "calibrate with samples (--calibrate), narrow --input-range, "
-            f"or lower --frac-bits by {-(-excess // 2)}",
+            _way_out(frac_bits - -(-excess // 2)),
         )
         for layer, (excess, step) in short.items()
     ]
+
+
+def _way_out(frac_bits: int) -> str:
+    lower = f", or give --frac-bits {frac_bits}" if frac_bits >= FEWEST_BITS else ""
+    return f"calibrate with samples (--calibrate) or narrow --input-range{lower}"
 
 
 def _room(product: Step) -> int:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
+from mpcserve.compiler.dtypes import is_supported
 from mpcserve.compiler.graph import Node
 from mpcserve.compiler.load import OLDEST_OPSET, opset_of, tensors_of
 from mpcserve.compiler.lower import unknown_op
@@ -25,7 +26,7 @@ def survey(model: onnx.ModelProto, registry: Registry) -> list[Problem]:
     if opset < OLDEST_OPSET:
         reason = f"opset {opset} is older than {OLDEST_OPSET}"
         return [Problem("", "", reason, f"export the model with opset {OLDEST_OPSET} or newer")]
-    return [*_numbers(model.graph), *_operators(model, registry)]
+    return [*_types(model.graph), *_numbers(model.graph), *_operators(model, registry)]
 
 
 def secret_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -87,6 +88,14 @@ def _dynamic(name: str, axis: int, symbol: str) -> Problem:
         f"axis {axis}{called} has no fixed length",
         "only the batch may vary; export the model with this length fixed",
     )
+
+
+def _types(graph: onnx.GraphProto) -> Iterator[Problem]:
+    for i in graph.input:
+        dtype = str(helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type))
+        if not is_supported(dtype):
+            hint = "export the model with floating-point inputs"
+            yield Problem(f"input {i.name!r}", "", f"has elements of type {dtype}", hint)
 
 
 def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:

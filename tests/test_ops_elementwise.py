@@ -1,0 +1,185 @@
+"""Elementwise operators against onnxruntime: equal where no product is involved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from mpcserve.compiler import compile_model
+from mpcserve.errors import ModelError
+from tests.onnx_cases import NEWEST, Array, agree, model_of, node, ops_of, rng_of
+
+SHAPE = (2, 3, 4)
+
+
+def sample(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.uniform(-4, 4, shape).astype(np.float32)
+
+
+def on_grid(rng: np.random.Generator, *shape: int) -> Array:
+    return (rng.integers(-512, 513, shape) / 256).astype(np.float32)
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub", "Sum", "Max", "Min"])
+@pytest.mark.parametrize("other", [SHAPE, (3, 1), (1,), (5, 1, 3, 4), ()])
+@pytest.mark.parametrize("constant", [True, False])
+def test_exact_operators_broadcast_secret_and_constant_operands(
+    op: str, other: Any, constant: bool
+) -> None:
+    rng = rng_of(1)
+    x, y = sample(rng, *SHAPE), on_grid(rng, *other)
+    inputs: dict[str, Any] = {"x": SHAPE} | ({} if constant else {"c": other})
+    model = model_of([node(op, ["x", "c"])], inputs, {"c": y} if constant else {})
+    agree(model, [x] if constant else [x, y], ulps=0, rng=rng)
+
+
+@pytest.mark.parametrize("op", ["Sum", "Max", "Min"])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_variadic_operators_take_any_number_of_operands(op: str, count: int) -> None:
+    rng = rng_of(2)
+    names = [f"x{i}" for i in range(count)]
+    model = model_of([node(op, names)], dict.fromkeys(names, SHAPE))
+    agree(model, [sample(rng, *SHAPE) for _ in names], ulps=0, rng=rng)
+
+
+def test_subtraction_from_a_constant_is_local() -> None:
+    rng = rng_of(3)
+    model = model_of([node("Sub", ["c", "x"])], {"x": SHAPE}, {"c": on_grid(rng, 4)})
+    assert ops_of(agree(model, [sample(rng, *SHAPE)], ulps=0, rng=rng).plan) == ["sub"]
+
+
+@pytest.mark.parametrize("other", [SHAPE, (3, 1), ()])
+@pytest.mark.parametrize("constant", [True, False])
+def test_mul_is_one_product(other: Any, constant: bool) -> None:
+    rng = rng_of(4)
+    x, y = sample(rng, *SHAPE), on_grid(rng, *other)
+    inputs: dict[str, Any] = {"x": SHAPE} | ({} if constant else {"c": other})
+    model = model_of([node("Mul", ["x", "c"])], inputs, {"c": y} if constant else {})
+    compiled = agree(model, [x] if constant else [x, y], ulps=1.5, rng=rng)
+    assert ops_of(compiled.plan) == ["mul"]
+
+
+def test_a_square_is_known_to_be_positive() -> None:
+    rng = rng_of(5)
+    model = model_of([node("Mul", ["x", "x"], ["h"]), node("Relu", ["h"])], {"x": SHAPE})
+    assert "select" in ops_of(agree(model, [sample(rng, *SHAPE)], ulps=1.5, rng=rng).plan)
+
+
+def test_div_by_a_constant_is_a_product_with_its_inverse() -> None:
+    rng = rng_of(6)
+    model = model_of(
+        [node("Div", ["x", "c"])], {"x": SHAPE}, {"c": np.array([0.5, 2, -4, 8], np.float32)}
+    )
+    assert ops_of(agree(model, [sample(rng, *SHAPE)], ulps=1.5, rng=rng).plan) == ["mul"]
+
+
+@pytest.mark.parametrize("op", ["Neg", "Abs", "Relu", "Identity"])
+def test_unary_operators_are_exact(op: str) -> None:
+    rng = rng_of(7)
+    agree(model_of([node(op, ["x"])], {"x": SHAPE}), [sample(rng, *SHAPE)], ulps=0, rng=rng)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.25, 0.3, 1.0, 1.7, -0.2])
+def test_leaky_relu_errs_by_less_than_two_ulp(alpha: float) -> None:
+    rng = rng_of(8)
+    model = model_of([node("LeakyRelu", ["x"], alpha=alpha)], {"x": SHAPE})
+    agree(model, [sample(rng, *SHAPE)], ulps=2, rng=rng)
+
+
+@pytest.mark.parametrize("slope", [(3, 1), (1,), SHAPE])
+@pytest.mark.parametrize("constant", [True, False])
+def test_prelu_multiplies_the_negative_part_by_a_secret_slope(slope: Any, constant: bool) -> None:
+    rng = rng_of(9)
+    x, s = sample(rng, *SHAPE), on_grid(rng, *slope)
+    inputs: dict[str, Any] = {"x": SHAPE} | ({} if constant else {"s": slope})
+    model = model_of([node("PRelu", ["x", "s"])], inputs, {"s": s} if constant else {})
+    agree(model, [x] if constant else [x, s], ulps=1.5, rng=rng)
+
+
+@pytest.mark.parametrize("opset", [7, 11, NEWEST])
+@pytest.mark.parametrize("ends", [(0.0, 6.0), (-1.5, 2.25), (None, 1.0), (1.0, None), (None, None)])
+def test_clip_takes_its_ends_as_attributes_or_inputs(opset: int, ends: Any) -> None:
+    rng = rng_of(10)
+    low, high = ends
+    if opset < 11:
+        attrs = {k: v for k, v in (("min", low), ("max", high)) if v is not None}
+        model = model_of([node("Clip", ["x"], **attrs)], {"x": SHAPE}, opset=opset)
+    else:
+        given = {k: np.float32(v) for k, v in (("a", low), ("b", high)) if v is not None}
+        names = ["x", *(k if k in given else "" for k in "ab")]
+        model = model_of([node("Clip", names)], {"x": SHAPE}, given, opset=opset)
+    agree(model, [sample(rng, *SHAPE)], ulps=0, rng=rng)
+
+
+def test_clip_with_crossed_ends_gives_the_upper_one() -> None:
+    rng = rng_of(10)
+    given = {"a": np.float32(2), "b": np.float32(-1)}
+    model = model_of([node("Clip", ["x", "a", "b"])], {"x": SHAPE}, given)
+    agree(model, [sample(rng, *SHAPE)], ulps=0, rng=rng)
+
+
+def test_clip_after_relu_compares_with_the_upper_end_only() -> None:
+    rng = rng_of(11)
+    model = model_of(
+        [node("Relu", ["x"], ["h"]), node("Clip", ["h", "a", "b"])],
+        {"x": SHAPE},
+        {"a": np.float32(0), "b": np.float32(6)},
+    )
+    compiled = agree(model, [2 * sample(rng, *SHAPE)], ulps=0, rng=rng)
+    assert ops_of(compiled.plan).count("sign") == 2
+
+
+def test_a_clip_that_never_clips_costs_nothing() -> None:
+    model = model_of(
+        [node("Clip", ["x", "a", "b"])], {"x": SHAPE}, {"a": np.float32(-9), "b": np.float32(9)}
+    )
+    assert ops_of(compile_model(model, input_range=(-8, 8)).plan) == []
+
+
+@pytest.mark.parametrize("to", [onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT])
+def test_casts_between_floats_are_free(to: int) -> None:
+    rng = rng_of(12)
+    model = model_of([node("Cast", ["x"], to=to)], {"x": SHAPE})
+    model.graph.output[0].type.tensor_type.elem_type = to
+    assert ops_of(agree(model, [sample(rng, *SHAPE)], ulps=0, rng=rng).plan) == []
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int32", "bool"])
+def test_whole_numbers_cast_to_float_need_no_fraction_bits(kind: str) -> None:
+    rng = rng_of(13)
+    x = rng.integers(0, 2, SHAPE).astype(kind)
+    model = model_of(
+        [node("Cast", ["x"], ["h"], to=1), node("Mul", ["h", "c"])],
+        {"x": SHAPE},
+        {"c": np.float32(0.3)},
+        kind=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)),
+    )
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    compiled = agree(model, [x], ulps=1)
+    assert compiled.plan.value(compiled.plan.inputs[0].id).frac_bits == 0
+
+
+def test_a_cast_to_integers_is_refused_with_its_name() -> None:
+    model = model_of([node("Cast", ["x"], ["h"], to=6), node("Cast", ["h"], to=1)], {"x": SHAPE})
+    with pytest.raises(ModelError) as caught:
+        compile_model(model)
+    assert "'Cast:h'" in caught.value.problems[0]
+
+
+def test_a_division_by_a_secret_is_refused() -> None:
+    model = model_of([node("Div", ["x", "z"])], {"x": SHAPE, "z": SHAPE})
+    with pytest.raises(ModelError, match="its divisor is computed from a secret value"):
+        compile_model(model)
+
+
+def test_the_extremes_of_the_declared_range_do_not_wrap() -> None:
+    edges = np.array([[-8.0, 8.0, 0.0, -(2.0**-16)]], np.float32)
+    model = model_of(
+        [node("Abs", ["x"], ["a"]), node("Max", ["x", "c"], ["b"]), node("Add", ["a", "b"])],
+        {"x": (1, 4)},
+        {"c": np.float32(-8)},
+    )
+    agree(model, [edges], ulps=0)
