@@ -249,6 +249,12 @@ class BarePeer:
         assert self.frame()[0] == HELLO
         return self
 
+    def __enter__(self) -> BarePeer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
     def send(self, kind: int, payload: bytes, stream: bytes) -> None:
         self.sock.sendall(struct.pack(">BBHI", 1, kind, 0, len(payload)) + stream + payload)
 

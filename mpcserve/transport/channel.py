@@ -85,31 +85,34 @@ class Inbox:
 
     # ── the thread that waits ──
 
-    def take(self, n: int, deadline: float) -> memoryview | int | dict[str, object]:
-        """Exactly n DATA bytes; after the deadline the count that came; a message if that is next.
-
-        Raises: the error the stream ended with.
-        """
-        target = bytearray(n)
+    def aim(self, target: bytearray) -> None:
+        """Fill `target` with what has come, and from now on with what comes; then `take` it."""
         with self._lock:
             self._target = memoryview(target)
             self._fill()
+
+    def take(self, target: bytearray, deadline: float) -> int | dict[str, object]:
+        """How much of `target` is full at the deadline, or sooner: all; a message if one is next.
+
+        Raises: the error the stream ended with.
+        """
+        with self._lock:
             while self._target:
                 if self._items or self._end is not None:
                     break
                 if not self._came.wait(deadline - time.monotonic()):
                     break
-            missing = len(self._target)
+            count = len(target) - len(self._target)
             self._target = memoryview(b"")
-            if not missing:
-                return memoryview(target)
+            if count == len(target):
+                return count
             first = self._items[0] if self._items else None
             if isinstance(first, tuple):
                 return first[0]
             if self._end is not None:
                 raise self._end()
-            self._put_back(target, n - missing)
-            return n - missing
+            self._put_back(target, count)
+            return count
 
     def take_message(self, deadline: float) -> dict[str, object] | int | None:
         """The next message; None after the deadline; a count of bytes if DATA is next.
@@ -220,13 +223,15 @@ class Channel:
         what the peer ended the stream with.
         """
         started = time.monotonic()
+        target = bytearray(n)
         try:
-            got = self.inbox.take(n, started + timeout)
+            self.inbox.aim(target)
+            self.grant_credit()
+            got = self.inbox.take(target, started + timeout)
         except PeerLost as error:
             raise self._lost(error, what, started) from None
-        self.grant_credit()
-        if isinstance(got, memoryview):
-            return got
+        if got == n:
+            return memoryview(target)
         if isinstance(got, int):
             raise self._late(what, timeout, f": {got} of {n} bytes came")
         raise WireError(

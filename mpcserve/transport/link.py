@@ -87,7 +87,6 @@ class Link:
         self._handlers: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._reason: MpcError | None = None
-        self._expected = False  # a side said goodbye: not an error
         self._give_up_at = 0.0  # when an ended link closes its socket, whatever the peer does
         self._write_error: tuple[float, OSError] | None = None
         self._heard_at = self._pinged_at = time.monotonic()
@@ -132,7 +131,7 @@ class Link:
     def close(self) -> None:
         """Send what is queued, say goodbye, end, and join the link's threads."""
         error = PeerLost(f"this side closed the link to {self.name}")
-        self._end(error, self.session.goodbye(), self.options.close_timeout, expected=True)
+        self._end(error, self.session.goodbye(), flush=self.options.close_timeout, expected=True)
         self.join()
 
     def join(self) -> None:
@@ -168,16 +167,17 @@ class Link:
     def wait_open(self, timeout: float) -> None:
         """Wait for the peer's HELLO. Raises: why the link ended instead; PeerTimeout."""
         if not self._opened.wait(max(0.0, timeout)):
-            self.refuse(
-                PeerTimeout(f"{self.name} did not say HELLO in time", "is it an mpcserve server?")
+            mute = PeerTimeout(
+                f"{self.name} did not say HELLO in time", "is it an mpcserve server?"
             )
+            self._end(mute, self.session.error(LINK_STREAM, mute), flush=0, linger=0)
         if self._reason is not None and not self._established:
             self.join()
             raise _again(self._reason)
 
     def refuse(self, error: MpcError) -> None:
         """Tell the peer why, and end the link."""
-        self._end(error, self.session.error(LINK_STREAM, error), 0)
+        self._end(error, self.session.error(LINK_STREAM, error), flush=0)
 
     def end_channel(self, channel: Channel, error: MpcError | None) -> None:
         """Close a stream from this side, with an error or without."""
@@ -193,17 +193,26 @@ class Link:
 
     # ── the end ──
 
-    def _end(self, reason: MpcError, parting: bytes, flush: float, expected: bool = False) -> None:
-        """End the link for this reason, unless it has ended already."""
+    def _end(
+        self,
+        reason: MpcError,
+        parting: bytes,
+        *,
+        flush: float,
+        linger: float = _LINGER_S,
+        expected: bool = False,
+    ) -> None:
+        """End the link for this reason, unless it has ended already; `expected`: no error."""
         with self._lock:
             if self._reason is not None:
                 return
-            self._give_up_at = time.monotonic() + flush + _LINGER_S
-            self._expected = expected
+            self._give_up_at = time.monotonic() + flush + linger
             self._reason = reason
         for channel in self._streams.all():
             self._end_stream_for(channel, reason)
         self.sender.finish(parting, flush)
+        if self._established and not expected:
+            self._hooks.report(_again(reason))
 
     def _end_stream_for(self, channel: Channel, reason: MpcError) -> None:
         channel.inbox.end(_maker(reason), drop=False)
@@ -216,7 +225,7 @@ class Link:
     def _failed(self, error: Exception) -> None:
         doing = "on the open link" if self._established else "in the handshake"
         lost = explain(error, self.name, doing)
-        self._end(lost, b"", 0)
+        self._end(lost, b"", flush=0)
 
     # ── the reader thread ──
 
@@ -238,6 +247,7 @@ class Link:
         tick = min(0.5, self.options.ping_every / 2, self.options.dead_after / 4)
         sock.settimeout(tick)
         looked_at = time.monotonic()
+        self._take(view[:0])  # the handshake may have read more than its own bytes
         while True:
             try:
                 got = sock.recv_into(view)
@@ -313,11 +323,8 @@ class Link:
         reason = self._reason
         assert reason is not None
         self._opened.set()
-        if self._established:
-            if not self._expected:
-                self._hooks.report(_again(reason))
-            if self._hooks.on_closed is not None:
-                self._hooks.on_closed(self, _again(reason))
+        if self._established and self._hooks.on_closed is not None:
+            self._hooks.on_closed(self, _again(reason))
 
     # ── events, in the reader thread ──
 
@@ -391,10 +398,10 @@ class Link:
 
     def _on_last(self, event: Failure | Goodbye) -> None:
         if isinstance(event, Failure):
-            self._end(event.error(self.name), b"", 0)
+            self._end(event.error(self.name), b"", flush=0)
         else:
             closed = PeerLost(f"{self.name} closed the link", "see the log of that party")
-            self._end(closed, b"", 0, expected=True)
+            self._end(closed, b"", flush=0, expected=True)
 
     def _on_stream_end(self, event: Failure | Goodbye) -> None:
         channel, _ = self._incoming(event.stream)
