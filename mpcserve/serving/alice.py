@@ -1,8 +1,8 @@
 """Alice leads: she picks the bundle of every request, and decides when a deployment is in use.
 
-    infer     data owner → alice, bob      alice takes a bundle and tells bob which; both evaluate
-    deploy    model owner → alice, bob     all three stage, alice commits, bob and carol follow
-    prepare   alice → bob                  both prepare a bundle; bob has carol deal to him
+infer     data owner → alice, bob      alice takes a bundle and tells bob which; both evaluate
+deploy    model owner → alice, bob     all three stage, alice commits, bob and carol follow
+prepare   alice → bob                  both prepare a bundle; bob has carol deal to him
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Alice(OnlineServer):
             **super().routes(),
             "infer": Route(("data-owner",), self._infer),
             "deploy": Route(("model-owner",), self._deploy),
+            "await-bundles": Route(OWNERS, self._await_bundles),
         }
 
     def close(self) -> None:
@@ -87,6 +88,11 @@ class Alice(OnlineServer):
     def on_lost(self, link: Link) -> None:
         """Bob has dropped his halves of these bundles too."""
         self.pool.drop(link)
+
+    def _await_bundles(self, request: Request) -> None:
+        seconds = request.deadline.left(request.message.number("seconds"))
+        full = self.pool.wait_filled(seconds)
+        request.channel.send_message({"type": "bundles", "full": full})
 
     # -- infer ------------------------------------------------------------------------------------
 

@@ -77,9 +77,7 @@ class Carol(Server):
             wall, cpu = timer.seconds()
         finally:
             self._turn.release()
-        bob.send_message(
-            {"type": "dealt", "cpu_seconds": cpu, "peak_rss_bytes": peak_rss_bytes()}
-        )
+        bob.send_message({"type": "dealt", "cpu_seconds": cpu, "peak_rss_bytes": peak_rss_bytes()})
         log.debug("dealt %s: %d bytes, %.3f s", request.name, bob.payload_sent, wall)
 
     def _stage(self, request: Request) -> None:

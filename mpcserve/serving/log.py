@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from pathlib import Path
 
 from mpcserve.errors import MpcError, PeerError
+
+_PACKAGE = Path(__file__).parent.parent
 
 log = logging.getLogger("mpcserve")
 
@@ -27,7 +30,9 @@ def named_error(error: BaseException) -> MpcError:
     """
     if isinstance(error, MpcError):
         return error
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{type(error).__name__} at {frame.filename.rpartition('/')[2]}:{frame.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).is_relative_to(_PACKAGE)]
+    frame = (ours or frames)[-1]
+    place = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
     log.error("internal error: %s", place)
     return PeerError(f"internal error: {place}", "this is a defect of mpcserve: please report it")

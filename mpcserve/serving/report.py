@@ -1,4 +1,4 @@
-"""Reports: what one request cost, measured by each party on its own side and added up by the client.
+"""Reports: what a request cost, measured by each party and added up by the client.
 
 Bytes are payload, per directed link. Overhead (frame headers, messages, TLS) is what the link
 carried beside payload while the request ran: exact when it ran alone.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpcserve.plan.plan import RING_BITS, Plan
+from mpcserve.plan.plan import Plan
 from mpcserve.transport import Channel, Link
 
 DIRECTIONS = (
@@ -25,7 +24,15 @@ DIRECTIONS = (
     "alice->client",
     "bob->client",
 )
-_COUNTED = ("rounds", "bytes", "overhead_bytes", "dealt_bytes", "seconds", "cpu_seconds")
+_ADDED = (
+    "evaluations",
+    "rounds",
+    "bytes",
+    "overhead_bytes",
+    "dealt_bytes",
+    "seconds",
+    "cpu_seconds",
+)
 
 
 class Meter:
@@ -52,6 +59,53 @@ class Meter:
 
 def _way(direction: str, payload: int, overhead: int) -> dict[str, Any]:
     return {"bytes": {direction: payload}, "overhead_bytes": {direction: max(overhead, 0)}}
+
+
+def client_report(
+    plan: Plan,
+    model: str,
+    alice: Mapping[str, Any],
+    bob: Mapping[str, Any],
+    client: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One evaluation, from the reports of both servers and the client's own measurements."""
+    measured = merged(
+        {"bytes": dict.fromkeys(DIRECTIONS, 0), "overhead_bytes": dict.fromkeys(DIRECTIONS, 0)},
+        *({k: r.get(k, {}) for k in ("bytes", "overhead_bytes")} for r in (alice, bob, client)),
+    )
+    return {
+        "model": model,
+        "plan_digest": plan.digest,
+        "ring_bits": max(max(i.value.width, i.attrs.get("ring", 0)) for i in plan.instructions),
+        "batch": plan.batch,
+        "evaluations": 1,
+        "rounds": alice["rounds"],
+        **measured,
+        "dealt_bytes": bob["dealt_bytes"],
+        "seconds": {
+            "online": client["online_seconds"],
+            "preprocessing": max(r["preprocessing_seconds"] for r in (alice, bob)),
+            "total": client["total_seconds"],
+        },
+        "cpu_seconds": {
+            "alice": alice["preprocessing_cpu_seconds"] + alice["online_cpu_seconds"],
+            "bob": bob["preprocessing_cpu_seconds"] + bob["online_cpu_seconds"],
+            "carol": bob["carol_cpu_seconds"],
+        },
+        "peak_rss_bytes": {
+            "alice": alice["peak_rss_bytes"],
+            "bob": bob["peak_rss_bytes"],
+            "carol": bob["carol_peak_rss_bytes"],
+        },
+    }
+
+
+def sum_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several evaluations of one plan: counts and times add up, peaks do not."""
+    total = dict(reports[-1])
+    for key in _ADDED:
+        total[key] = merged(*({key: r[key]} for r in reports))[key]
+    return total
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,15 +70,20 @@ class Message:
 
     def ids(self, key: str) -> frozenset[bytes]:
         """A list of ids."""
-        return frozenset(
-            Message({key: item}, self._sender).id(key) for item in self._typed(key, list)
-        )
+        return frozenset(Message({key: item}, self._sender).id(key) for item in self._list(key))
+
+    def objects(self, key: str) -> list[dict[str, Any]]:
+        """A list of JSON objects."""
+        return [Message({key: item}, self._sender)._typed(key, dict) for item in self._list(key)]
 
     def expect(self, kind: str) -> Message:
         """The message itself, if its type is `kind`. Raises: WireError."""
         if self._fields.get("type") != kind:
             raise self._unlike("type", kind, self._fields.get("type"))
         return self
+
+    def _list(self, key: str) -> list[Any]:
+        return self._typed(key, list)
 
     def _typed(self, key: str, kind: type[T]) -> T:
         value = self._fields.get(key)

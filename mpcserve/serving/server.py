@@ -100,7 +100,7 @@ class Server(ABC):
         """A peer has connected to this server, in a thread of its own."""
         self.links.put(link)
 
-    def on_lost(self, link: Link) -> None:
+    def on_lost(self, link: Link) -> None:  # noqa: B027  a server may have nothing to do then
         """A link has ended."""
 
     def _stats(self, request: Request) -> None:
