@@ -15,8 +15,9 @@ import hmac
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
 
-from mpcserve.ring import WORD_BITS, Words, mask_of
+from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
 
 KEY_BYTES = 32
 _BLOCK = 16
@@ -56,9 +57,8 @@ class Stream:
     def __repr__(self) -> str:
         return "Stream(<secret>)"
 
-    def words(self, count: int) -> Words:
-        """The next `count` 64-bit words. Shapes: [count]."""
-        size = count * 8
+    def _read(self, size: int) -> NDArray[np.uint8]:
+        """The next `size` bytes."""
         out = np.empty(size + _BLOCK, np.uint8)
         view = memoryview(out.data)
         done = 0
@@ -66,13 +66,19 @@ class Stream:
             step = min(size - done, len(_ZEROS))
             zeros = _ZEROS if step == len(_ZEROS) else _ZEROS[:step]
             done += self._encryptor.update_into(zeros, view[done : done + step + _BLOCK])
-        return out[:size].view(np.uint64)
+        return out[:size]
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """The next `count` 64-bit words. Shapes: [count]."""
+        return self._read(count * 8).view(np.uint64)
 
     def masks(self, shape: tuple[int, ...], width: int) -> Words:
         """Uniform values mod 2^width, one word of stream each. Shapes: `shape`."""
-        words = self.words(int(np.prod(shape, dtype=np.int64)))
-        if width < WORD_BITS:
-            words &= mask_of(width)
+        word = word_type(width)
+        count = int(np.prod(shape, dtype=np.int64))
+        words: Words = self._read(count * word().itemsize).view(word)
+        if width not in (HALF_BITS, WORD_BITS):
+            words &= word((1 << width) - 1)
         return words.reshape(shape)
 
     def planes(self, count: int, size: int) -> Words:

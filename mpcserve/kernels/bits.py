@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpcserve.kernels.jit import kernel
-from mpcserve.ring import Words
+from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
 
 _U0 = np.uint64(0)
 _U1 = np.uint64(1)
@@ -18,7 +18,10 @@ _BLOCK = 32
 """Words a block: tables of 2^5 rows × 32 words × 8 bytes = 8 KiB, two of them fit L1."""
 
 
-@kernel("void(uint64[::1], int64, int64, uint64[:, ::1])")
+@kernel(
+    "void(uint64[::1], int64, int64, uint64[:, ::1])",
+    "void(uint32[::1], int64, int64, uint64[:, ::1])",
+)
 def slice_bits(x: Words, low: int, count: int, planes: Words) -> None:
     """planes[i] = bit low + i of every x. Shapes: x [N], planes [count, ceil(N / 64)].
 
@@ -30,7 +33,7 @@ def slice_bits(x: Words, low: int, count: int, planes: Words) -> None:
         start = w * 64
         stop = min(64, n - start)
         for k in range(stop):
-            block[k] = x[start + k] >> np.uint64(low)
+            block[k] = np.uint64(x[start + k]) >> np.uint64(low)
         for k in range(stop, 64):
             block[k] = _U0
         width = 32
@@ -48,20 +51,20 @@ def slice_bits(x: Words, low: int, count: int, planes: Words) -> None:
             planes[i, w] = block[i]
 
 
-@kernel("void(uint64[::1], uint64[::1])")
+@kernel("void(uint64[::1], uint64[::1])", "void(uint64[::1], uint32[::1])")
 def unslice_bit(plane: Words, out: Words) -> None:
     """out[e] = bit e of the plane, as a word. Shapes: plane [ceil(N / 64)], out [N]."""
     for e in range(out.size):
         out[e] = (plane[e >> 6] >> np.uint64(e & 63)) & _U1
 
 
-@kernel("void(uint64[::1], int64, uint64[::1])")
+@kernel("void(uint64[::1], int64, uint64[::1])", "void(uint32[::1], int64, uint64[::1])")
 def _pack(x: Words, width: int, out: Words) -> None:
     acc = _U0
     fill = 0
     at = 0
     for k in range(x.size):
-        v = x[k]
+        v = np.uint64(x[k])
         acc |= v << np.uint64(fill)
         fill += width
         if fill >= 64:
@@ -73,7 +76,7 @@ def _pack(x: Words, width: int, out: Words) -> None:
         out[at] = acc
 
 
-@kernel("void(uint64[::1], int64, uint64[::1])")
+@kernel("void(uint64[::1], int64, uint64[::1])", "void(uint64[::1], int64, uint32[::1])")
 def _unpack(packed: Words, width: int, out: Words) -> None:
     mask = _ALL >> np.uint64(64 - width)
     bit = 0
@@ -94,13 +97,14 @@ def pack(x: Words, width: int) -> memoryview:
     """
     flat = np.ascontiguousarray(x).reshape(-1)
     size = (flat.size * width + 7) // 8
-    if width == 64:
-        return memoryview(flat.copy().view(np.uint8))
+    assert flat.dtype == word_type(width)
+    if width in (HALF_BITS, WORD_BITS):
+        return memoryview(flat.copy().view(np.uint8).data)
     if not flat.flags.writeable:
         flat = flat.copy()
     out = np.empty((size + 7) // 8, np.uint64)
     _pack(flat, width, out)
-    return memoryview(out.view(np.uint8)[:size])
+    return memoryview(out.view(np.uint8)[:size].data)
 
 
 def unpack(data: bytes | bytearray | memoryview, count: int, width: int) -> Words:
@@ -108,13 +112,15 @@ def unpack(data: bytes | bytearray | memoryview, count: int, width: int) -> Word
     raw = np.frombuffer(data, np.uint8)
     assert raw.size == (count * width + 7) // 8
     words = (raw.size + 7) // 8
+    if width == HALF_BITS and raw.ctypes.data % 4 == 0 and raw.flags.writeable:
+        return raw.view(np.uint32)
     if raw.size % 8 or raw.ctypes.data % 8 or not raw.flags.writeable:
         padded = np.zeros(words * 8, np.uint8)
         padded[: raw.size] = raw
         raw = padded
     if width == 64:
         return raw.view(np.uint64)
-    out = np.empty(count, np.uint64)
+    out = np.empty(count, word_type(width))
     _unpack(raw.view(np.uint64), width, out)
     return out
 
@@ -122,7 +128,7 @@ def unpack(data: bytes | bytearray | memoryview, count: int, width: int) -> Word
 def pack_planes(planes: Words, size: int) -> memoryview:
     """Bit planes on the wire: ceil(size / 8) bytes each. Shapes: planes [P, ceil(size / 64)]."""
     raw = np.ascontiguousarray(planes).view(np.uint8).reshape(planes.shape[0], -1)
-    return memoryview(raw[:, : (size + 7) // 8].copy().reshape(-1))
+    return memoryview(raw[:, : (size + 7) // 8].copy().reshape(-1).data)
 
 
 def unpack_planes(data: bytes | bytearray | memoryview, count: int, size: int) -> Words:

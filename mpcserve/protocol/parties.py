@@ -21,7 +21,7 @@ import numpy as np
 
 from mpcserve.kernels import bits
 from mpcserve.randomness import Stream, derive
-from mpcserve.ring import Words, reduce
+from mpcserve.ring import Words, as_words, reduce
 
 Side = Literal["alice", "bob"]
 Buffer = bytes | bytearray | memoryview
@@ -54,7 +54,8 @@ class Mask(NamedTuple):
 
     def total(self, width: int) -> Words:
         """λ mod 2^width, contiguous."""
-        return np.asarray(reduce(np.asarray(self.a + self.b, order="C"), width))
+        total = as_words(self.a, width) + as_words(self.b, width)
+        return np.asarray(reduce(np.asarray(total, order="C"), width))
 
 
 class DealIO:
@@ -78,7 +79,8 @@ class DealIO:
     def deal(self, value: Words, width: int) -> None:
         """Share a value that carol knows: alice draws her part, bob is sent the correction."""
         part = self.a.masks(value.shape, width)
-        self.corrections.append(bits.pack(reduce(value - part, width), width))
+        correction = np.asarray(as_words(value, width) - part)
+        self.corrections.append(bits.pack(reduce(correction, width), width))
 
     def deal_bits(self, planes: Words, size: int) -> None:
         """The same for bit planes over Z_2. Shapes: [count, ceil(size / 64)]."""

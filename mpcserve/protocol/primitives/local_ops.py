@@ -12,27 +12,29 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mpcserve.plan.plan import Instruction
-from mpcserve.ring import Words, reduce, words_of
+from mpcserve.ring import Words, as_words, reduce, word_type, words_of
 
 Apply = Callable[[Instruction, Sequence[Words], bool], Words]
 
 
 def apply_local(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
     """The op on Δ (`is_delta`) or on one share of λ, reduced to the value's width."""
+    if i.op != "shift":
+        xs = [as_words(x, i.value.width) for x in xs]
     # asarray: NumPy turns arrays without axes into scalars, whose arithmetic warns when it wraps
     return np.asarray(reduce(np.asarray(_TABLE[i.op](i, xs, is_delta)), i.value.width))
 
 
 def _offset(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    return xs[0] + words_of([i.attrs["value"]], (), 64) if is_delta else xs[0]
+    return xs[0] + words_of([i.attrs["value"]], (), i.value.width) if is_delta else xs[0]
 
 
 def _shift(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    t = i.attrs["bits"]
+    (x,), t = xs, i.attrs["bits"]
     if t == 0:
-        return xs[0]
-    x = xs[0] - np.uint64(1 << (t - 1)) if is_delta else xs[0]
-    return x >> np.uint64(t)
+        return x
+    word = x.dtype.type
+    return np.asarray(x - word(1 << (t - 1)) if is_delta else x) >> word(t)
 
 
 def _slice(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
@@ -41,8 +43,8 @@ def _slice(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
 
 
 def _pad(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    border = words_of([i.attrs["value"]], (), i.value.width)[()] if is_delta else np.uint64(0)
-    out = np.full(i.value.shape, border, np.uint64)
+    border = words_of([i.attrs["value"] if is_delta else 0], (), i.value.width)
+    out = np.full(i.value.shape, border, border.dtype)
     inside = tuple(slice(b, b + d) for b, d in zip(i.attrs["before"], xs[0].shape, strict=True))
     out[inside] = xs[0]
     return out
@@ -51,24 +53,22 @@ def _pad(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
 def _constant(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
     if is_delta:
         return words_of(i.attrs["values"], i.value.shape, i.value.width)
-    return np.zeros(i.value.shape, np.uint64)
+    return np.zeros(i.value.shape, word_type(i.value.width))
 
 
 _TABLE: Mapping[str, Apply] = {
     "constant": _constant,
     "add": lambda i, xs, d: xs[0] + xs[1],
     "sub": lambda i, xs, d: xs[0] - xs[1],
-    "scale": lambda i, xs, d: xs[0] * words_of([i.attrs["factor"]], (), 64)[()],
+    "scale": lambda i, xs, d: xs[0] * words_of([i.attrs["factor"]], (), i.value.width),
     "offset": _offset,
     "shift": _shift,
     "reshape": lambda i, xs, d: xs[0].reshape(i.value.shape),
     "transpose": lambda i, xs, d: xs[0].transpose(i.attrs["perm"]),
     "slice": _slice,
-    "concat": lambda i, xs, d: np.concatenate(
-        [reduce(x, i.value.width) for x in xs], axis=i.attrs["axis"]
-    ),
+    "concat": lambda i, xs, d: np.concatenate(xs, axis=i.attrs["axis"]),
     "pad": _pad,
     "expand": lambda i, xs, d: np.broadcast_to(xs[0], i.value.shape),
     "gather": lambda i, xs, d: np.take(xs[0], i.attrs["indices"], axis=i.attrs["axis"]),
-    "sum": lambda i, xs, d: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=np.uint64),
+    "sum": lambda i, xs, d: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=xs[0].dtype),
 }

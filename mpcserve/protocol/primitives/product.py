@@ -24,7 +24,7 @@ import numpy as np
 from mpcserve.kernels import bits, linear, local
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.parties import DealIO, Known, Mask, PrepareIO, Round, Side, Steps
-from mpcserve.ring import Words, reduce
+from mpcserve.ring import Words, as_words, reduce, word_type
 
 Operand = Words | linear.Packed
 
@@ -52,7 +52,8 @@ def fixed_index(i: Instruction, static: frozenset[int]) -> int | None:
 
 
 def ready(i: Instruction, index: int, w: Words) -> Operand:
-    """Lay a fixed operand out for the kernel, once per deployment."""
+    """Lay a fixed operand out for the kernel, once per deployment, in words of the ring."""
+    w = _in_ring(i, w)
     if index == 1 and i.op == "matmul":
         return linear.pack_matmul_b(np.ascontiguousarray(w))
     if index == 1 and i.op == "conv":
@@ -62,12 +63,13 @@ def ready(i: Instruction, index: int, w: Words) -> Operand:
 
 def fix(side: Side, i: Instruction, index: int, delta: Words, half: Words) -> Fixed:
     """Prepare a weight for one server."""
-    online = delta - half if side == "alice" else np.uint64(0) - half
+    online = np.asarray(delta - half if side == "alice" else np.negative(half))
     return Fixed(index, ready(i, index, online), ready(i, index, delta))
 
 
 def _product(i: Instruction, a: Operand, b: Operand, out: Words) -> Iterator[int]:
     """a∘b into `out`, tile by tile; yields how many leading elements are final."""
+    a, b = (_in_ring(i, v) if isinstance(v, np.ndarray) else v for v in (a, b))
     if i.op == "mul":
         assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
         np.multiply(a, b, out=out)
@@ -93,10 +95,19 @@ def _product(i: Instruction, a: Operand, b: Operand, out: Words) -> Iterator[int
 
 
 def _whole(i: Instruction, a: Operand, b: Operand) -> Words:
-    out = np.empty(i.value.shape, np.uint64)
+    out = np.empty(i.value.shape, _word(i))
     for _ in _product(i, a, b, out):
         pass
     return out
+
+
+def _in_ring(i: Instruction, x: Words) -> Words:
+    """x in the words in which this product is computed."""
+    return x.astype(_word(i), copy=False)
+
+
+def _word(i: Instruction) -> type[np.unsignedinteger]:
+    return word_type(i.attrs["ring"]) if i.op == "mul" else np.uint64
 
 
 def _pair(index: int, fixed: Operand, other: Words) -> tuple[Operand, Operand]:
@@ -121,7 +132,8 @@ def prepare(
     io: PrepareIO, i: Instruction, halves: Sequence[Words], known: Known, fixed: Fixed | None
 ) -> tuple[Words, Material]:
     """γ_i − λd_i − λx_i∘Δw, and the output's mask share."""
-    rest = io.dealt(i.value.shape, i.attrs["ring"])
+    ring = i.attrs["ring"]
+    rest = _in_ring(i, io.dealt(i.value.shape, ring))
     lam = io.mask(i.value.shape, i.value.width)
     both = None
     if fixed is None:
@@ -130,9 +142,9 @@ def prepare(
         other = halves[1 - fixed.index]
         rest -= _whole(i, *_pair(fixed.index, fixed.delta, other))
     if len(i.inputs) == 3:
-        rest -= halves[2]
+        rest -= _in_ring(i, halves[2])
         if io.leader and i.inputs[2] in known:
-            rest += known[i.inputs[2]]
+            rest += _in_ring(i, known[i.inputs[2]])
     return lam, Material(rest.reshape(-1), lam.reshape(-1), both)
 
 
@@ -145,18 +157,18 @@ def evaluate(
     fixed: Fixed | None,
 ) -> Steps[Words]:
     """1 round of `width` bits each way."""
-    leader, rest = side == "alice", material.rest
+    leader, rest, ring = side == "alice", material.rest, i.attrs["ring"]
     if fixed is not None:
         a, b = _pair(fixed.index, fixed.online, deltas[1 - fixed.index])
     else:
         assert material.halves is not None
         half_a, half_b = material.halves
-        a, b = deltas[0], (deltas[1] - half_b if leader else np.uint64(0) - half_b)
+        a, b = deltas[0], np.asarray(deltas[1] - half_b if leader else np.negative(half_b))
         rest = rest - _whole(i, half_a, deltas[1]).reshape(-1)
     if len(i.inputs) == 3 and leader and i.inputs[2] not in known:
-        rest = (rest.reshape(i.value.shape) + deltas[2]).reshape(-1)
-    out = np.empty(i.value.shape, np.uint64)
-    flat, width = out.reshape(-1), i.value.width
+        rest = (rest.reshape(i.value.shape) + _in_ring(i, deltas[2])).reshape(-1)
+    out = np.empty(i.value.shape, _word(i))
+    flat, lam, width = out.reshape(-1), _in_ring(i, material.lam), i.value.width
 
     def pieces() -> Iterator[memoryview]:
         start = 0
@@ -167,15 +179,16 @@ def evaluate(
             local.finish_product(
                 flat[start:stop],
                 rest[start:stop],
-                material.lam[start:stop],
-                i.attrs["ring"],
+                lam[start:stop],
+                ring,
                 i.attrs["truncate"],
                 width,
                 leader,
             )
-            yield bits.pack(flat[start:stop], width)
+            yield bits.pack(as_words(flat[start:stop], width), width)
             start = stop
 
     received = yield Round(pieces(), (flat.size * width + 7) // 8)
-    local.add_shares(flat, bits.unpack(received, flat.size, width), width)
-    return out
+    delta = as_words(flat, width)
+    local.add_shares(delta, bits.unpack(received, flat.size, width), width)
+    return delta.reshape(i.value.shape)

@@ -22,7 +22,7 @@ from mpcserve.kernels import bits, local
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.opening import open_share
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
-from mpcserve.ring import Words
+from mpcserve.ring import Words, as_words, word_type
 
 
 class ExtendMaterial(NamedTuple):
@@ -46,12 +46,13 @@ def _offset(i: Instruction) -> np.uint64:
     return np.uint64(1 << (i.attrs["width"] - 2))
 
 
-def _flat(x: Words) -> Words:
-    return np.ascontiguousarray(x).reshape(-1)
+def _flat(x: Words, width: int) -> Words:
+    """x in words of `width` bits, as one contiguous row."""
+    return np.ascontiguousarray(as_words(x, width)).reshape(-1)
 
 
 def _mask_facts(mask: Mask, width: int) -> tuple[Words, Words, Words]:
-    a, b = _flat(mask.a), _flat(mask.b)
+    a, b = _flat(mask.a, width), _flat(mask.b, width)
     total, carry, top = np.empty_like(a), np.empty_like(a), np.empty_like(a)
     # carries of wider masks are not carries mod 2^width: both are reduced inside
     local.mask_facts(a, b, width, total, carry, top)
@@ -71,43 +72,44 @@ def prepare_extend(
     io: PrepareIO, i: Instruction, halves: Sequence[Words]
 ) -> tuple[Words, ExtendMaterial]:
     """Shares of the two candidates for Λ."""
-    m, shape = i.attrs["width"], (i.value.size,)
-    low, high = np.empty(shape, np.uint64), np.empty(shape, np.uint64)
-    carry, top = (io.dealt(shape, i.value.width - m) for _ in range(2))
-    local.wide_masks(_flat(halves[0]), m, carry, top, low, high)
-    lam = io.mask(i.value.shape, i.value.width)
-    return lam, ExtendMaterial(low, high, _flat(lam))
+    m, n, shape = i.attrs["width"], i.value.width, (i.value.size,)
+    low, high = np.empty(shape, word_type(n)), np.empty(shape, word_type(n))
+    carry, top = (as_words(io.dealt(shape, n - m), n) for _ in range(2))
+    local.wide_masks(_flat(halves[0], n), m, carry, top, low, high)
+    lam = io.mask(i.value.shape, n)
+    return lam, ExtendMaterial(low, high, lam.reshape(-1))
 
 
 def evaluate_extend(
     side: Side, i: Instruction, material: ExtendMaterial, delta: Words
 ) -> Steps[Words]:
     """1 round of n bits each way."""
-    out = np.empty(i.value.size, np.uint64)
+    n = i.value.width
+    out, flat = np.empty(i.value.size, word_type(n)), _flat(delta, n)
 
     def fill(part: slice) -> None:
         local.extend_share(
-            _flat(delta)[part],
+            flat[part],
             material.low[part],
             material.high[part],
             material.lam[part],
             i.attrs["width"],
             _offset(i),
-            i.value.width,
+            n,
             side == "alice",
             out[part],
         )
 
-    return (yield from open_share(out, i.value.width, fill)).reshape(i.value.shape)
+    return (yield from open_share(out, n, fill)).reshape(i.value.shape)
 
 
 def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     """Deal β, β·λ and, if the result is wider than what is read, carry, λ_msb and β·λ_msb."""
     bit, x = masks
     n, m = i.value.width, i.attrs["width"]
-    beta = np.empty(i.value.size, np.uint64)
+    beta = np.empty(i.value.size, word_type(n))
     bits.unslice_bit(bit.a ^ bit.b, beta)
-    total, carry, top = _mask_facts(x, m)
+    total, carry, top = (as_words(v, n) for v in _mask_facts(x, m))
     io.deal(beta, n)
     io.deal(beta * total, n)
     if n > m:
@@ -121,25 +123,26 @@ def prepare_select(
 ) -> tuple[Words, SelectMaterial]:
     """Shares of Λ_0, Λ_1, βΛ_0, βΛ_1 and β."""
     n, m, shape = i.value.width, i.attrs["width"], (i.value.size,)
-    dealt = np.empty((5, i.value.size), np.uint64)
+    dealt = np.empty((5, i.value.size), word_type(n))
     dealt[4] = io.dealt(shape, n)
     dealt[3] = io.dealt(shape, n)
     dealt[2] = dealt[3]
     if n > m:
-        carry, top, beta_top = (io.dealt(shape, n - m) for _ in range(3))
-        dealt[2] -= beta_top << np.uint64(m)
+        carry, top, beta_top = (as_words(io.dealt(shape, n - m), n) for _ in range(3))
+        dealt[2] -= beta_top << word_type(n)(m)
     else:
-        carry = top = np.zeros(shape, np.uint64)
-    local.wide_masks(_flat(halves[1]), m, carry, top, dealt[0], dealt[1])
+        carry = top = np.zeros(shape, word_type(n))
+    local.wide_masks(_flat(halves[1], n), m, carry, top, dealt[0], dealt[1])
     lam = io.mask(i.value.shape, n)
-    return lam, SelectMaterial(dealt, _flat(lam))
+    return lam, SelectMaterial(dealt, lam.reshape(-1))
 
 
 def evaluate_select(
     side: Side, i: Instruction, material: SelectMaterial, bit: Words, delta: Words
 ) -> Steps[Words]:
     """1 round of n bits each way."""
-    out, flat = np.empty(i.value.size, np.uint64), _flat(delta)
+    n = i.value.width
+    out, flat = np.empty(i.value.size, word_type(n)), _flat(delta, n)
 
     def fill(part: slice) -> None:
         local.select_share(
@@ -150,9 +153,9 @@ def evaluate_select(
             i.attrs["width"],
             _offset(i),
             bool(i.attrs["when"]),
-            i.value.width,
+            n,
             side == "alice",
             out[part],
         )
 
-    return (yield from open_share(out, i.value.width, fill)).reshape(i.value.shape)
+    return (yield from open_share(out, n, fill)).reshape(i.value.shape)
