@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import interval as iv
-from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.draft import Draft, Shape, Step
+from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.ranges import encoded, settle

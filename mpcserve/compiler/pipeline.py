@@ -30,7 +30,7 @@ from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 from mpcserve.compiler.passes.unused import remove_unused
-from mpcserve.compiler.precision import check_fit, tune_weights
+from mpcserve.compiler.precision import check_fit, tune_inputs, tune_weights
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import registry
 from mpcserve.compiler.widths import assign_widths, extended
@@ -77,6 +77,8 @@ def compile_model(
         check_draft(draft, step.__name__)
     draft = tune_weights(draft, frac_bits)
     check_draft(draft, "tune_weights")
+    draft = tune_inputs(draft, frac_bits)
+    check_draft(draft, "tune_inputs")
     raise_all(graph.name, check_fit(draft, frac_bits))
     draft = extended(draft)
     check_draft(draft, "extended")

@@ -24,6 +24,9 @@ SMALL_WEIGHT_BITS = 4
 LARGE_OPERAND_BITS = 6
 """Operands beyond ±2^6 ask for as many more weight bits: a weight's error is multiplied by them."""
 
+LARGE_GAIN_BITS = 2
+"""Weights of norm beyond 2^2 ask for as many more bits of the input."""
+
 MOST_EXTRA_BITS = 16
 FEWEST_BITS = 6
 """Below six fraction bits a weight is noise; then the model does not fit."""
@@ -42,6 +45,33 @@ def tune_weights(draft: Draft, frac_bits: int) -> Draft:
         if by:
             change[id] = by
     return settle_all(_apply(draft, change)) if change else draft
+
+
+def tune_inputs(draft: Draft, frac_bits: int) -> Draft:
+    """An input that only products with large weights read gets more fraction bits, if they fit.
+
+    Its rounding error, 2^-(frac_bits+1) per element, comes out of the product multiplied by the
+    norm of the weights of one output.
+    """
+    users = draft.users()
+    change: dict[int, int] = {}
+    for spec in draft.inputs:
+        path, products = _readers(draft, users, spec.id)
+        if not products or draft.steps[spec.id].frac_bits != frac_bits:
+            continue
+        wish = max(frexp(_gain(draft, p, path))[1] for p in products) - LARGE_GAIN_BITS
+        by = min(wish, *(_room(draft.steps[p]) for p in products))
+        if by > 0:
+            change |= dict.fromkeys(path, by)
+    if not change:
+        return draft
+    steps = list(draft.steps)
+    for id, by in change.items():
+        steps[id] = replace(steps[id], frac_bits=steps[id].frac_bits + by)
+    for id, step in enumerate(draft.steps):
+        if step.op in PRODUCTS and (moved := [change[x] for x in step.inputs[:2] if x in change]):
+            steps[id] = _moved(steps, id, moved[0])
+    return settle_all(replace(draft, steps=tuple(steps)))
 
 
 def check_fit(draft: Draft, frac_bits: int) -> list[Problem]:
@@ -85,9 +115,10 @@ def _wished(draft: Draft, id: int, products: list[int], frac_bits: int) -> int:
     return min(max(frac_bits, small, large), frac_bits + MOST_EXTRA_BITS)
 
 
-def _other(draft: Draft, product: int, weight: int) -> Step:
+def _other(draft: Draft, product: int, operand: int) -> Step:
+    """The other factor of a product."""
     x, y = draft.steps[product].inputs[:2]
-    return draft.steps[y if x == weight else x]
+    return draft.steps[y if x == operand else x]
 
 
 def _near_input(draft: Draft, product: int, weight: int) -> bool:
@@ -98,6 +129,51 @@ def _near_input(draft: Draft, product: int, weight: int) -> bool:
             return True
         step = draft.steps[step.inputs[0]]
     return step.op == "input" or step.sampled is not None
+
+
+_REARRANGES = ("reshape", "transpose", "slice", "gather", "expand")
+
+
+def _readers(draft: Draft, users: Mapping[int, list[int]], id: int) -> tuple[list[int], list[int]]:
+    """(the value and its rearrangements, the products that read them); none if others do too."""
+    path, products = [id], []
+    for source in path:
+        for reader in users.get(source, []):
+            if draft.steps[reader].op in _REARRANGES:
+                path.append(reader)
+            elif _takes(draft, users, reader, source):
+                products.append(reader)
+            else:
+                return [], []
+    if {o.id for o in draft.outputs} & set(path):
+        return [], []
+    return list(dict.fromkeys(path)), list(dict.fromkeys(products))
+
+
+def _takes(draft: Draft, users: Mapping[int, list[int]], product: int, x: int) -> bool:
+    """Whether a step is a product of x with a weight, and no other step reads its addend."""
+    step = draft.steps[product]
+    if step.op not in PRODUCTS or step.inputs[:2].count(x) != 1 or x in step.inputs[2:]:
+        return False
+    weight = _other(draft, product, x)
+    return weight.op == "weight" and _own_addends(draft, users, product)
+
+
+def _gain(draft: Draft, product: int, path: list[int]) -> float:
+    """Largest norm of the weights that make one output."""
+    step = draft.steps[product]
+    x, y = step.inputs[:2]
+    weight, left = (y, True) if x in path else (x, False)
+    values = draft.arrays[draft.steps[weight].attrs["name"]]
+    if step.op == "mul":
+        return float(np.abs(values).max(initial=0.0))
+    axes = tuple(range(1, values.ndim)) if step.op == "conv" else (-2 if left else -1,)
+    return float(np.sqrt(np.square(values).sum(axis=axes)).max(initial=0.0))
+
+
+def _own_addends(draft: Draft, users: Mapping[int, list[int]], product: int) -> bool:
+    addends = draft.steps[product].inputs[2:]
+    return all(draft.steps[a].op == "weight" and users[a] == [product] for a in addends)
 
 
 def _tunable(draft: Draft) -> Iterator[tuple[int, list[int]]]:
@@ -115,15 +191,7 @@ def _tunes(draft: Draft, users: Mapping[int, list[int]], product: int, weight: i
     step = draft.steps[product]
     if step.op not in PRODUCTS or step.inputs[:2].count(weight) != 1 or weight in step.inputs[2:]:
         return False
-    if draft.steps[_other_id(step, weight)].op == "weight":
-        return False
-    addends = step.inputs[2:]
-    return all(draft.steps[a].op == "weight" and users[a] == [product] for a in addends)
-
-
-def _other_id(step: Step, weight: int) -> int:
-    x, y = step.inputs[:2]
-    return y if x == weight else x
+    return _other(draft, product, weight).op != "weight" and _own_addends(draft, users, product)
 
 
 def _apply(draft: Draft, change: Mapping[int, int]) -> Draft:
