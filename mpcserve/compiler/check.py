@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import onnx
 
 from mpcserve.compiler import importing
+from mpcserve.compiler.expand import expanded
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
 from mpcserve.compiler.lower import Ranges, lower
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.registry import Registry, registry
-from mpcserve.compiler.survey import fix_batch, secret_nodes, survey
+from mpcserve.compiler.survey import fix_batch, secret_nodes, survey, unknown_operators
 from mpcserve.errors import ModelError
 
 
@@ -50,16 +51,20 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     given = onnx.ModelProto()
     given.CopyFrom(model)
     blocking = [*problems, *fix_batch(model, batch)]
-    problems = [*blocking, *survey(model, found)]
+    problems = [*blocking, *survey(model)]
     graph = None
-    if not blocking:
-        try:
-            importing.checked(model)
-            folded = importing.folded(importing.converted(model))
-            graph = importing.folded_graph(folded, name)
-        except ModelError as e:
-            # A model with unknown operators need not load; say only what is already known.
-            problems = problems or [Problem("", "", e.message, e.hint)]
+    try:
+        importing.checked(model)
+        model = importing.converted(model)
+        if not blocking:
+            model = expanded(importing.inferred(model), found)
+        problems += unknown_operators(model, found)
+        if not blocking:
+            graph = importing.folded_graph(importing.folded(model), name)
+    except ModelError as e:
+        # A model with unknown operators need not load; say only what is already known.
+        problems = problems or [*unknown_operators(model, found)]
+        problems = problems or [Problem("", "", e.message, e.hint)]
     return Imported(name, digest, given, graph, tuple(problems))
 
 
@@ -89,10 +94,12 @@ def check_model(source: Source, batch: int = 1) -> list[NodeReport]:
 
 
 def lowering_problems(graph: Graph, found: Registry, known: list[Problem]) -> list[Problem]:
-    """What lowering finds that is not in `known`."""
+    """What lowering finds that is not in `known`, where unknown operators already are."""
     ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
     seen = {(p.node, p.op) for p in known}
-    return [p for p in lower(graph, ranges, 16, found)[1] if (p.node, p.op) not in seen]
+    problems = lower(graph, ranges, 16, found)[1]
+    problems = [p for p in problems if found.find(p.op, graph.opset) is not None]
+    return [p for p in problems if (p.node, p.op) not in seen]
 
 
 def _report(problem: Problem, op: str) -> NodeReport:

@@ -137,7 +137,7 @@ def _plain(message: str) -> str:
 
 def folded_graph(model: onnx.ModelProto, name: str) -> Graph:
     """The graph of a folded model; leftover constant nodes are computed here."""
-    graph = graph_of(model, name)
+    graph = graph_of(named(model), name)
     secret = {n.name for n in secret_nodes(model.graph)}
     constants: dict[str, Any] = dict(graph.constants)
     nodes = []

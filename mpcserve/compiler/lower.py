@@ -76,10 +76,13 @@ def _lower_node(
 
 def unknown_op(node: Node, opset: int, registry: Registry) -> Problem:
     """What to say of an operator that has no lowering."""
-    domain = f" of domain {node.domain!r}" if node.domain not in ("", "ai.onnx") else ""
-    close = [n for n in registry.names() if n.lower() == node.op.lower()]
-    hint = f"did you mean {close[0]}?" if close else "replace it by supported operators"
-    return Problem(node.name, node.op, f"operator{domain} is not supported in opset {opset}", hint)
+    if node.domain not in ("", "ai.onnx"):
+        reason = f"operator of domain {node.domain!r} is not supported"
+        return Problem(node.name, node.op, reason, "export the model with standard operators")
+    later = [e.since for e in registry.entries if e.op == node.op]
+    reason = "operator is not supported" + (f" in opset {opset}" if later else "")
+    way = f"export with opset {min(later)} or newer" if later else "replace it by supported ones"
+    return Problem(node.name, node.op, reason, way)
 
 
 def _call(

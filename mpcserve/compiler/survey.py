@@ -19,14 +19,17 @@ from mpcserve.compiler.registry import Registry
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
 """Operators whose result depends on a shape alone: constants once shapes are fixed."""
 
+_FIRST_ONLY = frozenset({"CastLike"})
+"""Operators that read only the type of their other inputs."""
 
-def survey(model: onnx.ModelProto, registry: Registry) -> list[Problem]:
-    """Everything that is wrong without running the model."""
+
+def survey(model: onnx.ModelProto) -> list[Problem]:
+    """Everything that is wrong with the model's numbers and types."""
     opset = opset_of(model)
     if opset < OLDEST_OPSET:
         reason = f"opset {opset} is older than {OLDEST_OPSET}"
         return [Problem("", "", reason, f"export the model with opset {OLDEST_OPSET} or newer")]
-    return [*_types(model.graph), *_numbers(model.graph), *_operators(model, registry)]
+    return [*_types(model.graph), *_numbers(model.graph)]
 
 
 def secret_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -35,7 +38,8 @@ def secret_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     secret = {i.name for i in graph.input if i.name not in constants}
     found = []
     for node in graph.node:
-        inputs = {*node.input, *_captured(node)}
+        read = node.input[:1] if node.op_type in _FIRST_ONLY else node.input
+        inputs = {*read, *_captured(node)}
         if node.op_type not in _SHAPE_ONLY and inputs & secret:
             secret.update(node.output)
             found.append(node)
@@ -117,7 +121,8 @@ def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:
             yield Problem(*where, reason, "train or export the model again")
 
 
-def _operators(model: onnx.ModelProto, registry: Registry) -> Iterator[Problem]:
+def unknown_operators(model: onnx.ModelProto, registry: Registry) -> Iterator[Problem]:
+    """Nodes that depend on an input and have no lowering."""
     opset = opset_of(model)
     for node in secret_nodes(model.graph):
         if registry.find(node.op_type, opset, node.domain) is None:
