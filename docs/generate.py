@@ -1,0 +1,102 @@
+"""Write the parts of the documentation that follow from the code: `python docs/generate.py`.
+
+Between `<!-- name -->` and `<!-- /name -->` in README.md stands what the function of that name
+returns; a test checks that it is current.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mpcserve.compiler.registry import registry
+from mpcserve.plan.ops import OPS, Cost
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FAMILIES = {
+    "linear": "linear layers",
+    "elementwise": "elementwise",
+    "normalization": "normalisation",
+    "pooling": "pooling",
+    "reduction": "reductions",
+    "shape": "shape, all local",
+}
+
+
+def operators() -> str:
+    """One row per ONNX operator."""
+    rows = ["| operator | from opset | what it does, what it costs |", "|---|---|---|"]
+    entries = registry().entries
+    families = [*FAMILIES, *sorted({e.family for e in entries} - set(FAMILIES))]
+    for family in families:
+        rows.append(f"| **{FAMILIES.get(family, family)}** | | |")
+        first: dict[str, tuple[int, str]] = {}
+        for e in entries:
+            if e.family == family and (e.op not in first or e.since < first[e.op][0]):
+                first[e.op] = (e.since, e.summary)
+        for op, (since, summary) in sorted(first.items()):
+            text = summary.replace("|", "\\|")
+            rows.append(f"| `{op}` | {max(since, 7)} | {text} |")
+    return "\n".join(rows)
+
+
+def costs() -> str:
+    """Bytes of a thousand elements of each interactive instruction at typical widths."""
+    n, m, ring = 1000, 22, 38
+    product = {"ring": ring, "truncate": 16}
+    sign = {"chunks": [5, 4, 4, 4, 4], "groups": [5]}
+    lines: list[tuple[str, Cost]] = [
+        ("linear layer + truncation, per output", OPS["matmul"].cost(n, m, product)),
+        ("comparison", OPS["sign"].cost(n, 1, sign)),
+        ("selection by a secret bit, result for the next layer", _cost("select", n, ring, m)),
+        ("extension", _cost("extend", n, ring, m)),
+    ]
+    lines.append(("**linear + truncation + ReLU**", _sum([c for _, c in lines[:3]])))
+    rows = [
+        "| step | rounds | bytes each way, per element | bytes dealt, per element |",
+        "|---|---|---|---|",
+    ]
+    for name, cost in lines:
+        each, dealt = sum(cost.rounds) / n, cost.dealt / n
+        rows.append(f"| {name} | {len(cost.rounds)} | {each:.2f} | {dealt:.2f} |")
+    rows.append("| add, reshape, slice, mean, constants, average pooling | 0 | 0 | 0 |")
+    return "\n".join(rows)
+
+
+def _cost(op: str, size: int, width: int, reads: int) -> Cost:
+    return OPS[op].cost(size, width, {"width": reads})
+
+
+def _sum(costs: list[Cost]) -> Cost:
+    return Cost(sum((c.rounds for c in costs), ()), sum(c.dealt for c in costs))
+
+
+def config() -> str:
+    """The commented configuration file."""
+    text = (ROOT / "configs" / "local.yaml").read_text()
+    return f"```yaml\n{text.rstrip()}\n```"
+
+
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    "operators": operators,
+    "costs": costs,
+    "config": config,
+}
+
+
+def filled(text: str) -> str:
+    """The text with every block's content replaced by what the code says today."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        assert pattern.search(text), f"README.md has no block {name}: {inspect.getdoc(make)}"
+        content = make()
+        text = pattern.sub(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
