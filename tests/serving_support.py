@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcserve.compiler.artifact import CompiledModel
+from mpcserve.config import Address, Config, Deadlines, Limits, Pool, Servers
 from mpcserve.plan import InputSpec, Instruction, OutputSpec, Plan, Value, verify_plan
+from mpcserve.serving.client import Client
+from mpcserve.serving.links import Wiring
+from mpcserve.serving.party import SERVERS
+from mpcserve.serving.server import Server
 
 FRAC = 8
 
@@ -60,3 +71,73 @@ def dense_relu(
 ) -> NDArray[np.floating]:
     """What the plan computes, in float."""
     return np.maximum(x.astype(np.float64) @ (weights["w"] / 2.0**FRAC), 0)
+
+
+class Trio:
+    """alice, bob and carol in this process, over plain TCP on free loopback ports."""
+
+    def __init__(self, state: Path, *, depth: int = 1, **deadlines: float) -> None:
+        seconds = {"connect": 20.0, "handshake": 10.0, "round": 20.0, "request": 40.0}
+        self.config = Config(
+            Servers(Address("127.0.0.1", 0), Address("127.0.0.1", 0)),
+            state=state,
+            keys=state / "no-keys",
+            pool=Pool(depth),
+            deadlines=Deadlines(**{**seconds, **deadlines}),
+            limits=Limits(requests=2, queue=2),
+        )
+        self.servers: dict[str, Server] = {}
+        self._clients: list[Client] = []
+        for role in SERVERS:
+            self.start(role)
+        self.wait_up()
+
+    def start(self, role: str) -> None:
+        """Start one server; its port is the one it had before."""
+        server = SERVERS[role](Wiring(self.config, role, insecure_plaintext=True))
+        server.start()
+        self.servers[role] = server
+        if server.listener is not None:
+            address = Address("127.0.0.1", int(server.listener.address.rpartition(":")[2]))
+            servers = replace(self.config.servers, **{role: address})
+            self.config = replace(self.config, servers=servers)
+
+    def wait_up(self) -> None:
+        """Wait until everyone is connected to everyone."""
+        for server in self.servers.values():
+            assert server.links.wait_up(threading.Event())
+
+    def client(self) -> Client:
+        """A new client, closed with the trio."""
+        self._clients.append(Client(self.config, plaintext=True))
+        return self._clients[-1]
+
+    def cut(self, role: str) -> None:
+        """Break every connection of a server without a goodbye, and end it, as a crash would."""
+        server = self.servers.pop(role)
+        server._stopping = True
+        server.links._closed.set()
+        links = [*server.links._links.values(), *(server.listener.links if server.listener else ())]
+        for link in links:
+            with contextlib.suppress(OSError):
+                link._made_of.sock.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+    def close(self) -> None:
+        """End all."""
+        for client in self._clients:
+            client.close()
+        for server in self.servers.values():
+            server.close()
+
+
+def as_model(plan: Plan, weights: dict[str, NDArray[np.int64]]) -> CompiledModel:
+    """What the compiler would have returned."""
+    return CompiledModel(plan, weights)
+
+
+def some_rows(plan: Plan, rows: int, seed: int = 0) -> NDArray[np.float32]:
+    """Inputs within the plan's range, which its fixed point holds exactly."""
+    shape = (rows, *plan.inputs[0].shape[1:])
+    ulps = np.random.default_rng(seed).integers(-8 << FRAC, 8 << FRAC, shape, endpoint=True)
+    return (ulps / 2.0**FRAC).astype(np.float32)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ from mpcserve.transport import Channel, Hooks, Link, Listener
 from mpcserve.version import __version__
 
 OWNERS = ("model-owner", "data-owner")
+
+_REPORTED = ("infer", "deploy")
+"""Requests that the health numbers count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ class Server(ABC):
             request = Request(
                 channel, Message(fields, channel.peer), Deadline(self.deadlines.request)
             )
-            with _Counted(self):
+            with self._counted(kind in _REPORTED):
                 route.handle(request)
         except Exception as e:
             error = named_error(e)
@@ -171,26 +175,21 @@ class Server(ABC):
             raise Refused(f"{self.role} is shutting down", "try again when it has been restarted")
         return route
 
-    def count(self, running: int, served: int = 0, failed: int = 0) -> None:
-        """Requests that begin and end."""
+    @contextmanager
+    def _counted(self, reported: bool) -> Iterator[None]:
+        """Count a request while it runs, and how it ended."""
         with self._quiet:
-            self._running += running
-            self._served += served
-            self._failed += failed
-            self._quiet.notify_all()
-
-
-class _Counted:
-    """Counts a request while it runs, and how it ended."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def __enter__(self) -> None:
-        self._server.count(1)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._server.count(-1, served=kind is None, failed=kind is not None)
+            self._running += 1
+        served = False
+        try:
+            yield
+            served = True
+        finally:
+            with self._quiet:
+                self._running -= 1
+                self._served += reported and served
+                self._failed += reported and not served
+                self._quiet.notify_all()
 
 
 def _short(channel: Channel) -> str:
