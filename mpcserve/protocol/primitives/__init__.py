@@ -1,0 +1,1 @@
+"""The interactive instructions, one file each: deal, prepare and evaluate side by side."""
