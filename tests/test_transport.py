@@ -164,6 +164,7 @@ def test_many_streams_at_once_keep_apart(network: Network) -> None:
             channel.send(work[i])
             if channel.receive(len(work[i]), "echo", WAIT) != work[i]:
                 wrong.append(i)
+            channel.receive_message("end", WAIT)
 
     threads = [threading.Thread(target=request, args=(i,)) for i in range(len(work))]
     for thread in threads:

@@ -265,7 +265,10 @@ class Channel:
         self.link.end_channel(self, error)
 
     def close(self) -> None:
-        """End the stream: what is queued still goes, what has come is dropped."""
+        """End the stream: what is queued still goes, what has come is dropped.
+
+        Whatever the peer sends from now on is dropped too, and raises PeerLost there once it knows.
+        """
         self.link.end_channel(self, None)
 
     def __enter__(self) -> Channel:
