@@ -112,16 +112,26 @@ class Trio:
         self._clients.append(Client(self.config, plaintext=True))
         return self._clients[-1]
 
-    def cut(self, role: str) -> None:
-        """Break every connection of a server without a goodbye, and end it, as a crash would."""
-        server = self.servers.pop(role)
+    def sever(self, role: str) -> None:
+        """Break every connection of a server without a goodbye; it makes no new ones."""
+        server = self.servers[role]
         server._stopping = True
         server.links._closed.set()
         links = [*server.links._links.values(), *(server.listener.links if server.listener else ())]
         for link in links:
             with contextlib.suppress(OSError):
                 link._made_of.sock.shutdown(socket.SHUT_RDWR)
-        server.close()
+
+    def crash(self, role: str) -> None:
+        """Sever a server and end it."""
+        self.sever(role)
+        self.servers.pop(role).close()
+
+    def restart(self, role: str) -> None:
+        """End a severed server and start it again on its address."""
+        self.crash(role)
+        self.start(role)
+        self.wait_up()
 
     def close(self) -> None:
         """End all."""

@@ -83,6 +83,22 @@ def test_an_owner_who_leaves_halfway_leaves_nothing(tmp_path: Path) -> None:
     deploy(store, 1)
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+
+    def full(path: Path, pieces: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mpcserve.serving.deployment.write_private", full)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            deploy(store, 1)
+    assert list(tmp_path.iterdir()) == []
+    deploy(store, 1)
+
+
 def test_one_id_is_deployed_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
     deploy(store, 1)

@@ -125,6 +125,12 @@ class Store:
             write_private(path / "deployment.json", [json.dumps(facts).encode()])
             sync_directory(path)
             sync_directory(self._directory)
+        except OSError as e:
+            self.discard(deployment.id)
+            raise ConfigError(
+                f"cannot store the deployment: {e.strerror}",
+                "see to the disk of the server's state directory",
+            ) from None
         except BaseException:
             self.discard(deployment.id)
             raise
