@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,10 @@ import pytest
 from mpcserve.bundled import bundled
 from mpcserve.cli.arrays import batches, by_name, load_arrays, load_one, uniform
 from mpcserve.cli.drawing import draw, side_by_side
-from mpcserve.cli.launch import free_ports
 from mpcserve.cli.output import human_bytes, human_seconds, table
 from mpcserve.cli.plaintext import Plaintext, compare, predictions
 from mpcserve.cli.results import outputs_json, print_outputs, save_outputs
-from mpcserve.cli.sandbox import sandbox
 from mpcserve.errors import ConfigError, InputError
-from mpcserve.serving.keys import check_keys
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parent.parent
@@ -130,24 +126,6 @@ def test_outputs_are_printed_saved_and_told_as_json(tmp_path: Path, capsys: Capt
     assert set(np.load(tmp_path / "z.npz").files) == {"logits", "label"}
     with pytest.raises(ConfigError, match="cannot write"):
         save_outputs(tmp_path / "no" / "y.npy", one)
-
-
-def test_a_sandbox_is_a_checked_deployment_and_leaves_nothing() -> None:
-    with sandbox(pool_depth=3) as config:
-        assert config.path is not None
-        directory = config.path.parent
-        assert config.pool.depth == 3
-        assert check_keys(config.keys) == []
-        assert config.servers.alice != config.servers.bob
-    assert not directory.exists()
-
-
-def test_free_ports_differ_and_can_be_bound() -> None:
-    ports = free_ports(5)
-    assert len(set(ports)) == 5
-    for port in ports:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", port))
 
 
 def test_every_bundled_file_is_in_the_wheel() -> None:

@@ -95,14 +95,15 @@ def run(arguments: Sequence[str]) -> int:
         return status if isinstance(status, int) else 0
     except MpcError as e:
         _report(*e.message.splitlines(), hint=e.hint)
-        for problem in getattr(e, "problems", ())[:50]:
+        problems = getattr(e, "problems", ())
+        for problem in problems if len(problems) > 1 else ():
             click.echo(f"  {problem}", err=True)
         _trace(arguments)
         return e.exit_code
     except click.ClickException as e:
         context = getattr(e, "ctx", None)
         path = context.command_path if context else "mpcserve"
-        _report(*e.format_message().splitlines(), hint=f"see `{path} --help`")
+        _report(" ".join(e.format_message().split()), hint=f"see `{path} --help`")
         return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("mpcserve: interrupted", err=True)

@@ -1,14 +1,9 @@
-"""`mpcserve bench`: what an encrypted inference costs on this machine, and what the plain one does."""
+"""`mpcserve bench`: what an encrypted inference costs on this machine, beside a plain one."""
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,19 +13,6 @@ from mpcserve.cli.options import FILE
 if TYPE_CHECKING:
     from mpcserve.cli.arrays import Array
     from mpcserve.cli.plaintext import Plaintext
-    from mpcserve.compiler import CompiledModel
-
-ROLES = ("alice", "bob", "carol")
-PHASES = ("online", "preprocessing", "total")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One inference: the rows it was asked, what it answered, and the servers' report of it."""
-
-    rows: Mapping[str, Array]
-    outputs: Sequence[Array]
-    report: Mapping[str, Any]
 
 
 @click.command("bench")
@@ -60,21 +42,24 @@ def bench_command(
     frac_bits: int,
     json_path: Path | None,
 ) -> None:
-    """Measure MODEL: three server processes over TLS on this machine, and onnxruntime on one thread.
+    """Measure MODEL: three server processes over TLS here, and onnxruntime on one thread.
 
-    Runs with randomness dealt ahead, then with none. Without --calibrate, the benchmark's own inputs
-    calibrate the ranges.
+    First with the randomness of each inference dealt ahead, then dealt on demand. Unless
+    --calibrate or --input-range says otherwise, the inputs themselves calibrate the ranges.
 
     \b
     Example:
       mpcserve bench model.onnx --input test.npy --batch 8 --network lan --json bench.json
     """
-    from mpcserve.cli.launch import sigterm_interrupts
+    from mpcserve.cli.measure import measure, print_report, report_of
     from mpcserve.cli.output import note, progress
     from mpcserve.cli.plaintext import Plaintext
     from mpcserve.cli.results import save_json
+    from mpcserve.cli.signals import sigterm_interrupts
     from mpcserve.compiler import compile_model
+    from mpcserve.transport import NetworkProfile
 
+    NetworkProfile.parse(network)  # wrong ones are refused before anything long begins
     plaintext = Plaintext(model, threads=1)
     size = batch or plaintext.batch or 1
     inputs = _inputs(plaintext, data, size)
@@ -82,15 +67,36 @@ def bench_command(
     with progress("compiling"):
         compiled = compile_model(
             model,
-            calibrate=calibrate if calibrate or input_range else inputs,
+            calibrate=calibrate or (None if input_range else inputs),
             input_range=input_range,
             batch=size,
             frac_bits=frac_bits,
         )
     with sigterm_interrupts():
-        filled = _measure(compiled, inputs, runs, network, pool_depth=runs)
-        empty = _measure(compiled, inputs, runs, network, pool_depth=0)
-    report = _report(plaintext, compiled, filled, empty, network)
-    _print(report)
+        note(f"{runs} inferences with randomness dealt ahead")
+        filled = measure(compiled, inputs, runs, network, pool_depth=1)
+        note(f"{runs} inferences with randomness dealt on demand")
+        empty = measure(compiled, inputs, runs, network, pool_depth=0)
+    report = report_of(compiled.plan, plaintext, filled, empty, network)
+    print_report(report)
     if json_path is not None:
         save_json(json_path, report)
+
+
+def _inputs(plaintext: Plaintext, data: Path | None, batch: int) -> dict[str, Array]:
+    """The given rows, or one batch of fixed values. Raises: InputError."""
+    from mpcserve.cli.arrays import by_name, load_arrays, uniform
+    from mpcserve.errors import InputError
+
+    if data is not None:
+        return by_name(load_arrays(data), [i.name for i in plaintext.inputs], data)
+    for i in plaintext.inputs:
+        if None in i.shape[1:] or not i.shape:
+            raise InputError(
+                f"{plaintext.model}: input {i.name!r} leaves more open than its batch: {i.shape}",
+                "give data with --input",
+            )
+    return {
+        i.name: uniform((batch, *(d or 1 for d in i.shape[1:])), -1.0, 1.0).astype(i.dtype)
+        for i in plaintext.inputs
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,9 @@ if TYPE_CHECKING:
 
 MODEL = "mnist_cnn"
 PER_ROW = 5
+DEADLINE = 300.0
+"""Seconds for the randomness of one inference; two suffice."""
+
 MAX_ERROR = 2.0**-8
 """Of a logit, absolute: sixteen fraction bits leave a few hundred ulp for all layers together."""
 
@@ -42,7 +44,7 @@ def demo_command() -> None:
     Example:
       mpcserve demo
     """
-    from mpcserve.cli.launch import sigterm_interrupts
+    from mpcserve.cli.signals import sigterm_interrupts
 
     with sigterm_interrupts():
         run = _run()
@@ -53,29 +55,36 @@ def demo_command() -> None:
 def _run() -> DemoRun:
     from mpcserve.bundled import bundled
     from mpcserve.cli.arrays import load_one
-    from mpcserve.cli.launch import three_servers
     from mpcserve.cli.output import note, progress
     from mpcserve.cli.plaintext import Plaintext
-    from mpcserve.cli.sandbox import sandbox
     from mpcserve.compiler import compile_model
 
-    model = bundled("models", f"{MODEL}.onnx")
+    path = bundled("models", f"{MODEL}.onnx")
     images = load_one(bundled("models", "mnist_samples.npy"))
     labels = load_one(bundled("models", "mnist_labels.npy"))
     calibrate = load_one(bundled("models", "mnist_calibration.npy"))
-    plaintext = Plaintext(model)
+    plaintext = Plaintext(path)
     (expected,) = plaintext.run({plaintext.inputs[0].name: images})
-    note("compiling the kernels (seconds, the first time on this machine)")
+    # Here first, so that the three servers find the compiled kernels in the cache.
+    note("compiling the kernels (some seconds, the first time on this machine)")
     with progress("compiling the kernels"):
-        _warm_up()
-    note(f"compiling {model.name}")
-    compiled = compile_model(model, calibrate=calibrate, batch=len(images))
-    note("starting alice, bob and carol")
-    with sandbox(pool_depth=1) as config:
-        assert config.path is not None
-        with progress("starting alice, bob and carol"), three_servers(config.path):
-            note("sharing the weights, dealing the randomness, classifying")
-            got, report = _deploy_and_infer(config, compiled, images)
+        from mpcserve.protocol import warm_up
+        from mpcserve.serving import LocalCluster
+
+        warm_up()
+    note(f"compiling {path.name}")
+    compiled = compile_model(path, calibrate=calibrate, batch=len(images))
+    note("starting alice, bob and carol as three processes, with mutual TLS between them")
+    with progress("starting alice, bob and carol"):
+        cluster = LocalCluster(pool_depth=1)
+    with cluster:
+        note("the model owner shares the weights; carol deals the randomness of one inference")
+        with progress("sharing the weights, dealing"):
+            cluster.deploy(compiled)
+            cluster.client.wait_for_bundles(DEADLINE)
+        note(f"the data owner shares {len(images)} images; alice and bob classify them")
+        outputs, report = cluster.client.infer_report(images)
+    (got,) = outputs.values()
     return DemoRun(images, labels, expected, got, report)
 
 

@@ -84,9 +84,9 @@ def print_traffic(links: Mapping[str, int], overhead: Mapping[str, int] | None =
     for link, count in links.items():
         if count:
             extra = (overhead or {}).get(link)
-            percent = "" if extra is None else f"{100 * extra / count:.2f} %"
-            rows.append((link.replace("->", " → "), human_bytes(count), f"{count:,}", percent))
-    table(("link", "payload", "bytes", "overhead"), rows)
+            framing = "" if extra is None else f"+ {human_bytes(extra)}"
+            rows.append((link.replace("->", " → "), human_bytes(count), f"{count:,}", framing))
+    table(("link", "payload", "bytes", "frames, TLS"), rows)
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:

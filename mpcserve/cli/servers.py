@@ -6,13 +6,22 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mpcserve.cli.options import CONFIG, INSECURE
 
-COLOURS = {"alice": "cyan", "bob": "green", "carol": "magenta"}
+if TYPE_CHECKING:
+    from mpcserve.config import Config
+
+COLOURS: Mapping[str, str] = {"alice": "cyan", "bob": "green", "carol": "magenta"}
+
+POLL = 0.1
+"""Seconds between two looks at whether a server has ended."""
 
 
 @click.command("party")
@@ -37,7 +46,7 @@ def party_command(
       mpcserve party --role alice --config mpcserve.yaml
     """
     from mpcserve.config import load_config
-    from mpcserve.serving import run_party
+    from mpcserve.serving.party import run_party
 
     config = load_config(config_path)
     stop = threading.Event()
@@ -74,33 +83,55 @@ def up_command(config_path: Path | None, insecure_plaintext: bool) -> None:
     Example:
       mpcserve init && mpcserve up
     """
-    from mpcserve.cli.launch import sigterm_interrupts, three_servers
     from mpcserve.cli.output import note
+    from mpcserve.cli.signals import sigterm_interrupts
     from mpcserve.config import load_config
-    from mpcserve.errors import PeerLost
 
     config = load_config(config_path)
-    assert config.path is not None
     arguments = ["--insecure-plaintext"] if insecure_plaintext else []
     with sigterm_interrupts():
         try:
-            with three_servers(
-                config.path, arguments=arguments, listen=_print_line, drain=config.deadlines.drain
-            ) as servers:
-                click.echo("ready")
-                note(f"alice {config.servers.alice}, bob {config.servers.bob}; Ctrl-C stops all")
-                while not any(s.ended.wait(0.2) for s in servers.values()):
-                    pass
-                gone = next(s for s in servers.values() if s.ended.is_set())
+            _run_all(config, arguments)
         except KeyboardInterrupt:
             note("stopped")
-            return
+
+
+def _run_all(config: Config, arguments: Sequence[str]) -> None:
+    """Run three processes until one ends. Raises: PeerLost naming it."""
+    from mpcserve.cli.output import note, progress
+    from mpcserve.config import SERVER_ROLES
+    from mpcserve.errors import PeerLost
+    from mpcserve.serving.processes import ServerProcess, stop_all
+
+    assert config.path is not None
+    with progress("compiling the kernels (some seconds, the first time on this machine)"):
+        # Here first, so that the three servers find them in the cache.
+        from mpcserve.protocol import warm_up
+
+        warm_up()
+    servers: list[ServerProcess] = []
+    try:
+        for role in SERVER_ROLES:
+            servers.append(ServerProcess(role, config.path, arguments, _print_line))
+        while waiting := [s for s in servers if not s.ready.is_set()]:
+            waiting[0].ready.wait(POLL)
+            for server in servers:
+                if server.ended.is_set():
+                    server.await_ready(time.monotonic())
+        click.echo("ready")
+        note(f"alice {config.servers.alice}, bob {config.servers.bob}; Ctrl-C stops all")
+        while not any(s.ended.wait(POLL) for s in servers):
+            pass
+        gone = next(s for s in servers if s.ended.is_set())
+        status = gone.process.wait()
+    finally:
+        stop_all(servers, config.deadlines.drain)
     raise PeerLost(
-        f"{gone.role} ended with status {gone.process.returncode}; the others were stopped",
+        f"{gone.role} ended with status {status}; the others were stopped",
         "its last lines above say why",
     )
 
 
 def _print_line(role: str, line: str) -> None:
-    text = line.removeprefix(f"mpcserve {role}: ")
+    text = line.removeprefix(f"mpcserve {role}: ").removeprefix("mpcserve: ")
     click.echo(f"{click.style(f'{role:>5} │', fg=COLOURS[role])} {text}", err=True)

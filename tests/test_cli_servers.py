@@ -1,0 +1,122 @@
+"""`up` and `party` as processes: they become ready, stop in order, and leave nobody behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpcserve.config import Config, load_config
+from mpcserve.serving.keys import ROLES, init_keys, issue
+from mpcserve.serving.processes import reserved_ports
+
+PATIENCE = 60.0
+"""Seconds for what takes two when the machine is idle."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Config]:
+    """A deployment of its own, on ports that nobody else takes."""
+    init_keys(tmp_path / "keys")
+    for role in ROLES:
+        issue(tmp_path / "keys", role, ("localhost", "127.0.0.1"))
+    with reserved_ports(2) as (alice, bob):
+        path = tmp_path / "mpcserve.yaml"
+        path.write_text(
+            f"servers: {{alice: '127.0.0.1:{alice}', bob: '127.0.0.1:{bob}'}}\npool: {{depth: 1}}\n"
+        )
+        yield load_config(path)
+
+
+def start(config: Config, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mpcserve", *words, "--config", str(config.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def servers_of(config: Config) -> list[int]:
+    """Processes that run with this config, by /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue  # it ended meanwhile
+        if b"party" in words and str(config.path).encode() in words and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def await_none(config: Config) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while servers_of(config):
+        assert time.monotonic() < deadline, "servers were left behind"
+        os.sched_yield()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_up_leaves_no_server_behind(number: signal.Signals, status: int, config: Config) -> None:
+    with start(config, "up") as up:
+        assert up.stdout is not None
+        assert up.stdout.readline() == "ready\n"
+        assert len(servers_of(config)) == 3
+        up.send_signal(number)
+        _, err = up.communicate(timeout=PATIENCE)
+        assert up.returncode == status
+    await_none(config)
+    for role in ("alice", "bob", "carol"):
+        assert f"{role} │" in err
+    assert "Traceback" not in err
+
+
+def test_a_server_that_dies_takes_the_others_along(config: Config) -> None:
+    with start(config, "up") as up:
+        assert up.stdout is not None
+        assert up.stdout.readline() == "ready\n"
+        os.kill(servers_of(config)[0], signal.SIGKILL)
+        _, err = up.communicate(timeout=PATIENCE)
+        assert up.returncode == 4
+    await_none(config)
+    assert "mpcserve: error: " in err
+    assert "ended with status" in err
+
+
+def test_a_server_that_cannot_start_says_why(config: Config) -> None:
+    (config.keys / "bob.key").unlink()
+    with start(config, "up") as up:
+        out, err = up.communicate(timeout=PATIENCE)
+    assert (up.returncode, out) == (4, "")
+    await_none(config)
+    (line,) = [x for x in err.splitlines() if x.startswith("mpcserve: error: ")]
+    assert "bob ended with status 2 before it was ready" in line
+    assert "bob.key: missing" in line
+
+
+def test_a_port_in_use_is_one_line_of_error(config: Config) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((config.servers.alice.host, config.servers.alice.port))
+        taken.listen()
+        with start(config, "party", "--role", "alice") as party:
+            out, err = party.communicate(timeout=PATIENCE)
+    assert (party.returncode, out) == (2, "")
+    assert str(config.servers.alice) in err
+    assert "mpcserve: hint: " in err
+    assert "Traceback" not in err
