@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +15,7 @@ import pytest
 from mpcserve.config import Config, load_config
 from mpcserve.serving.keys import ROLES, init_keys, issue
 from mpcserve.serving.processes import reserved_ports
-
-PATIENCE = 60.0
-"""Seconds for what takes two when the machine is idle."""
+from tests.cli_support import PATIENCE, await_gone, children_of, needs_proc
 
 
 @pytest.fixture
@@ -46,28 +43,7 @@ def start(config: Config, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def servers_of(config: Config) -> list[int]:
-    """Processes that run with this config, by /proc."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue  # it ended meanwhile
-        if b"party" in words and str(config.path).encode() in words and state != "Z":
-            found.append(int(entry.name))
-    return found
-
-
-def await_none(config: Config) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while servers_of(config):
-        assert time.monotonic() < deadline, "servers were left behind"
-        os.sched_yield()
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@needs_proc
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)],
@@ -76,24 +52,27 @@ def test_up_leaves_no_server_behind(number: signal.Signals, status: int, config:
     with start(config, "up") as up:
         assert up.stdout is not None
         assert up.stdout.readline() == "ready\n"
-        assert len(servers_of(config)) == 3
+        servers = children_of(up.pid)
+        assert len(servers) == 3
         up.send_signal(number)
         _, err = up.communicate(timeout=PATIENCE)
         assert up.returncode == status
-    await_none(config)
+    await_gone(servers)
     for role in ("alice", "bob", "carol"):
         assert f"{role} │" in err
     assert "Traceback" not in err
 
 
+@needs_proc
 def test_a_server_that_dies_takes_the_others_along(config: Config) -> None:
     with start(config, "up") as up:
         assert up.stdout is not None
         assert up.stdout.readline() == "ready\n"
-        os.kill(servers_of(config)[0], signal.SIGKILL)
+        servers = children_of(up.pid)
+        os.kill(servers[0], signal.SIGKILL)
         _, err = up.communicate(timeout=PATIENCE)
         assert up.returncode == 4
-    await_none(config)
+    await_gone(servers)
     assert "mpcserve: error: " in err
     assert "ended with status" in err
 
@@ -103,7 +82,6 @@ def test_a_server_that_cannot_start_says_why(config: Config) -> None:
     with start(config, "up") as up:
         out, err = up.communicate(timeout=PATIENCE)
     assert (up.returncode, out) == (4, "")
-    await_none(config)
     (line,) = [x for x in err.splitlines() if x.startswith("mpcserve: error: ")]
     assert "bob ended with status 2 before it was ready" in line
     assert "bob.key: missing" in line

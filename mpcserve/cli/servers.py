@@ -46,14 +46,16 @@ def party_command(
       mpcserve party --role alice --config mpcserve.yaml
     """
     from mpcserve.config import load_config
-    from mpcserve.serving.party import run_party
 
     config = load_config(config_path)
+    if while_stdin:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    # Compiles the kernels. Nothing is under way before that, so until then signals end us at once.
+    from mpcserve.serving.party import run_party
+
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if while_stdin:
-        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     run_party(
         config,
         role,
@@ -64,11 +66,11 @@ def party_command(
     )
 
 
-def _stop_at_end_of_input(stop: threading.Event) -> None:
+def _end_with_input() -> None:
     """Whoever started us holds the other end of our stdin; when that process is gone, so are we."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    stop.set()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @click.command("up")
