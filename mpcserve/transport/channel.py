@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, WireError
 from mpcserve.transport.sender import Outbox
 from mpcserve.wire import Buffer
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _BLOCK = 256 << 10  # DATA that nobody waits for is collected in blocks of this size
 _MAX_UNREAD_MESSAGES = 4 << 20  # bytes of JSON; DATA has its window, messages have this
 _MESSAGE_COST = 256  # what an unread message costs beside its JSON
+_LARGE = 4 << 20  # from here numpy asks the system for huge pages
 _ALIVE = "check that it is alive and see its log, or raise the deadline"
 
 
@@ -85,13 +88,13 @@ class Inbox:
 
     # ── the thread that waits ──
 
-    def aim(self, target: bytearray) -> None:
+    def aim(self, target: memoryview) -> None:
         """Fill `target` with what has come, and from now on with what comes; then `take` it."""
         with self._lock:
-            self._target = memoryview(target)
+            self._target = target
             self._fill()
 
-    def take(self, target: bytearray, deadline: float) -> int | dict[str, object]:
+    def take(self, target: memoryview, deadline: float) -> int | dict[str, object]:
         """How much of `target` is full at the deadline, or sooner: all; a message if one is next.
 
         Raises: the error the stream ended with.
@@ -160,10 +163,11 @@ class Inbox:
                 self._items.popleft()
                 self._start = 0
 
-    def _put_back(self, target: bytearray, count: int) -> None:
+    def _put_back(self, target: memoryview, count: int) -> None:
         """A receive that timed out takes nothing: a later one gets these bytes."""
         if count:
-            self._items.appendleft(target[:count])
+            block = bytearray(target[:count])
+            self._items.appendleft(block)
             self.queued += count
 
 
@@ -223,7 +227,7 @@ class Channel:
         what the peer ended the stream with.
         """
         started = time.monotonic()
-        target = bytearray(n)
+        target = _buffer(n)
         try:
             self.inbox.aim(target)
             self.grant_credit()
@@ -231,7 +235,7 @@ class Channel:
         except PeerLost as error:
             raise self._lost(error, what, started) from None
         if got == n:
-            return memoryview(target)
+            return target
         if isinstance(got, int):
             raise self._late(what, timeout, f": {got} of {n} bytes came")
         raise WireError(
@@ -309,3 +313,8 @@ class Channel:
     def _lost(self, error: PeerLost, what: str, started: float) -> PeerLost:
         waited = time.monotonic() - started
         return PeerLost(f"{error.message}, after {waited:.1f} s of waiting for {what}", error.hint)
+
+
+def _buffer(n: int) -> memoryview:
+    """Memory to receive into: faulting in small pages can take as long as decrypting."""
+    return np.empty(n, np.uint8).data if n >= _LARGE else memoryview(bytearray(n))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from cryptography import x509
 
@@ -142,20 +142,22 @@ class TlsCodec:
                 yield view[:filled]
 
     def _fill(self, view: memoryview) -> tuple[int, bool]:
-        """Decrypt until the buffer is full (then True) or nothing is left."""
+        """Decrypt until the buffer is full (then True) or nothing is left.
+
+        A read returns one record. There is always room for a whole one, so OpenSSL never keeps a
+        part, and an empty incoming buffer means that there is no more.
+        """
+        read, incoming, most = self._tls.read, self._incoming, len(view) - _RECORD
         filled = 0
-        while filled + _RECORD <= len(view):
-            if not self._incoming.pending and not self._tls.pending():
-                return filled, False
-            try:
-                got = self._tls.read(len(view), view[filled:])
-            except ssl.SSLWantReadError:
-                return filled, False
-            assert isinstance(got, int)
-            if got == 0:  # close_notify; the end that counts is GOODBYE
-                return filled, False
-            filled += got
-        return filled, True
+        try:
+            while filled <= most and incoming.pending:
+                got = read(_RECORD, view[filled:])
+                if not got:  # close_notify; the end that counts is GOODBYE
+                    return filled, False
+                filled += cast(int, got)
+        except ssl.SSLWantReadError:
+            return filled, False
+        return filled, filled > most
 
     def handshake(self, sock: socket.socket, deadline: float, counters: Counters) -> str:
         """Shake hands on a connected socket; the role of the peer's certificate.
