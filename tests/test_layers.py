@@ -70,8 +70,16 @@ def part_of(path: Path) -> str:
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, absolute module) of every import, inside functions too."""
+    """(line, absolute module) of every import that runs, inside functions too."""
+    types_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
+        if id(node) in types_only:
+            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -179,33 +187,50 @@ MUTABLE_CALLS = {
 }
 
 
-def _is_mutable(value: ast.expr, annotation: str) -> bool:
-    if isinstance(value, ast.Dict | ast.DictComp):
-        return not annotation.startswith(("Mapping", "_Schema"))
-    if isinstance(value, ast.List | ast.ListComp | ast.Set | ast.SetComp):
-        return not annotation.startswith(("Sequence", "Collection", "Set"))
-    if isinstance(value, ast.Call):
-        return ast.unparse(value.func).split(".")[-1].split("[")[0] in MUTABLE_CALLS
-    return False
+MUTATORS = {
+    *("append", "extend", "insert", "remove", "pop", "popitem", "clear", "add", "discard"),
+    *("update", "setdefault", "sort", "reverse"),
+}
+
+
+def _is_made_mutable(value: ast.expr) -> bool:
+    """Made by a call of something mutable: state, whatever it is called."""
+    name = ast.unparse(value.func) if isinstance(value, ast.Call) else ""
+    return name.split(".")[-1].split("[")[0] in MUTABLE_CALLS
+
+
+def _changed_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names that are written into: `X[k] = v`, `del X[k]`, `X.append(v)` …"""
+    for node in ast.walk(tree):
+        target: ast.expr | None = None
+        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            target = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            target = node.func.value if node.func.attr in MUTATORS else None
+        if isinstance(target, ast.Name):
+            yield node.lineno, target.id
 
 
 def test_modules_hold_no_mutable_state() -> None:
-    """Tables are annotated `Mapping` or `Sequence`, so that mypy keeps them constant."""
+    """A module's names are constants: tables may be written down, never written into."""
 
     def check(path: Path, tree: ast.AST) -> Iterator[str]:
+        assert isinstance(tree, ast.Module)
+        constants = set()
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if isinstance(node, ast.AnnAssign):
+                targets = [node.target]
+            names = {ast.unparse(t) for t in targets}
+            constants |= names
+            if targets and node.value and _is_made_mutable(node.value):  # type: ignore[union-attr]
+                yield f"{node.lineno}: {', '.join(names)}"
+        for line, name in _changed_names(tree):
+            if name in constants and name.isupper():
+                yield f"{line}: writes into {name}"
         for node in ast.walk(tree):
             if isinstance(node, ast.Global):
                 yield f"{node.lineno}: global {', '.join(node.names)}"
-        assert isinstance(tree, ast.Module)
-        for node in tree.body:
-            if isinstance(node, ast.Assign):
-                names, annotation = [ast.unparse(t) for t in node.targets], ""
-            elif isinstance(node, ast.AnnAssign):
-                names, annotation = [ast.unparse(node.target)], ast.unparse(node.annotation)
-            else:
-                continue
-            if names != ["__all__"] and node.value and _is_mutable(node.value, annotation):
-                yield f"{node.lineno}: {names[0]}"
 
     assert breaches(check) == []
 
