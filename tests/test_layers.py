@@ -223,7 +223,11 @@ def test_modules_hold_no_mutable_state() -> None:
                 targets = [node.target]
             names = {ast.unparse(t) for t in targets}
             constants |= names
-            if targets and node.value and _is_made_mutable(node.value):  # type: ignore[union-attr]
+            if not targets or node.value is None:  # type: ignore[union-attr]
+                continue
+            display = isinstance(node.value, ast.Dict | ast.List | ast.Set)  # type: ignore[union-attr]
+            named_as_state = display and not all(n.isupper() or n == "__all__" for n in names)
+            if named_as_state or _is_made_mutable(node.value):  # type: ignore[union-attr]
                 yield f"{node.lineno}: {', '.join(names)}"
         for line, name in _changed_names(tree):
             if name in constants and name.isupper():
