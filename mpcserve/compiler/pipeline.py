@@ -34,6 +34,7 @@ from mpcserve.compiler.precision import check_fit, tune_inputs, tune_weights
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import registry
 from mpcserve.compiler.widths import assign_widths, extended
+from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan, verify_plan
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
@@ -59,6 +60,7 @@ def compile_model(
     margin_bits: int = 1,
 ) -> CompiledModel:
     """Compile an ONNX model. Raises: ModelError whose `problems` lists all that is wrong."""
+    _refuse_options(batch, frac_bits, margin_bits)
     found = registry()
     imported = import_model(source, batch, found)
     graph, problems = imported.graph, list(imported.problems)
@@ -91,6 +93,14 @@ def compile_model(
     plan = assign_widths(draft, name, **about)
     verify_plan(plan)
     return CompiledModel(plan, encoded_weights(plan, draft))
+
+
+def _refuse_options(batch: int, frac_bits: int, margin_bits: int) -> None:
+    limits = {"batch": (batch, 1, 1 << 20), "frac_bits": (frac_bits, 4, 30)}
+    limits["margin_bits"] = (margin_bits, 0, 16)
+    for name, (value, low, high) in limits.items():
+        if not low <= value <= high:
+            raise ConfigError(f"{name} is {value}, expected {low} to {high}", f"change {name}")
 
 
 def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:

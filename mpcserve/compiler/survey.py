@@ -52,12 +52,8 @@ def fix_batch(model: onnx.ModelProto, batch: int) -> list[Problem]:
     constants = {t.name for t in graph.initializer}
     inputs = [i for i in graph.input if i.name not in constants]
     problems: list[Problem] = []
-    symbols = {
-        d.dim_param
-        for i in inputs
-        for d in i.type.tensor_type.shape.dim[:1]
-        if not d.dim_value and d.dim_param
-    }
+    leading = [d for i in inputs for d in i.type.tensor_type.shape.dim[:1] if d.dim_value < 1]
+    symbols = {d.dim_param for d in leading if d.dim_param}
     for i in inputs:
         if not i.type.HasField("tensor_type") or not i.type.tensor_type.HasField("shape"):
             problems.append(
@@ -66,7 +62,7 @@ def fix_batch(model: onnx.ModelProto, batch: int) -> list[Problem]:
             continue
         for axis, d in enumerate(i.type.tensor_type.shape.dim):
             if d.dim_value > 0:
-                if axis == 0 and batch not in (1, d.dim_value):
+                if axis == 0 and not leading and batch not in (1, d.dim_value):
                     problems.append(_fixed(i.name, d.dim_value, batch))
             elif axis == 0 or d.dim_param in symbols:
                 d.dim_value = batch

@@ -11,7 +11,7 @@ Reshapes between an affine or mean and a linear node are looked through. Exact i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from mpcserve.compiler.affine import (
     Affine,
+    Linear,
     affine_of,
     after_linear,
     before_linear,
@@ -100,64 +101,77 @@ def _onto_linear(node: Node, graph: Graph, alone: Any) -> _Rewrite | None:
         source = alone(source.inputs[0])
     if source is None:
         return None
-    affine = affine_of(source, graph)
-    mean = _mean_of(source, graph) if affine is None else None
-    if mean is not None:
-        affine = mean[1]
-    if affine is None:
+    found = _affine_before(source, graph, alone) or _mean_before(source, graph)
+    if found is None:
         return None
-    result = source.outputs[0]
-    final = affine.reshaped(graph.shapes[result], graph.shapes[node.inputs[0]]) if path else affine
+    result, operand = (graph.shapes.get(n) for n in (source.outputs[0], node.inputs[0]))
+    if result is None or operand is None:
+        return None
+    final = found.affine.reshaped(result, operand) if path else found.affine
     folded = None if final is None else before_linear(final, linear)
     if folded is None:
         return None
-    new, constants = write_linear(folded[0], graph)
-    head = [] if mean is None else [mean[0]]
-    constants |= {} if mean is None else mean[2]
-    return _joined(source, path, node, (head, affine.x, new), folded[1], constants, graph)
+    return _joined(found, path, node, folded, graph)
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What stands before a linear node: `nodes` compute `affine` of their operand or of `head`."""
+
+    nodes: tuple[Node, ...]
+    affine: Affine
+    head: tuple[Node, ...] = ()
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _affine_before(source: Node, graph: Graph, alone: Any) -> _Before | None:
+    affine = affine_of(source, graph)
+    if affine is None:
+        return None
+    nodes = [source]
+    while (node := alone(affine.x)) is not None and (first := affine_of(node, graph)) is not None:
+        affine = first.then(affine)
+        nodes.insert(0, node)
+    return _Before(tuple(nodes), affine)
 
 
 def _joined(
-    source: Node,
-    path: list[Node],
-    node: Node,
-    parts: tuple[list[Node], str, Node],
-    rest: Any,
-    constants: dict[str, Any],
-    graph: Graph,
+    found: _Before, path: list[Node], node: Node, folded: tuple[Linear, Any], graph: Graph
 ) -> _Rewrite | None:
     """Head, reshapes, linear node and the offset that could not be folded."""
-    head, start, new = parts
-    dtype = graph.constants[node.inputs[1]].dtype
-    middle = list(path)
-    tail: list[Node] = []
+    new, constants = write_linear(folded[0], graph)
+    constants |= found.constants
+    rest, source = folded[1], found.nodes[-1]
+    head, tail, start = list(found.head), [], found.affine.x
     if rest is not None and node.op == "Conv":
         if path or head:
             return None
-        shape = (1, -1, *[1] * (len(graph.shapes[start]) - 2))
         name = f"{source.name}/offset"
-        constants[name] = rest.reshape(shape).astype(dtype)
+        shape = (1, -1, *[1] * (len(graph.shapes[start]) - 2))
+        constants[name] = rest.reshape(shape).astype(graph.constants[node.inputs[1]].dtype)
         head = [Node("Add", (start, name), (f"{source.outputs[0]}/offset",), {}, source.name)]
         start = head[0].outputs[0]
     elif rest is not None:
         name, raw = f"{node.name}/bias", f"{node.outputs[0]}/raw"
-        constants[name] = rest.astype(dtype)
+        constants[name] = rest.astype(graph.constants[node.inputs[1]].dtype)
         tail = [Node("Add", (raw, name), node.outputs, {}, f"{node.name}/add")]
         new = replace(new, outputs=(raw,))
+    middle = list(path)
     if middle:
         middle[0] = replace(middle[0], inputs=(start, *middle[0].inputs[1:]))
         start = middle[-1].outputs[0]
     new = replace(new, inputs=(start, *new.inputs[1:]))
-    removed = (source.name, *(p.name for p in path), node.name)
+    removed = tuple(n.name for n in (*found.nodes, *path, node))
     return _Rewrite(removed, (*head, *middle, new, *tail), constants)
 
 
-def _mean_of(node: Node, graph: Graph) -> tuple[Node, Affine, dict[str, Any]] | None:
-    """A mean of n elements as (sum, times 1/n, constants), where n is no power of two."""
+def _mean_before(node: Node, graph: Graph) -> _Before | None:
+    """A mean of n elements as a sum, times 1/n, where n is no power of two."""
     if node.op not in ("GlobalAveragePool", "ReduceMean") or graph.opset < 13:
         return None
-    shape, result = graph.shapes[node.inputs[0]], graph.shapes[node.outputs[0]]
-    keepdims = int(node.attrs.get("keepdims", 1))
+    shape, result = (graph.shapes.get(n) for n in (node.inputs[0], node.outputs[0]))
+    if shape is None or result is None:
+        return None
     if node.op == "GlobalAveragePool":
         axes = list(range(2, len(shape)))
     else:
@@ -168,12 +182,11 @@ def _mean_of(node: Node, graph: Graph) -> tuple[Node, Affine, dict[str, Any]] | 
     if not axes or 0 in axes or count & (count - 1) == 0:
         return None
     name = f"{node.name}/axes"
-    total = replace(
-        node, op="ReduceSum", inputs=(node.inputs[0], name), attrs={"keepdims": keepdims}
-    )
+    attrs = {"keepdims": int(node.attrs.get("keepdims", 1))}
+    total = replace(node, op="ReduceSum", inputs=(node.inputs[0], name), attrs=attrs)
     ones = (1,) * len(result)
     affine = Affine(node.outputs[0], np.full(ones, 1.0 / count), np.zeros(ones))
-    return total, affine, {name: np.array(axes, np.int64)}
+    return _Before((node,), affine, (total,), {name: np.array(axes, np.int64)})
 
 
 def _applied(graph: Graph, rewrite: _Rewrite) -> Graph:
