@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from mpcserve.compiler import CompiledModel
 
 HOST = "127.0.0.1"
+CONNECT_S = 30.0
 
 _CONFIG = """\
 servers: {{alice: "{host}:{alice}", bob: "{host}:{bob}", carol: localhost}}
 pool: {{depth: {pool_depth}, max_bytes: {pool_bytes}}}
-deadlines: {{round: {seconds}, request: {seconds}, drain: 10}}
+deadlines: {{connect: {connect}, round: {seconds}, request: {seconds}, drain: 10}}
 log_level: {log_level}
 """
 
@@ -49,7 +50,7 @@ class LocalCluster:
         ready_within: float = 180.0,
         listen: Listen = lambda role, line: None,
     ) -> None:
-        """Start, and wait until all are ready. `seconds`: the deadline of rounds and requests."""
+        """Start, and wait until all are ready. `seconds`: the deadline of whatever waits."""
         self._stack = ExitStack()
         self._arguments, self._listen = ("--network", network), listen
         self._ready_within = ready_within
@@ -67,6 +68,7 @@ class LocalCluster:
                     pool_depth=pool_depth,
                     pool_bytes=pool_bytes,
                     seconds=seconds,
+                    connect=min(seconds, CONNECT_S),
                     log_level=log_level,
                 )
             )
@@ -138,7 +140,7 @@ def local_cluster(
 ) -> LocalCluster:
     """Three servers on this machine, ready for `deploy` and `infer`; close it, or use `with`.
 
-    `network`: loopback, lan, wan or RTT_MS,MBIT. `seconds`: the deadline of rounds and requests.
+    `network`: loopback, lan, wan or RTT_MS,MBIT. `seconds`: the deadline of whatever waits.
     """
     return LocalCluster(pool_depth=pool_depth, network=network, seconds=seconds)
 

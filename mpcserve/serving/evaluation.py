@@ -10,10 +10,11 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mpcserve.errors import PeerError
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.schedule import schedule_of
-from mpcserve.protocol import Bundle, ServerProgram, Steps, unpack_weight
+from mpcserve.protocol import Bundle, Round, ServerProgram, Steps, unpack_weight
 from mpcserve.serving.deployment import Deployment, Store
 from mpcserve.serving.request import Deadline
 from mpcserve.transport import Channel
@@ -128,10 +129,18 @@ def drive(
     try:
         while True:
             step = next(steps) if reply is None else steps.send(reply)
-            for piece in step.pieces:
-                peer.send(piece)
+            _post(step, peer, name(rounds))
             reply = peer.receive(step.expect, name(rounds), timeout())
             rounds += 1
     except StopIteration as end:
         result: bytes = end.value
         return result, rounds
+
+
+def _post(step: Round, peer: Channel, name: str) -> None:
+    """Send each piece as it is produced. An error names the round, as one of receive does."""
+    for piece in step.pieces:
+        try:
+            peer.send(piece)
+        except PeerError as e:
+            raise type(e)(f"{e.message} ({name})", e.hint) from None

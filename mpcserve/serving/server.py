@@ -125,7 +125,7 @@ class Server(ABC):
     def _on_closed(self, link: Link, reason: MpcError) -> None:
         if link.peer in self.peers:
             if not self._stopping:
-                log.warning("link to %s ended: %s", link.name, reason)
+                log.info("link to %s ended: %s", link.name, reason)
             self.links.drop(link)
             self.on_lost(link)
 

@@ -1,0 +1,107 @@
+"""The two halves of a request meet; the gate lets a few in and keeps order."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from mpcserve.errors import PeerError, PeerLost, PeerTimeout, Refused
+from mpcserve.serving.gate import Gate
+from mpcserve.serving.meeting import Meeting
+
+A, B = b"a" * 16, b"b" * 16
+WAIT = 20.0
+
+
+@pytest.mark.parametrize("first", ["offer", "claim"])
+def test_the_halves_meet_whichever_comes_first(first: str) -> None:
+    meeting: Meeting[str] = Meeting(4)
+    claimed = threading.Event()
+
+    def claim() -> str:
+        claimed.set()
+        with meeting.claim(A, "the owner", WAIT) as value:
+            return value
+
+    with ThreadPoolExecutor(2) as threads:
+        if first == "claim":
+            claiming = threads.submit(claim)
+            assert claimed.wait(WAIT)
+        offering = threads.submit(meeting.offer, A, "half", "alice", WAIT)
+        if first == "offer":
+            while not meeting:
+                pass
+            claiming = threads.submit(claim)
+        assert claiming.result(WAIT) == "half"
+        offering.result(WAIT)
+    assert not meeting
+
+
+def test_the_offerer_waits_until_the_claimer_is_done_and_shares_its_error() -> None:
+    meeting: Meeting[str] = Meeting(4)
+    with ThreadPoolExecutor(1) as threads:
+        offering = threads.submit(meeting.offer, A, "half", "alice", 0.2)
+        with pytest.raises(PeerError), meeting.claim(A, "the owner", WAIT):
+            assert not offering.done()
+            raise PeerError("broken")
+        with pytest.raises(PeerError, match="broken"):
+            offering.result(WAIT)
+
+
+def test_an_offer_that_nobody_claims_ends_in_time() -> None:
+    meeting: Meeting[str] = Meeting(4)
+    with pytest.raises(PeerTimeout, match=r"alice did not take up .* in 0\.1 s"):
+        meeting.offer(A, "half", "alice", 0.1)
+    assert not meeting
+
+
+def test_a_claim_that_nobody_answers_ends_in_time() -> None:
+    meeting: Meeting[str] = Meeting(4)
+    with (
+        pytest.raises(PeerTimeout, match=r"the data owner did not send .* in 0\.1 s"),
+        meeting.claim(A, "the data owner", 0.1),
+    ):
+        pass
+
+
+def test_one_id_is_offered_once_and_offers_are_bounded() -> None:
+    meeting: Meeting[str] = Meeting(1)
+    with ThreadPoolExecutor(1) as threads:
+        offering = threads.submit(meeting.offer, A, "half", "alice", WAIT)
+        while not meeting:
+            pass
+        with pytest.raises(Refused, match="sent twice"):
+            meeting.offer(A, "again", "alice", WAIT)
+        with pytest.raises(Refused, match="busy"):
+            meeting.offer(B, "other", "alice", WAIT)
+        meeting.refuse_all(PeerLost("alice is gone"))
+        with pytest.raises(PeerLost, match="alice is gone"):
+            offering.result(WAIT)
+
+
+def test_the_gate_lets_so_many_in_and_then_the_next_in_line() -> None:
+    gate, order = Gate(1, 2), []
+    with ThreadPoolExecutor(2) as threads, gate.enter(WAIT):
+        for name in ("first", "second"):
+            threads.submit(_pass, gate, name, order)
+            while gate.counts[1] < len(("first", "second")[: 1 + (name == "second")]):
+                pass
+        with pytest.raises(Refused, match="busy: 1 requests run and 2 wait"), gate.enter(WAIT):
+            pass
+    assert order == ["first", "second"]
+    assert gate.counts == (0, 0)
+
+
+def test_who_waits_too_long_at_the_gate_is_refused() -> None:
+    gate = Gate(1, 1)
+    with gate.enter(WAIT):
+        with pytest.raises(Refused, match=r"no turn in 0\.1 s"), gate.enter(0.1):
+            pass
+        assert gate.counts == (1, 0)
+
+
+def _pass(gate: Gate, name: str, order: list[str]) -> None:
+    with gate.enter(WAIT):
+        order.append(name)
