@@ -136,6 +136,22 @@ def test_on_link_may_refuse(alice: TlsFiles, bob: TlsFiles) -> None:
         assert listener.links == []
 
 
+def test_a_defect_in_on_link_ends_that_link_only(alice: TlsFiles, bob: TlsFiles) -> None:
+    log = Log()
+    seen: list[Link] = []
+
+    def stumble(link: Link) -> None:
+        seen.append(link)
+        if len(seen) == 1:
+            raise ZeroDivisionError("with a secret in its text")
+
+    with Listener("127.0.0.1:0", alice, stumble, on_error=log.errors.put) as listener:
+        error = refusal(listener.address, bob)
+        assert error.message.endswith(": alice failed inside: ZeroDivisionError")
+        assert isinstance(log.error(), ZeroDivisionError)
+        connect(listener.address, bob, "alice", WAIT).close()
+
+
 def test_on_link_may_send_before_connect_returns(alice: TlsFiles, bob: TlsFiles) -> None:
     stream = new_id()
 
@@ -357,6 +373,21 @@ def test_a_refused_connection_and_an_unknown_host_are_named(bob: TlsFiles) -> No
     assert f"alice at {address} refused the connection" in error.message
     error = refusal("no-such-host.invalid:9000", bob)
     assert isinstance(error, ConfigError) and "unknown host" in error.message
+
+
+def test_a_silent_name_server_is_given_up_in_time(
+    bob: TlsFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+
+    def silent(*_: object, **__: object) -> list[object]:
+        answer.wait(WAIT)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    with pytest.raises(PeerTimeout, match=r"alice at far\.example:9000: .* within 0\.05 s"):
+        connect("far.example:9000", bob, "alice", 0.05)
+    answer.set()
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import queue
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
 
 from mpcserve.errors import ConfigError, MpcError, PeerError, PeerLost, PeerTimeout, Refused
 from mpcserve.transport.channel import Channel
@@ -38,6 +40,14 @@ _MAX_GREETING = 64  # connections that are shaking hands at once
 _ACCEPT_TICK_S = 0.2  # how often a listener looks whether it was closed
 _DEFAULT = LinkOptions()
 _NO_HOOKS = Hooks()
+
+_Target: TypeAlias = tuple[
+    socket.AddressFamily,
+    socket.SocketKind,
+    int,
+    str,
+    tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes],
+]
 
 OnStream = Callable[[Channel], None]
 OnLink = Callable[[Link], None]
@@ -129,7 +139,7 @@ class Listener:
         self._options = options
         self._lock = threading.Lock()
         self._links: set[Link] = set()
-        self._greeting: set[threading.Thread] = set()
+        self._greeting: dict[threading.Thread, socket.socket] = {}
         self._closing = False
         self._sock = _bind(where)
         self.address = str(Address(where.host, self._sock.getsockname()[1]))
@@ -152,7 +162,10 @@ class Listener:
         self._thread.join()
         self._sock.close()
         with self._lock:
-            greeting = list(self._greeting)
+            greeting = dict(self._greeting)
+        for sock in greeting.values():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
         for thread in greeting:
             thread.join(self._options.handshake_timeout)
         links = self.links
@@ -188,30 +201,30 @@ class Listener:
             self._greet_in_thread(sock, str(Address(peer[0], peer[1])))
 
     def _greet_in_thread(self, sock: socket.socket, address: str) -> None:
-        with self._lock:
-            full = len(self._greeting) >= _MAX_GREETING
-            if not full:
-                thread = threading.Thread(
-                    target=self._greet,
-                    args=(sock, address),
-                    name=f"mpcserve-greeting-{address}",
-                    daemon=True,
-                )
-                self._greeting.add(thread)
-        if full:
+        thread = threading.Thread(
+            target=self._greet,
+            args=(sock, address),
+            name=f"mpcserve-greeting-{address}",
+            daemon=True,
+        )
+        try:
+            with self._lock:
+                if len(self._greeting) >= _MAX_GREETING:
+                    raise Refused(f"{address}: {_MAX_GREETING} handshakes are under way already")
+                thread.start()
+                self._greeting[thread] = sock
+        except (Refused, RuntimeError) as error:  # RuntimeError: out of threads
             sock.close()
-            self._hooks.report(Refused(f"{address}: {_MAX_GREETING} handshakes are under way"))
-        else:
-            thread.start()
+            self._hooks.report(error)
 
     def _greet(self, sock: socket.socket, address: str) -> None:
         try:
             self._open(sock, address)
-        except MpcError as error:
+        except Exception as error:  # MpcError, or a defect: neither ends the listener
             self._hooks.report(error)
         finally:
             with self._lock:
-                self._greeting.discard(threading.current_thread())
+                self._greeting.pop(threading.current_thread(), None)
 
     def _open(self, sock: socket.socket, address: str) -> None:
         timeout = self._options.handshake_timeout
@@ -350,13 +363,8 @@ def _in_words(error: Exception, name: str, timeout: float) -> PeerError:
 
 def _dial(where: Address, name: str, timeout: float) -> socket.socket:
     """A connected TCP socket. Raises: PeerLost, PeerTimeout, ConfigError."""
-    try:
-        found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(
-            f"{name}: unknown host: {error.strerror}", "check the address in the config"
-        ) from None
     deadline = time.monotonic() + timeout
+    found = _resolve(where, name, timeout)
     last: OSError = TimeoutError()
     for family, kind, protocol, _, target in found:
         left = deadline - time.monotonic()
@@ -372,6 +380,34 @@ def _dial(where: Address, name: str, timeout: float) -> socket.socket:
             sock.close()
             last = error
     raise explain(last, name, f"connecting, within {timeout:g} s") from None
+
+
+def _resolve(where: Address, name: str, timeout: float) -> Sequence[_Target]:
+    """The addresses of a host. Raises: ConfigError, PeerTimeout.
+
+    In a thread, for a name server that is silent would take longer than any deadline.
+    """
+    answers: queue.SimpleQueue[Sequence[_Target] | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name=f"mpcserve-resolve-{where}", daemon=True).start()
+    try:
+        found = answers.get(timeout=max(0.0, timeout))
+    except queue.Empty:
+        raise PeerTimeout(
+            f"{name}: the name of the host was not resolved within {timeout:g} s",
+            "check the name server, or give an IP address",
+        ) from None
+    if isinstance(found, OSError):
+        raise ConfigError(
+            f"{name}: unknown host: {found.strerror}", "check the address in the config"
+        )
+    return found
 
 
 def _bind(where: Address) -> socket.socket:

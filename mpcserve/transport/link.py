@@ -237,6 +237,9 @@ class Link:
         except WireError as error:
             self.refuse(error)
             self._linger()
+        except Exception as error:  # a defect here or in a callback
+            self._hooks.report(error)
+            self.refuse(self._defect(error))
         finally:
             self._wind_up()
 
@@ -451,7 +454,13 @@ class Link:
         )
         with self._lock:
             self._handlers.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # out of threads
+            with self._lock:
+                self._handlers.discard(thread)
+            channel.fail(Refused(f"{self.session.role} is too busy: {error}", "try again later"))
+            self._hooks.report(error)
 
     def _serve(self, channel: Channel, on_stream: Callable[[Channel], None]) -> None:
         try:
@@ -461,12 +470,18 @@ class Link:
             channel.fail(error)
             self._hooks.report(error)
         except Exception as error:  # a defect here: the peer learns that, not what
-            inside = f"{self.session.role} failed inside: {type(error).__name__}"
-            channel.fail(MpcError(inside, "see its log"))
+            channel.fail(self._defect(error))
             self._hooks.report(error)
         finally:
             with self._lock:
                 self._handlers.discard(threading.current_thread())
+
+    def _defect(self, error: Exception) -> MpcError:
+        """What the peer is told: the text of an unforeseen error might hold anything."""
+        return MpcError(
+            f"{self.session.role} failed inside: {type(error).__name__}",
+            "see the log of that party",
+        )
 
 
 def _again(error: MpcError) -> MpcError:

@@ -19,6 +19,8 @@ from mpcserve.errors import ConfigError
 
 # The line takes the next batch this long before it is free, so that a late wake-up leaves no gap.
 _AHEAD_S = 0.001
+# A thread that sleeps wakes up about this late: timers are coarse, and threads change over.
+_LATE_S = 0.0001
 _MAX_RTT_S = 10.0
 
 
@@ -80,7 +82,7 @@ class Line:
 
     def pop(self, now: float) -> bytes | None:
         """The next batch that has arrived by `now`."""
-        if self._flying and self._flying[0][0] <= now:
+        if self._flying and self._flying[0][0] <= now + _LATE_S:
             return self._flying.popleft()[1]
         return None
 
@@ -95,7 +97,7 @@ class Line:
 
     def wait(self, now: float, more: bool) -> float | None:
         """Seconds until a batch arrives or, if there is `more` to send, the line takes it."""
-        times = [self._flying[0][0]] if self._flying else []
+        times = [self._flying[0][0] - _LATE_S] if self._flying else []
         if more:
             times.append(self._free_at - _AHEAD_S)
         return max(0.0, min(times) - now) if times else None
