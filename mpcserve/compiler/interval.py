@@ -63,6 +63,8 @@ def bound_of(interval: Interval, frac_bits: int) -> int:
     magnitude = interval.magnitude
     if not np.isfinite(magnitude):
         return 1 << 20
+    if magnitude == 0:
+        return 1
     _, exponent = frexp(magnitude * (1 + 4 * EPSILON))
     return max(exponent + frac_bits, 1)
 

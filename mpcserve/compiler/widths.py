@@ -43,6 +43,9 @@ def assign_widths(draft: Draft, name: str, **about: Any) -> Plan:
     return Plan(name, instructions, draft.inputs, draft.outputs, **about)
 
 
+TOO_MANY = 1 << 62
+"""More elements than any tensor has."""
+
 OUTPUT = -1
 """Stands for the data owner among the readers of a value."""
 
@@ -80,21 +83,23 @@ class _Needs:
 
     def _cheaper_before(self, id: int, width: int) -> bool:
         """Whether extending what `id` is made of touches fewer elements than extending `id`."""
-        return self._extended(id, width) < prod(self.draft.steps[id].shape)
+        return self._extended(id, width) < self._here(id)
+
+    def _here(self, id: int) -> int:
+        """Elements that an extend behind `id` touches, if it can read the value at all."""
+        step = self.draft.steps[id]
+        return prod(step.shape) if step.bound + 2 <= self.caps[id] else TOO_MANY
 
     def _extended(self, id: int, width: int) -> int:
         """Elements to extend, at best, so that `id` has `width` bits."""
         step = self.draft.steps[id]
         if width <= self.caps[id]:
             return 0
-        here = prod(step.shape)
-        if not OPS[step.op].local:
-            return here
         spare = step.attrs["bits"] if step.op == "shift" else 0
-        if width + spare > RING_BITS:
-            return here
+        if not OPS[step.op].local or width + spare > RING_BITS:
+            return self._here(id)
         before = sum(self._extended(j, width + spare) for j in dict.fromkeys(step.inputs))
-        return min(here, before)
+        return min(self._here(id), before)
 
 
 def _caps(steps: tuple[Step, ...]) -> list[int]:

@@ -41,7 +41,7 @@ def load_weights(path: Path | str, plan: Plan) -> dict[str, NDArray[np.int64]]:
     """Read the weights of a plan. Raises: PlanError when they belong to another plan."""
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             digest = str(file[_DIGEST])
             arrays = {k.removeprefix(_PREFIX): file[k] for k in file.files if k.startswith(_PREFIX)}
     except OSError as e:

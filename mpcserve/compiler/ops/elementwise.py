@@ -8,7 +8,7 @@ import numpy as np
 
 from mpcserve.compiler import functions as f
 from mpcserve.compiler.builder import Builder, Operand, Ref
-from mpcserve.compiler.functions import aligned, secret, values_of
+from mpcserve.compiler.functions import aligned, secret, times, values_of
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
 
@@ -101,26 +101,31 @@ def clip(b: Builder, x: Ref, low: Operand | None = None, high: Operand | None = 
 
 @lowers("LeakyRelu", since=6)
 def leaky_relu(b: Builder, x: Ref, /, *, alpha: float = 0.01) -> Ref:
-    """x or alpha·x with a public alpha: one comparison."""
-    bent = f.relu(b, x)
-    # alpha·x + (1 − alpha)·relu(x), as integers over one shift: exact for x ≥ 0.
-    shift, factor = f.fraction(alpha, b.bound(x))
-    scaled = b.add(b.scale(x, factor), b.scale(bent, (1 << shift) - factor))
-    held = b.interval(x)
-    ends = [e * np.where(e < 0, float(factor), 2.0**shift) for e in (held.low, held.high)]
-    ends.append(np.clip(0.0, *ends) if factor >= 0 else np.zeros_like(ends[0]))
-    b.within(scaled, np.minimum.reduce(ends), np.maximum.reduce(ends))
-    return b.shift(scaled, shift, 0)
+    """x or alpha·x with a public alpha: one comparison. Error: 1.75 ulp."""
+    if alpha == 0:
+        return f.relu(b, x)
+    # x + (alpha − 1)·min(x, 0): only the negative part must be wide enough for the fraction.
+    bent = b.add(x, times(b, _negative(b, x), alpha - 1))
+    held, ulp = b.interval(x), 2.0**-x.frac_bits
+    ends = [e * np.where(e < 0, alpha, 1.0) for e in (held.low, held.high)]
+    ends.append(np.clip(0.0, held.low, held.high) if alpha < 0 else ends[0])
+    return b.within(bent, np.minimum.reduce(ends) - 2 * ulp, np.maximum.reduce(ends) + 2 * ulp)
 
 
 @lowers("PRelu", since=7)
 def prelu(b: Builder, x: Ref, slope: Operand, /) -> Ref:
     """x or slope·x with a secret slope per channel or element: one comparison and one product."""
-    positive = f.relu(b, x)
-    negative = b.sub(x, positive)
-    b.within(negative, np.minimum(b.interval(x).low, 0.0), np.minimum(b.interval(x).high, 0.0))
-    bent = b.mul(negative, secret(b, slope))
-    return b.add(*aligned(b, positive, bent))
+    steeper = b.offset(slope, -1) if isinstance(slope, Ref) else b.weight(slope - 1.0)
+    return b.add(*aligned(b, x, b.mul(_negative(b, x), steeper)))
+
+
+def _negative(b: Builder, x: Ref) -> Ref:
+    """min(x, 0)."""
+    held = b.interval(x)
+    if held.least >= 0:
+        return b.scale(x, 0)
+    part = b.select(b.sign(x), x, when=1)
+    return b.within(part, np.minimum(held.low, 0.0), np.minimum(held.high, 0.0))
 
 
 @lowers("Identity", since=1)
