@@ -342,3 +342,9 @@ def test_threads_end_with_their_servers(tmp_path: Path) -> None:
     for thread in set(threading.enumerate()) - before:
         thread.join(20.0)
         assert not thread.is_alive(), thread.name
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "x" * 201])
+def test_a_name_that_would_spoil_a_log_is_refused(client: Client, name: str) -> None:
+    with pytest.raises(Refused, match="printable characters"):
+        client.deploy(MODEL, name=name)

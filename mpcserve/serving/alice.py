@@ -31,6 +31,7 @@ from mpcserve.serving.server import OWNERS, Route
 from mpcserve.transport import Channel, Link
 
 FOLLOWERS = ("bob", "carol")
+MAX_NAME = 200
 
 
 class Alice(OnlineServer):
@@ -236,8 +237,9 @@ class Alice(OnlineServer):
             for follower in followers:
                 what = f"{follower.peer} to put the deployment in use"
                 receive_message(follower, "committed", what, request.deadline.left())
-                follower.close()
         finally:
+            for follower in followers:
+                follower.close()
             self.enliven(live.deployment, live)
 
     def _undo(self, id: bytes) -> None:
@@ -253,6 +255,11 @@ class Alice(OnlineServer):
     def _replaced(self, request: Request) -> bytes | None:
         """The deployment that this one retires. Raises: Refused unless it may."""
         name = request.message.text("name")
+        if not (0 < len(name) <= MAX_NAME and name.isprintable()):
+            raise Refused(
+                f"a model's name has 1 … {MAX_NAME} printable characters, got {len(name)}",
+                "choose another --name",
+            )
         old = self.store.named(name)
         if old is None:
             return None

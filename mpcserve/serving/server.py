@@ -138,8 +138,8 @@ class Server(ABC):
         kind, began = "request", time.monotonic()
         try:
             fields = channel.receive_message("a request", self.deadlines.handshake)
-            kind = str(fields.get("type"))[:32]
-            route = self._route(kind, channel.peer)
+            route = self._route(str(fields.get("type")), channel.peer)
+            kind = str(fields["type"])
             request = Request(
                 channel, Message(fields, channel.peer), Deadline(self.deadlines.request)
             )
@@ -163,7 +163,7 @@ class Server(ABC):
         route = self._routes.get(kind)
         if route is None:
             raise WireError(
-                f"{self.role} knows no request {kind!r}",
+                f"{self.role} knows no request {kind[:32]!r}",
                 "run the same version of mpcserve on every machine",
             )
         if peer not in route.roles:
