@@ -1,10 +1,12 @@
-"""How fast the linear kernels multiply: 64-bit ring products next to NumPy's float64 BLAS.
+"""How fast the linear kernels multiply: 64-bit and 32-bit ring products next to float64 BLAS.
 
     python benchmarks/kernels.py [--runs 5] [--json FILE]
 
-One thread each. GFMA/s is products and additions per second: m·k·n over the median time. `raw`
+One thread each; 64 and 32 are uint64 and uint32. GFMA/s is products and additions per second:
+m·k·n over the median of the thread's CPU time, so that other work on the machine counts less. `raw`
 multiplies arrays as they lie, `packed` a weight packed before the clock starts, `tiled` a packed
-weight tile by tile. The float64 column of a convolution is BLAS on ready-made image columns.
+weight tile by tile. The float64 column of a convolution is BLAS on ready-made image columns. Last
+come the microseconds of a call that has next to nothing to compute.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,9 @@ from mpcserve.ring import Words
 BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 ONE_THREAD = dict.fromkeys(BLAS, "1")
 
+DTYPES = ("uint64", "uint32")
+KINDS = (*(f"{kind} {bits}" for bits in (64, 32) for kind in ("raw", "packed", "tiled")), "float64")
+
 Shape = tuple[int, ...]
 
 MATMULS: list[tuple[Shape, Shape]] = [
@@ -43,6 +49,7 @@ MATMULS: list[tuple[Shape, Shape]] = [
     ((1, 2048), (2048, 1000)),
     ((8, 2048), (2048, 1000)),
     ((1000, 1000), (1000, 10)),
+    ((10000, 100), (100, 1)),
     ((4096, 4, 4), (4096, 4, 4)),
 ]
 
@@ -68,9 +75,9 @@ def median_seconds(work: Callable[[], object], runs: int) -> float:
     work()
     seconds = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = time.thread_time()
         work()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     return statistics.median(seconds)
 
 
@@ -89,8 +96,11 @@ def machine() -> dict[str, Any]:
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
         "commit": commit.stdout.strip() or "unknown",
-        "tile": f"{linear_micro.ROWS} rows of {linear_micro.LANES} words",
-        "products": "one instruction" if linear_micro.NATIVE else "of 32-bit halves",
+        "tiles": ", ".join(
+            f"{linear_micro.ROWS} rows of {linear_micro.lanes_of(dtype)} {dtype}"
+            for dtype in DTYPES
+        ),
+        "uint64": "in one instruction" if linear_micro.NATIVE else "by 32-bit halves",
     }
 
 
@@ -101,55 +111,82 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def words(*shape: int) -> Words:
+def words(dtype: str, *shape: int) -> Words:
     """Full-range words."""
-    return np.random.default_rng(1).integers(0, 2**64, shape, np.uint64)
+    rng = np.random.default_rng(1)
+    return rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
 
 
 def measure_matmul(left: Shape, right: Shape, runs: int) -> dict[str, Any]:
     """GFMA/s of one matmul shape."""
-    a, b = words(*left), words(*right)
-    packed, out = linear.pack_matmul_b(b), linear.matmul(a, b)
-    real_a, real_b = a.astype(np.float64), b.astype(np.float64)
-    return _row(
-        f"{_text(left)} @ {_text(right)}",
-        out.size * left[-1],
-        runs,
-        raw=lambda: linear.matmul(a, b),
-        packed=lambda: linear.matmul(a, packed),
-        tiled=lambda: list(linear.matmul_tiles(a, packed, out)),
-        float64=lambda: real_a @ real_b,
-    )
+    work: dict[str, Callable[[], object]] = {}
+    for dtype in DTYPES:
+        a, b = words(dtype, *left), words(dtype, *right)
+        packed, out = linear.pack_matmul_b(b), linear.matmul(a, b)
+        work |= _named(
+            dtype,
+            partial(linear.matmul, a, b),
+            partial(linear.matmul, a, packed),
+            partial(_last, linear.matmul_tiles, a, packed, out),
+        )
+    rng = np.random.default_rng(1)
+    work["float64"] = partial(np.matmul, rng.random(left), rng.random(right))
+    return _row(f"{_text(left)} @ {_text(right)}", out.size * left[-1], runs, work)
 
 
 def measure_conv(
     name: str, x_shape: Shape, w_shape: Shape, stride: int, pad: int, groups: int, runs: int
 ) -> dict[str, Any]:
     """GFMA/s of one convolution."""
-    x, w = words(*x_shape), words(*w_shape)
-    packed = linear.pack_conv_w(w, groups)
-    strides, pads, once = (stride, stride), (pad, pad, pad, pad), (1, 1)
-    out = linear.conv2d(x, packed, strides, pads, once, groups)
+    work: dict[str, Callable[[], object]] = {}
+    how = ((stride, stride), (pad, pad, pad, pad), (1, 1), groups)
+    for dtype in DTYPES:
+        x, w = words(dtype, *x_shape), words(dtype, *w_shape)
+        packed, out = linear.pack_conv_w(w, groups), linear.conv2d(x, w, *how)
+        work |= _named(
+            dtype,
+            partial(linear.conv2d, x, w, *how),
+            partial(linear.conv2d, x, packed, *how),
+            partial(_last, linear.conv2d_tiles, x, packed, *how, out),
+        )
     deep = w[0].size
     rng = np.random.default_rng(1)
     rows = rng.random((x_shape[0] * groups, w_shape[0] // groups, deep))
     columns = rng.random((x_shape[0] * groups, deep, out[0, 0].size))
-    return _row(
-        f"{name}: {_text(x_shape)} * {_text(w_shape)}",
-        out.size * deep,
-        runs,
-        raw=lambda: linear.conv2d(x, w, strides, pads, once, groups),
-        packed=lambda: linear.conv2d(x, packed, strides, pads, once, groups),
-        tiled=lambda: list(linear.conv2d_tiles(x, packed, strides, pads, once, groups, out)),
-        float64=lambda: rows @ columns,
-    )
+    work["float64"] = partial(np.matmul, rows, columns)
+    return _row(f"{name}: {_text(x_shape)} * {_text(w_shape)}", out.size * deep, runs, work)
+
+
+def measure_calls(runs: int) -> dict[str, float]:
+    """Microseconds of calls that have next to nothing to compute."""
+    a, x, w = (words("uint64", *shape) for shape in ((4, 4), (1, 1, 4, 4), (1, 1, 3, 3)))
+    b, packed = linear.pack_matmul_b(a), linear.pack_conv_w(w, 1)
+    how = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+    calls = {
+        "matmul": partial(linear.matmul, a, a),
+        "matmul, packed": partial(linear.matmul, a, b),
+        "conv2d, packed, padded": partial(linear.conv2d, x, packed, *how),
+    }
+    return {name: median_seconds(call, 100 * runs) * 1e6 for name, call in calls.items()}
+
+
+def _named(dtype: str, *kinds: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    names = (f"{kind} {dtype.removeprefix('uint')}" for kind in ("raw", "packed", "tiled"))
+    return dict(zip(names, kinds, strict=True))
+
+
+def _last(tiles: Callable[..., Iterator[int]], *operands: object) -> None:
+    for _ in tiles(*operands):
+        pass
 
 
 def _text(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def _row(name: str, products: int, runs: int, **work: Callable[[], object]) -> dict[str, Any]:
+def _row(
+    name: str, products: int, runs: int, work: dict[str, Callable[[], object]]
+) -> dict[str, Any]:
     rates = {kind: products / median_seconds(f, runs) / 1e9 for kind, f in work.items()}
     return {"shape": name, "products": products, "gfma_per_second": rates}
 
@@ -165,8 +202,7 @@ def main() -> None:
     about = machine()
     for key, value in about.items():
         print(f"{key:9} {value}")
-    kinds = ("raw", "packed", "tiled", "float64")
-    print(f"\n{'GFMA/s, median of ' + str(options.runs):46}" + "".join(f"{k:>9}" for k in kinds))
+    print(f"\n{'GFMA/s, median of ' + str(options.runs):46}" + "".join(f"{k:>10}" for k in KINDS))
     rows = []
     for left, right in MATMULS:
         rows.append(measure_matmul(left, right, options.runs))
@@ -174,14 +210,17 @@ def main() -> None:
     for conv in CONVS:
         rows.append(measure_conv(*conv, options.runs))
         _print_row(rows[-1])
+    calls = measure_calls(options.runs)
+    for name, microseconds in calls.items():
+        print(f"{name + ' of nothing, µs':46}{microseconds:10.1f}")
     if options.json:
-        report = {"machine": about, "runs": options.runs, "results": rows}
+        report = {"machine": about, "runs": options.runs, "results": rows, "call_us": calls}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _print_row(row: dict[str, Any]) -> None:
     rates = row["gfma_per_second"].values()
-    print(f"{row['shape']:46}" + "".join(f"{rate:9.2f}" for rate in rates))
+    print(f"{row['shape']:46}" + "".join(f"{rate:10.2f}" for rate in rates))
 
 
 if __name__ == "__main__":

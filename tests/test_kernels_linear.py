@@ -1,4 +1,4 @@
-"""Matrix products and convolutions mod 2^64, against Python integers and NumPy's uint64."""
+"""Matrix products and convolutions mod 2^64 and 2^32, against Python integers and NumPy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 
 from mpcserve.kernels import linear, linear_image, linear_micro
 from mpcserve.kernels.linear import (
@@ -25,30 +26,43 @@ from mpcserve.kernels.linear import (
 )
 from mpcserve.ring import Words
 
-EDGES = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+DTYPES = [np.uint64, np.uint32]
 SEED = 20240607
 
 
-def words(rng: np.random.Generator, *shape: int) -> Words:
-    """Uniform words, a quarter of them edge values."""
-    x = rng.integers(0, 2**64, shape, np.uint64)
-    edge = rng.random(shape) < 0.25
-    x[edge] = EDGES[rng.integers(0, len(EDGES), shape)][edge]
-    return x
+def edges(dtype: DTypeLike) -> Words:
+    """Where signs and carries change."""
+    top = 2 ** (8 * np.dtype(dtype).itemsize)
+    return np.array([0, 1, top // 2 - 1, top // 2, top - 1], dtype)
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
+class Draw:
+    """Uniform words of one dtype, a quarter of them edge values."""
+
+    def __init__(self, dtype: type[np.unsignedinteger[Any]]) -> None:
+        self.dtype = dtype
+        self.rng = np.random.default_rng(SEED)
+
+    def __call__(self, *shape: int) -> Words:
+        x: Words = self.rng.integers(0, np.iinfo(self.dtype).max, shape, self.dtype, endpoint=True)
+        edge = self.rng.random(shape) < 0.25
+        x[edge] = edges(self.dtype)[self.rng.integers(0, 5, shape)][edge]
+        return x
+
+
+@pytest.fixture(params=DTYPES)
+def draw(request: pytest.FixtureRequest) -> Draw:
     print("seed", SEED)
-    return np.random.default_rng(SEED)
+    return Draw(request.param)
 
 
 def integer_matmul(a: Words, b: Words) -> Words:
     """a @ b for two matrices, on Python integers."""
     rows = [[int(v) for v in row] for row in a]
     columns = [[int(v) for v in column] for column in b.T]
-    sums = [[sum(map(int.__mul__, r, c)) % 2**64 for c in columns] for r in rows]
-    return np.array(sums, np.uint64).reshape(len(rows), len(columns))
+    ring = 2 ** (8 * a.itemsize)
+    sums = [[sum(map(int.__mul__, r, c)) % ring for c in columns] for r in rows]
+    return np.array(sums, a.dtype).reshape(len(rows), len(columns))
 
 
 def integer_conv2d(
@@ -64,7 +78,7 @@ def integer_conv2d(
     channels, own, tall, wide = w.shape
     high = (height + pads[0] + pads[2] - (tall - 1) * dilations[0] - 1) // strides[0] + 1
     across = (width + pads[1] + pads[3] - (wide - 1) * dilations[1] - 1) // strides[1] + 1
-    out = np.zeros((count, channels, high, across), np.uint64)
+    out = np.zeros((count, channels, high, across), x.dtype)
     for n, o, y, z in product(*map(range, out.shape)):
         total = 0
         for c, i, j in product(range(own), range(tall), range(wide)):
@@ -73,7 +87,7 @@ def integer_conv2d(
             if 0 <= row < height and 0 <= column < width:
                 channel = o // (channels // groups) * own + c
                 total += int(x[n, channel, row, column]) * int(w[o, c, i, j])
-        out[n, o, y, z] = total % 2**64
+        out[n, o, y, z] = total % 2 ** (8 * x.itemsize)
     return out
 
 
@@ -85,12 +99,12 @@ def wrapping_conv2d(
     dilations: tuple[int, int],
     groups: int,
 ) -> Words:
-    """Shifted images times one weight at a time, on NumPy's wrapping uint64."""
+    """Shifted images times one weight at a time, on NumPy's wrapping words."""
     x = np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
     channels, own, tall, wide = w.shape
     high = (x.shape[2] - (tall - 1) * dilations[0] - 1) // strides[0] + 1
     across = (x.shape[3] - (wide - 1) * dilations[1] - 1) // strides[1] + 1
-    out = np.zeros((len(x), channels, high, across), np.uint64)
+    out = np.zeros((len(x), channels, high, across), x.dtype)
     for o, c, i, j in product(*map(range, w.shape)):
         rows = slice(i * dilations[0], i * dilations[0] + high * strides[0], strides[0])
         columns = slice(j * dilations[1], j * dilations[1] + across * strides[1], strides[1])
@@ -135,32 +149,32 @@ EMPTY += [((0, 2, 3), (0, 3, 4)), ((4, 0, 3), (3, 2)), ((0, 0), (0, 0))]
 EMPTY += [((2, 3, 0), (0, 4)), ((2, 3, 4), (4, 0)), ((2, 0, 0), (2, 0, 0))]
 
 
-@pytest.mark.parametrize("value", EDGES)
-def test_matmul_of_edge_values_wraps_as_integers_do(value: np.uint64) -> None:
-    for other in EDGES:
-        a = np.full((linear_micro.ROWS + 1, 3), value)
-        b = np.full((3, linear_micro.LANES + 1), other)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edge", range(5))
+def test_matmul_of_edge_values_wraps_as_integers_do(edge: int, dtype: DTypeLike) -> None:
+    for other in edges(dtype):
+        a = np.full((linear_micro.ROWS + 1, 3), edges(dtype)[edge])
+        b = np.full((3, linear_micro.lanes_of(dtype) + 1), other)
         assert np.array_equal(matmul(a, b), integer_matmul(a, b))
 
 
 @pytest.mark.parametrize("rows", range(1, 2 * linear_micro.ROWS + 2))
-def test_matmul_agrees_with_integers_for_every_number_of_rows(
-    rows: int, rng: np.random.Generator
-) -> None:
-    for wide in (1, linear_micro.LANES - 1, linear_micro.LANES, 2 * linear_micro.LANES + 3):
-        a, b = words(rng, rows, 11), words(rng, 11, wide)
+def test_matmul_agrees_with_integers_for_every_number_of_rows(rows: int, draw: Draw) -> None:
+    lanes = linear_micro.lanes_of(draw.dtype)
+    for wide in (1, lanes - 1, lanes, 2 * lanes + 3):
+        a, b = draw(rows, 11), draw(11, wide)
         assert np.array_equal(matmul(a, b), integer_matmul(a, b))
 
 
 @pytest.mark.parametrize(("left", "right"), SHAPES + EMPTY)
 def test_matmul_agrees_with_wrapping_numpy(
-    left: tuple[int, ...], right: tuple[int, ...], rng: np.random.Generator
+    left: tuple[int, ...], right: tuple[int, ...], draw: Draw
 ) -> None:
-    a, b = words(rng, *left), words(rng, *right)
+    a, b = draw(*left), draw(*right)
     expected = a @ b
     for operand in (b, pack_matmul_b(b)):
         got = matmul(a, operand)
-        assert got.dtype == np.uint64
+        assert got.dtype == draw.dtype
         assert got.shape == expected.shape
         assert np.array_equal(got, expected)
         out = np.empty_like(expected)
@@ -169,9 +183,9 @@ def test_matmul_agrees_with_wrapping_numpy(
 
 @pytest.mark.parametrize(("left", "right"), [((13, 31), (31, 65)), ((2, 3, 8, 16), (2, 3, 16, 8))])
 def test_matmul_reads_operands_however_they_lie_in_memory(
-    left: tuple[int, ...], right: tuple[int, ...], rng: np.random.Generator
+    left: tuple[int, ...], right: tuple[int, ...], draw: Draw
 ) -> None:
-    a, b = words(rng, *left), words(rng, *right)
+    a, b = draw(*left), draw(*right)
     expected = a @ b
     transposed_a = np.ascontiguousarray(a.swapaxes(-1, -2)).swapaxes(-1, -2)
     transposed_b = np.ascontiguousarray(b.swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -185,31 +199,31 @@ def test_matmul_reads_operands_however_they_lie_in_memory(
     assert np.array_equal(matmul(a, column), a @ column)
 
 
-def test_matmul_reads_read_only_and_unaligned_memory(rng: np.random.Generator) -> None:
-    a, b = words(rng, 7, 12), words(rng, 12, 9)
-    frozen = np.frombuffer(b"x" + a.tobytes(), np.uint64, offset=1).reshape(a.shape)
+def test_matmul_reads_read_only_and_unaligned_memory(draw: Draw) -> None:
+    a, b = draw(7, 12), draw(12, 9)
+    frozen = np.frombuffer(b"x" + a.tobytes(), draw.dtype, offset=1).reshape(a.shape)
     assert not frozen.flags.writeable
     assert not frozen.flags.aligned
-    fixed = np.frombuffer(b.tobytes(), np.uint64).reshape(b.shape)
+    fixed = np.frombuffer(b.tobytes(), draw.dtype).reshape(b.shape)
     assert np.array_equal(matmul(frozen, fixed), a @ b)
     assert np.array_equal(matmul(a, pack_matmul_b(fixed)), a @ b)
 
-    x, w = words(rng, 1, 2, 5, 6), words(rng, 3, 2, 2, 2)
+    x, w = draw(1, 2, 5, 6), draw(3, 2, 2, 2)
     expected = wrapping_conv2d(x, w, (1, 1), (0, 0, 0, 0), (1, 1), 1)
-    x = np.frombuffer(b"x" + x.tobytes(), np.uint64, offset=1).reshape(x.shape)
-    w = np.frombuffer(b"x" + w.tobytes(), np.uint64, offset=1).reshape(w.shape)
+    x = np.frombuffer(b"x" + x.tobytes(), draw.dtype, offset=1).reshape(x.shape)
+    w = np.frombuffer(b"x" + w.tobytes(), draw.dtype, offset=1).reshape(w.shape)
     assert np.array_equal(conv2d(x, w), expected)
     assert np.array_equal(conv2d(x, pack_conv_w(w, 1)), expected)
 
 
-def test_matmul_tiles_come_in_pieces_that_are_worth_sending(rng: np.random.Generator) -> None:
-    a, b = words(rng, 500, 40), words(rng, 40, 700)
-    out = np.empty((500, 700), np.uint64)
+def test_matmul_tiles_come_in_pieces_that_are_worth_sending(draw: Draw) -> None:
+    a, b = draw(500, 40), draw(40, 700)
+    out = np.empty((500, 700), draw.dtype)
     counts = follow(matmul_tiles(a, b, out), out, a @ b)
     assert 4 <= len(counts) <= 8
 
-    a, b = words(rng, 3000, 6, 5), words(rng, 3000, 5, 8)
-    out = np.empty((3000, 6, 8), np.uint64)
+    a, b = draw(3000, 6, 5), draw(3000, 5, 8)
+    out = np.empty((3000, 6, 8), draw.dtype)
     counts = follow(matmul_tiles(a, b, out), out, a @ b)
     assert 2 <= len(counts) <= 4
 
@@ -230,8 +244,8 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_conv2d_agrees_with_integers(case: tuple[Any, ...], rng: np.random.Generator) -> None:
-    x, w = words(rng, *case[0]), words(rng, *case[1])
+def test_conv2d_agrees_with_integers(case: tuple[Any, ...], draw: Draw) -> None:
+    x, w = draw(*case[0]), draw(*case[1])
     how: Any = case[2:]
     expected = integer_conv2d(x, w, *how)
     assert np.array_equal(wrapping_conv2d(x, w, *how), expected)
@@ -259,26 +273,26 @@ def test_conv2d_agrees_with_wrapping_numpy(
     strides: tuple[int, int],
     pads: tuple[int, int, int, int],
     dilations: tuple[int, int],
-    rng: np.random.Generator,
+    draw: Draw,
 ) -> None:
-    x, w = words(rng, 2, 8, 13, 21), words(rng, 16, 8 // groups, *taps)
+    x, w = draw(2, 8, 13, 21), draw(16, 8 // groups, *taps)
     expected = wrapping_conv2d(x, w, strides, pads, dilations, groups)
     how = (strides, pads, dilations, groups)
     assert np.array_equal(conv2d(x, w, *how), expected)
     assert np.array_equal(conv2d(x, pack_conv_w(w, groups), *how), expected)
 
 
-def test_conv2d_of_nothing_is_nothing(rng: np.random.Generator) -> None:
-    w = words(rng, 4, 3, 3, 3)
-    assert conv2d(words(rng, 0, 3, 8, 8), w).shape == (0, 4, 6, 6)
-    assert conv2d(words(rng, 2, 3, 2, 8), w).shape == (2, 4, 0, 6)
-    out = np.empty((0, 4, 6, 6), np.uint64)
-    steps = conv2d_tiles(words(rng, 0, 3, 8, 8), w, (1, 1), (0, 0, 0, 0), (1, 1), 1, out)
+def test_conv2d_of_nothing_is_nothing(draw: Draw) -> None:
+    w = draw(4, 3, 3, 3)
+    assert conv2d(draw(0, 3, 8, 8), w).shape == (0, 4, 6, 6)
+    assert conv2d(draw(2, 3, 2, 8), w).shape == (2, 4, 0, 6)
+    out = np.empty((0, 4, 6, 6), draw.dtype)
+    steps = conv2d_tiles(draw(0, 3, 8, 8), w, (1, 1), (0, 0, 0, 0), (1, 1), 1, out)
     assert list(steps) == [0]
 
 
-def test_conv2d_reads_operands_however_they_lie_in_memory(rng: np.random.Generator) -> None:
-    x, w = words(rng, 2, 4, 4, 12), words(rng, 6, 4, 3, 2)
+def test_conv2d_reads_operands_however_they_lie_in_memory(draw: Draw) -> None:
+    x, w = draw(2, 4, 4, 12), draw(6, 4, 3, 2)
     how = ((2, 1), (1, 0, 0, 2), (1, 2), 1)
     swapped = ((1, 2), (0, 1, 2, 0), (2, 1), 1)
     expected = wrapping_conv2d(x, w, *how).transpose(0, 1, 3, 2)
@@ -292,11 +306,11 @@ def test_conv2d_reads_operands_however_they_lie_in_memory(rng: np.random.Generat
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("budget", [1, 1000, 4000])
 def test_conv2d_in_bands_is_the_same(
-    groups: int, budget: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    groups: int, budget: int, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_image, "SOURCE_WORDS", budget)
     monkeypatch.setattr(linear_image, "SEVERAL_WORDS", budget)
-    x, w = words(rng, 2, 6, 17, 15), words(rng, 80, 6 // groups, 3, 3)
+    x, w = draw(2, 6, 17, 15), draw(80, 6 // groups, 3, 3)
     for strides in ((1, 1), (3, 2)):
         how = (strides, (1, 1, 0, 2), (1, 2), groups)
         expected = wrapping_conv2d(x, w, *how)
@@ -316,9 +330,9 @@ def test_conv2d_copies_at_most_the_stated_memory() -> None:
         assert max(map(shape.copy_words, bands)) <= linear_image.SOURCE_WORDS
 
 
-def test_conv2d_tiles_come_in_pieces_that_are_worth_sending(rng: np.random.Generator) -> None:
-    x, w = words(rng, 1, 2, 60, 60), words(rng, 128, 2, 3, 3)
-    out = np.empty((1, 128, 60, 60), np.uint64)
+def test_conv2d_tiles_come_in_pieces_that_are_worth_sending(draw: Draw) -> None:
+    x, w = draw(1, 2, 60, 60), draw(128, 2, 3, 3)
+    out = np.empty((1, 128, 60, 60), draw.dtype)
     how = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
     assert 3 <= len(follow(conv2d_tiles(x, w, *how, out), out, wrapping_conv2d(x, w, *how))) <= 5
 
@@ -331,20 +345,41 @@ def test_tiles_begin_where_a_packed_panel_begins() -> None:
         assert row1 > row0
 
 
+def test_operands_of_different_dtypes_are_refused() -> None:
+    wide, narrow = Draw(np.uint64)(4, 4), Draw(np.uint32)(4, 4)
+    image, weight = wide.reshape(1, 1, 4, 4), narrow.reshape(1, 1, 4, 4)
+    refused: list[Callable[[], object]] = [
+        lambda: matmul(wide, narrow),
+        lambda: matmul(narrow, pack_matmul_b(wide)),
+        lambda: list(matmul_tiles(wide, wide, np.empty((4, 4), np.uint32))),
+        lambda: conv2d(image, weight),
+        lambda: conv2d(image, pack_conv_w(weight, 1)),
+    ]
+    for work in refused:
+        with pytest.raises(AssertionError, match=r"different dtypes.*uint"):
+            work()
+    signed: Any = wide.view(np.int64)
+    for work in (lambda: matmul(signed, signed), lambda: pack_matmul_b(signed)):
+        with pytest.raises(AssertionError, match="neither uint64 nor uint32"):
+            work()
+
+
 def test_packed_holds_little_more_than_the_weight_and_never_shows_it(
-    rng: np.random.Generator,
+    draw: Draw,
 ) -> None:
-    b, w = words(rng, 3, 50, 41), words(rng, 6, 2, 3, 3)
+    b, w = draw(3, 50, 41), draw(6, 2, 3, 3)
     packed = pack_matmul_b(b)
     assert packed.shape == b.shape
-    assert b.nbytes <= packed.nbytes <= 3 * 50 * 48 * 8
+    assert packed.dtype == draw.dtype
+    assert b.nbytes <= packed.nbytes <= 3 * 50 * 48 * b.itemsize
+    assert pack_matmul_b(b[..., :1]).nbytes == 3 * 50 * b.itemsize
     assert pack_conv_w(w, 3).nbytes == w.nbytes
     assert repr(packed) == "Packed(shape=(3, 50, 41), groups=0)"
 
 
-def test_kernels_run_side_by_side_in_threads(rng: np.random.Generator) -> None:
-    a, b = words(rng, 60, 300), words(rng, 300, 70)
-    x, w = words(rng, 1, 8, 20, 20), words(rng, 16, 8, 3, 3)
+def test_kernels_run_side_by_side_in_threads(draw: Draw) -> None:
+    a, b = draw(60, 300), draw(300, 70)
+    x, w = draw(1, 8, 20, 20), draw(16, 8, 3, 3)
     how = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
     products, images = a @ b, wrapping_conv2d(x, w, *how)
     right: list[bool] = []
@@ -367,12 +402,14 @@ import numpy as np
 from mpcserve.kernels import linear, linear_micro
 assert not linear_micro.NATIVE
 rng = np.random.default_rng(5)
-edges = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**32 - 1, 2**32], np.uint64)
-for m, k, n in ((1, 9, 4), (7, 600, 13), (6, 3, 8), (13, 1100, 5)):
+edges = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**32 - 1, 2**32, 2**31], np.uint64)
+for m, k, n in ((1, 9, 4), (7, 600, 13), (6, 3, 8), (13, 1100, 5), (8, 20, 33), (9, 30, 1)):
     a, b = rng.integers(0, 2**64, (m, k), np.uint64), rng.integers(0, 2**64, (k, n), np.uint64)
     a[:, :3], b[:3] = rng.choice(edges, (m, 3)), rng.choice(edges, (3, n))
-    assert np.array_equal(linear.matmul(a, b), a @ b)
-    assert np.array_equal(linear.matmul(a, linear.pack_matmul_b(b)), a @ b)
+    for dtype in (np.uint64, np.uint32):
+        a, b = a.astype(dtype), b.astype(dtype)
+        assert np.array_equal(linear.matmul(a, b), a @ b)
+        assert np.array_equal(linear.matmul(a, linear.pack_matmul_b(b)), a @ b)
 print("same")
 """
 

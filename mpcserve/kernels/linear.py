@@ -1,10 +1,11 @@
-"""Matrix products and convolutions mod 2^64 on uint64 arrays.
+"""Matrix products and convolutions: mod 2^64 on uint64 arrays, mod 2^32 on uint32 arrays.
 
-Callers with a narrower ring mask the result. Each product also exists as an iterator that fills the
-output front to back and says how far it is, so that a caller can send what is finished while the
-rest is computed. An operand that is used many times is packed once. Which code runs, in which
-order and for how long depends on shapes alone, never on values. Calls share no scratch memory and
-release the GIL.
+All arrays of a product are of one dtype. Callers with a narrower
+ring mask the result. Each product also exists as an iterator that fills the output front
+to back and says how far it is, so that a caller can send what is finished while the rest is
+computed. An operand that is used many times is packed once. Which code runs, in which order and for
+how long depends on shapes alone, never on values. Calls share no scratch memory and release the
+GIL.
 
 Memory: outside the output, at most SOURCE_WORDS words for a padded copy of a convolution's input
 (more only if one output row of the image needs more) and about half a megabyte.
@@ -15,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from mpcserve.kernels import linear_micro as micro
-from mpcserve.kernels.linear_image import Geometry, geometry_of, prepare
-from mpcserve.kernels.linear_micro import KC, LANES, ROWS, ROWS_L2, STRIP_WORDS, Index
+from mpcserve.kernels.linear_image import Geometry, geometry_of, grid, prepare
+from mpcserve.kernels.linear_micro import KC, LINE, ROWS, Index, lanes_of, scratch_words
 from mpcserve.ring import Words
 
 TILE_OUTPUTS = 1 << 16  # words of output that are worth sending on their own …
@@ -40,6 +42,11 @@ class Packed:
     shape: tuple[int, ...]
     groups: int  # of a convolution; 0 for the right operand of a matmul
     words: Words = field(repr=False)
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """uint64 or uint32."""
+        return self.words.dtype
 
     @property
     def nbytes(self) -> int:
@@ -64,24 +71,37 @@ class _Right:
 
     words: Words
     at: Index
+    deep: int
+    wide: int
     offs: Index
     base: Index
     packed: bool
+    column: bool  # a single one, whose words are neighbours
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Out:
+    """Row i of product t goes to words[at[t] + i·step :]; a product has so many rows."""
+
+    words: Words
+    at: Index
+    step: int
+    rows: int
 
 
 def matmul(a: Words, b: Words | Packed) -> Words:
-    """a @ b mod 2^64.
+    """a @ b in the ring of the operands.
 
     Shapes: [..., m, k] and [..., k, n] → [..., m, n]; leading dimensions broadcast.
     """
-    out = np.empty(_matmul_shape(a.shape, b.shape), np.uint64)
+    out = np.empty(_matmul_shape(a.shape, b.shape), a.dtype)
     for _ in _matmul(a, b, out, whole=True):
         pass
     return out
 
 
 def matmul_tiles(a: Words, b: Words | Packed, out: Words) -> Iterator[int]:
-    """Fill out with a @ b mod 2^64; yield after each tile how many leading words are final."""
+    """Fill out with matmul(a, b); yield after each tile how many leading words are final."""
     assert out.shape == _matmul_shape(a.shape, b.shape)
     return _matmul(a, b, out, whole=False)
 
@@ -94,13 +114,13 @@ def conv2d(
     dilations: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Words:
-    """Cross-correlation mod 2^64 of zero-padded images, as ONNX Conv.
+    """Cross-correlation of zero-padded images in the ring of the operands, as ONNX Conv.
 
     pads: top, left, bottom, right.
     Shapes: x [N, C, H, W], w [O, C / groups, kh, kw] → [N, O, H', W'].
     """
     shape = geometry_of(x.shape, w.shape, strides, pads, dilations, groups)
-    out = np.empty(shape.out_shape, np.uint64)
+    out = np.empty(shape.out_shape, x.dtype)
     for _ in _conv2d(x, w, shape, out, whole=True):
         pass
     return out
@@ -123,25 +143,45 @@ def conv2d_tiles(
 
 def pack_matmul_b(b: Words) -> Packed:
     """The right operand of a matmul, [..., k, n], for many products."""
+    _check(b.dtype)
     *lead, deep, wide = b.shape
-    right = _right_of(b, tuple(lead))
-    item_words = deep * -(-wide // LANES) * LANES
-    words = _aligned(len(right.at) * item_words)
-    words[...] = 0
-    for item, at in enumerate(right.at):
-        micro.pack_right(right.words, int(at), right.offs, right.base, words, item * item_words)
-    return Packed(b.shape, 0, words)
+    lanes = _lanes_of(b)
+    return Packed(b.shape, 0, _pack(b.reshape(prod(lead), deep, wide), lanes, lanes))
 
 
 def pack_conv_w(w: Words, groups: int) -> Packed:
     """The weight of a convolution, [O, C / groups, kh, kw], for many products."""
+    _check(w.dtype)
     assert w.shape[0] % groups == 0
-    rows, deep = w.shape[0] // groups, prod(w.shape[1:])
-    flat = _contiguous(w).reshape(-1)
-    words = _aligned(flat.size)
-    for at in range(0, flat.size, max(1, rows * deep)):
-        micro.pack_left(flat, at, rows, deep, words, at)
-    return Packed(w.shape, groups, words)
+    rows = w.reshape(groups, w.shape[0] // groups, prod(w.shape[1:]))
+    return Packed(w.shape, groups, _pack(rows.swapaxes(1, 2), ROWS, 1))
+
+
+def _pack(source: Words, lanes: int, fill: int) -> Words:
+    """[items, deep, wide] → KC rows after KC rows, panel by panel of `lanes` columns.
+
+    A last panel of fewer columns is filled up to a multiple of `fill`.
+    """
+    items, deep, wide = source.shape
+    full = wide // lanes
+    whole, rest = full * lanes, wide % lanes
+    last = -(-rest // fill) * fill
+    packed = _aligned(items * deep * (whole + last), source.dtype)
+    packed[...] = 0
+    for k0 in range(0, deep, KC):
+        depth, block = min(KC, deep - k0), packed.reshape(items, deep * (whole + last))
+        block = block[:, k0 * (whole + last) :][:, : depth * (whole + last)]
+        rows = source[:, k0 : k0 + depth]
+        panels = block[:, : whole * depth].reshape(items, full, depth, lanes)
+        panels[...] = rows[..., :whole].reshape(items, depth, full, lanes).swapaxes(1, 2)
+        block[:, whole * depth :].reshape(items, depth, last)[..., :rest] = rows[..., whole:]
+    return packed
+
+
+def _check(*dtypes: np.dtype[np.unsignedinteger]) -> None:
+    """One dtype for all; those of a product."""
+    assert dtypes.count(dtypes[0]) == len(dtypes), f"operands of different dtypes: {dtypes}"
+    assert dtypes[0] in (np.uint64, np.uint32), f"neither uint64 nor uint32: {dtypes[0]}"
 
 
 def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,7 +190,8 @@ def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _matmul(a: Words, b: Words | Packed, out: Words, whole: bool) -> Iterator[int]:
-    assert a.dtype == out.dtype == np.uint64 and out.flags.carray
+    _check(a.dtype, b.dtype, out.dtype)
+    assert out.flags.carray
     if out.size == 0 or a.shape[-1] == 0:
         out[...] = 0
         yield out.size
@@ -159,14 +200,16 @@ def _matmul(a: Words, b: Words | Packed, out: Words, whole: bool) -> Iterator[in
         a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
     *lead, height, wide = out.shape
     left, right = _left_of(a, tuple(lead)), _right_of(b, tuple(lead))
-    flat, at = out.reshape(-1), np.arange(prod(lead)) * (height * wide)
-    for tile in _tiles(len(at), height, wide, a.shape[-1], whole):
-        _multiply(left, right, flat, at, wide, height, tile)
-        yield (tile[1] - 1) * height * wide + tile[3] * wide
+    items, item = prod(lead), height * wide
+    to = _Out(out.reshape(-1), grid((items,), (item,)), wide, height)
+    for tile in _tiles(items, height, wide, a.shape[-1], whole):
+        _multiply(left, right, to, tile)
+        yield (tile[1] - 1) * item + tile[3] * wide
 
 
 def _conv2d(x: Words, w: Words | Packed, g: Geometry, out: Words, whole: bool) -> Iterator[int]:
-    assert x.dtype == out.dtype == np.uint64 and out.flags.carray
+    _check(x.dtype, w.dtype, out.dtype)
+    assert out.flags.carray
     if out.size == 0 or g.deep == 0:
         out[...] = 0
         yield out.size
@@ -180,23 +223,28 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, out: Words, whole: bool) -
             for band in bands:
                 if len(bands) > 1:
                     source = prepare(x, g, first, last, band)
-                right = _Right(source.words, source.at, source.offs, source.base, False)
-                at = np.arange(first, last) * item + band[0] * g.out_shape[3]
-                _multiply(left, right, flat, at, channel, g.rows, tile)
+                offs, base = source.offs, source.base
+                right = _Right(source.words, source.at, g.deep, len(base), offs, base, False, False)
+                at = grid((last - first,), (item,)) + (first * item + band[0] * g.out_shape[3])
+                _multiply(left, right, _Out(flat, at, channel, g.rows), tile)
             yield (first + tile[1] - 1) * item + tile[3] * channel
 
 
-def _multiply(
-    left: _Left, right: _Right, out: Words, at: Index, step: int, height: int, tile: _Tile
-) -> None:
-    """One tile of left · right: row i of item t goes to out[at[t] + i · step :]."""
-    rows = 0 if left.packed else min(ROWS_L2, height)
-    depth = min(KC, len(right.offs))
-    block, strip = np.empty(rows * depth, np.uint64), _aligned(STRIP_WORDS)
+def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:
+    """One tile of left · right."""
+    deep, dtype = right.deep, out.words.dtype
+    if right.column and (left.col_step == 1 or deep == 1):
+        micro.multiply_column(
+            left.words, left.at, left.row_step, right.words, right.at, out.words, out.at, deep, tile
+        )
+        return
+    rows = 0 if left.packed else tile[3] - tile[2]
+    scratch = np.empty(scratch_words(dtype, rows, deep, right.packed), dtype)
     micro.multiply(
-        left.words, left.at, (int(left.packed), left.row_step, left.col_step),
-        right.words, right.at, right.packed, right.offs, right.base,
-        out, at, step, height, tile, block, strip, np.arange(0, depth * LANES, LANES),
+        left.words, left.at, right.words, right.at, right.offs, right.base,
+        out.words, out.at, scratch, grid((KC,), (lanes_of(dtype),)),
+        (int(left.packed), left.row_step, left.col_step),
+        (int(right.packed), deep, right.wide, out.rows, out.step), tile,
     )  # fmt: skip
 
 
@@ -218,21 +266,38 @@ def _tiles(items: int, height: int, wide: int, deep: int, whole: bool) -> Iterat
 
 def _left_of(a: Words, lead: tuple[int, ...]) -> _Left:
     words, steps = _flat(a, (*lead, *a.shape[-2:]))
-    return _Left(words, _offsets(lead, steps), steps[-2], steps[-1], False)
+    return _Left(words, grid(lead, steps[:-2]), steps[-2], steps[-1], False)
 
 
 def _right_of(b: Words | Packed, lead: tuple[int, ...]) -> _Right:
     deep, wide = b.shape[-2:]
     if isinstance(b, Packed):
         assert b.groups == 0, "packed for conv2d"
-        words, own = b.words, b.shape[:-2]
-        item_words = deep * -(-wide // LANES) * LANES
-        starts = np.arange(prod(own)).reshape(own) * item_words
-        at = np.broadcast_to(starts, lead).flatten()
-        return _Right(words, at, np.arange(deep), np.arange(wide), True)
-    words, steps = _flat(b, (*lead, deep, wide))
-    offs, base = np.arange(deep) * steps[-2], np.arange(wide) * steps[-1]
-    return _Right(words, _offsets(lead, steps), offs, base, False)
+        words, steps = b.words, _item_steps(b, len(lead))
+        if wide > 1:
+            none = grid((0,), (0,))
+            return _Right(words, grid(lead, steps), deep, wide, none, none, True, False)
+        steps = (*steps, 1, 0)
+    else:  # a single column is read as a row
+        words, steps = _flat(_contiguous(b) if wide == 1 else b, (*lead, deep, wide))
+    offs, base = grid((deep,), steps[-2:-1]), grid((wide,), steps[-1:])
+    return _Right(words, grid(lead, steps[:-2]), deep, wide, offs, base, False, wide == 1)
+
+
+def _lanes_of(b: Words | Packed) -> int:
+    """Columns of a panel of a right operand; a single column is packed as it is."""
+    return lanes_of(b.dtype) if b.shape[-1] > 1 else 1
+
+
+def _item_steps(b: Packed, dimensions: int) -> tuple[int, ...]:
+    """From one packed right operand to the next in each leading dimension, 0 if broadcast."""
+    deep, wide = b.shape[-2:]
+    lanes = _lanes_of(b)
+    steps, step = [0] * dimensions, deep * -(-wide // lanes) * lanes
+    for axis, size in zip(reversed(range(dimensions)), reversed(b.shape[:-2]), strict=False):
+        steps[axis] = step if size > 1 else 0
+        step *= size
+    return tuple(steps)
 
 
 def _conv_left(w: Words | Packed, g: Geometry, first: int, last: int) -> _Left:
@@ -245,31 +310,23 @@ def _conv_left(w: Words | Packed, g: Geometry, first: int, last: int) -> _Left:
 
 def _flat(x: Words, shape: tuple[int, ...]) -> tuple[Words, tuple[int, ...]]:
     """The memory of x as one vector, and the steps in words of x broadcast to the shape."""
-    assert x.dtype == np.uint64
-    if not x.flags.aligned or any(s < 0 or s % 8 for s in x.strides):
+    size = x.itemsize
+    if not x.flags.aligned or any(s < 0 or s % size for s in x.strides):
         x = _contiguous(x)
     view = x if x.shape == shape else np.broadcast_to(x, shape)
-    steps = tuple(s // 8 for s in view.strides)
+    steps = tuple(s // size for s in view.strides)
     if x.flags.c_contiguous or x.size == 0:
         return x.reshape(-1), steps
-    span = 1 + sum((d - 1) * s // 8 for d, s in zip(x.shape, x.strides, strict=True))
-    return np.lib.stride_tricks.as_strided(x, (span,), (8,), writeable=False), steps
+    span = 1 + sum((d - 1) * s // size for d, s in zip(x.shape, x.strides, strict=True))
+    return np.lib.stride_tricks.as_strided(x, (span,), (size,), writeable=False), steps
 
 
 def _contiguous(x: Words) -> Words:
     return np.require(x, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
-def _offsets(lead: tuple[int, ...], steps: tuple[int, ...]) -> Index:
-    """Where each item begins, in C order of its leading indices."""
-    at = np.zeros(1, np.int64)
-    for size, step in zip(lead, steps, strict=False):
-        at = np.add.outer(at, np.arange(size) * step).reshape(-1)
-    return at
-
-
-def _aligned(words: int) -> Words:
-    """Uninitialised, on a 64-byte boundary: no vector of a panel crosses a cache line."""
-    raw = np.empty(words + 7, np.uint64)
-    skip = -(raw.ctypes.data // 8) % 8
+def _aligned(words: int, dtype: np.dtype[Any]) -> Words:
+    """Uninitialised, from the beginning of a cache line: no vector of a panel crosses one."""
+    raw: Words = np.empty(words + LINE // dtype.itemsize, dtype)
+    skip = -raw.ctypes.data % LINE // dtype.itemsize
     return raw[skip : skip + words]

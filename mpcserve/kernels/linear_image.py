@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
 import numpy as np
 
-from mpcserve.kernels.jit import kernel
 from mpcserve.kernels.linear_micro import Index
-from mpcserve.ring import U64, Words
+from mpcserve.ring import Words
 
 SOURCE_WORDS = 1 << 20  # of a padded copy: 8 MiB
+TABLE, TABLES = 1 << 13, 256  # index tables up to this long, and this many, await the next call
 SEVERAL_WORDS = 1 << 16  # small items are copied several at once, as many as fit an L2 cache
-
-_ZERO = U64(0)
 
 Band = tuple[int, int]  # output rows first : last
 Pair = tuple[int, int]
@@ -127,54 +127,61 @@ def geometry_of(
 def prepare(x: Words, g: Geometry, first: int, last: int, band: Band) -> Source:
     """The source for items first:last and the output rows of the band. x is contiguous."""
     x = x.reshape(g.items, g.w_shape[1], *g.x_shape[2:])
-    (high, _), (channels, tall, wide) = g.strides, g.w_shape[1:]
+    if g.copies:
+        words, start = _padded(x, g, first, last, band), 0
+        plane = g.row_words * g.strides[1] * g.source_rows(band)
+    else:
+        words, plane = x.reshape(-1), x.shape[2] * x.shape[3]
+        start = first * g.w_shape[1] * plane + band[0] * g.strides[0] * x.shape[3]
+    at = grid((last - first,), (g.w_shape[1] * plane,))
+    offs, base = _tables(g, band[1] - band[0])
+    return Source(words, at + start if start else at, offs, base)
+
+
+def _tables(g: Geometry, high: int) -> tuple[Index, Index]:
+    """offs and base for a band of `high` output rows."""
+    (down, across), (channels, tall, wide) = g.strides, g.w_shape[1:]
+    row, rows = g.x_shape[3], g.x_shape[2]
     taps = np.arange(wide) * g.dilations[1]
     if g.copies:
-        words, start, across = _padded(x, g, first, last, band), 0, 1
-        row = g.row_words * g.strides[1]
-        plane = row * g.source_rows(band)
-        taps = taps % g.strides[1] * g.row_words + taps // g.strides[1]
-    else:
-        words, across = x.reshape(-1), g.strides[1]
-        row, plane = x.shape[3], x.shape[2] * x.shape[3]
-        start = first * channels * plane + band[0] * high * row
-    offs = _sums(np.arange(channels) * plane, np.arange(tall) * (g.dilations[0] * row), taps)
-    base = _sums(np.arange(band[1] - band[0]) * (high * row), np.arange(g.out_shape[3]) * across)
-    return Source(words, start + np.arange(last - first) * (channels * plane), offs, base)
+        row, rows = g.row_words * across, g.source_rows((0, high))
+        taps = taps % across * g.row_words + taps // across
+        across = 1
+    planes = grid((channels, tall), (rows * row, g.dilations[0] * row))
+    offs = np.add.outer(planes, taps).reshape(-1)
+    return offs, grid((high, g.out_shape[3]), (down * row, across))
 
 
-def _sums(*terms: Index) -> Index:
-    """All sums of one element of each, the last index fastest."""
+def grid(sizes: tuple[int, ...], steps: tuple[int, ...]) -> Index:
+    """Where the words with these indices lie, the last index fastest. Read-only."""
+    make = _kept_grid if prod(sizes) <= TABLE else _new_grid
+    return make(sizes, steps)
+
+
+def _new_grid(sizes: tuple[int, ...], steps: tuple[int, ...]) -> Index:
     total = np.zeros(1, np.int64)
-    for term in terms:
-        total = np.add.outer(total, term).reshape(-1)
+    for size, step in zip(sizes, steps, strict=True):
+        total = np.add.outer(total, np.arange(size) * step).reshape(-1)
+    total.flags.writeable = False
     return total
 
 
+_kept_grid = lru_cache(maxsize=TABLES)(_new_grid)
+
+
 def _padded(x: Words, g: Geometry, first: int, last: int, band: Band) -> Words:
-    out = np.empty((last - first) * g.copy_words(band), np.uint64)
-    top = band[0] * g.strides[0] - g.pads[0]
+    """The padded copy: column x of a row goes to phase x + left, rows from band's first one on."""
     planes = x[first:last].reshape(-1, *x.shape[2:])
-    _pad(planes, top, g.pads[1], g.strides[1], g.source_rows(band), g.row_words, out)
-    return out
-
-
-@kernel(
-    "void(Array(uint64, 3, 'C', readonly=True), int64, int64, int64, int64, int64, uint64[::1])"
-)
-def _pad(x: Words, top: int, left: int, phases: int, rows: int, row_words: int, out: Words) -> None:
-    """Rows top : top + rows of each plane, zero outside; column x goes to phase x + left."""
-    planes, height, width = x.shape
-    out[:] = _ZERO
-    at = 0
-    for plane in range(planes):
-        for y in range(top, top + rows):
-            for phase in range(phases):
-                # Column p of this phase is column p · phases + phase − left of the input.
-                start = phase - left
-                first = max(0, (phases - 1 - start) // phases)
-                last = min(row_words, (width - start + phases - 1) // phases)
-                if 0 <= y < height:
-                    for p in range(first, last):
-                        out[at + p] = x[plane, y, p * phases + start]
-                at += row_words
+    phases, rows = g.strides[1], g.source_rows(band)
+    top, (height, width) = band[0] * g.strides[0] - g.pads[0], planes.shape[1:]
+    out = np.zeros((len(planes), rows, phases, g.row_words), x.dtype)
+    y0, y1 = max(0, top), min(height, top + rows)
+    for phase in range(phases):
+        # Column p of this phase is column p · phases + start of the input.
+        start = phase - g.pads[1]
+        p0 = max(0, -(start // phases))
+        p1 = min(g.row_words, -((start - width) // phases))
+        if y0 < y1 and p0 < p1:
+            columns = slice(p0 * phases + start, (p1 - 1) * phases + start + 1, phases)
+            out[:, y0 - top : y1 - top, phase, p0:p1] = planes[:, y0:y1, columns]
+    return out.reshape(-1)

@@ -1,9 +1,10 @@
-"""The compiled half of the linear layers: out[i, p] = Σ_k left[i, k] · right[k, p] mod 2^64.
+"""The compiled half of the linear layers: out[i, p] = Σ_k left[i, k] · right[k, p] mod 2^64 or 32.
 
-One driver serves matmul and conv. The left operand is read by strides or comes packed in panels of
-ROWS rows. The right one is addressed as source[at + offs[k] + base[p]]: a strided or a transposed
-matrix, or the image columns of a convolution without ever writing them out; or it comes packed in
-panels of LANES columns. The driver gathers one panel of KC × LANES words (it stays in the L1 cache)
+One driver serves matmul and conv, on words of 64 bits and on words of 32; all operands of a product
+are of one kind. The left operand is read by strides or comes packed in panels of ROWS rows. The
+right one is addressed as source[at + offs[k] + base[p]]: a strided or a transposed matrix, or the
+image columns of a convolution without ever writing them out; or it comes packed in panels of as
+many columns as a vector has lanes. The driver gathers one panel KC deep (it stays in the L1 cache)
 and meets it with ROWS_L2 rows of the left operand (they stay in the L2 cache).
 
 The innermost loop is LLVM IR, because no source loop keeps ROWS vectors of sums in registers. It is
@@ -15,20 +16,23 @@ Source: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplicatio
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
+import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from mpcserve.kernels.jit import kernel
+from mpcserve.kernels.jit import F, kernel
 from mpcserve.ring import Words
 
 Index = NDArray[np.int64]
+Place = Any  # in compiled code, a pointer: place[n] is the n-th word from there
 
 # numba's own description of the CPU, part of the key of its cache: code compiled for one machine is
 # never run with the constants of another.
@@ -38,356 +42,448 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # lo·lo + 2^32·(lo·hi + hi·lo): a widening product and a 32-bit one, summed apart, then joined.
 NATIVE = "+avx512dq" in _FEATURES
 
-# Columns of one vector, and rows of sums held in registers: 12 of 32 vectors of 512 bits, or
-# 2 · 6 of 16 vectors of 256 bits. Narrower machines split the vectors; the result is the same.
-LANES, ROWS = (8, 12) if NATIVE else (4, 6)
+# Rows of sums held in registers: 12 of 32 vectors of 512 bits, or 6 pairs of 16 vectors of 256
+# bits. Narrower machines split the vectors; the result is the same.
+ROWS = 12 if NATIVE else 6
 
-KC = 256 if NATIVE else 512  # depth of a panel: KC · LANES words are 16 KiB, half an L1 cache
-STRIP = 8 * LANES  # columns gathered at once, so that memory is read in longer runs
-ROWS_L2 = 96  # rows that meet one panel: ROWS_L2 · KC words are 192 or 384 KiB of L2 cache
+KC = 256  # depth of a panel: KC vectors of 512 bits are 16 KiB, half an L1 cache
+STRIP = 8  # panels gathered at once, so that memory is read in longer runs
+ROWS_L2 = 96  # rows that meet one panel: ROWS_L2 · KC words are 96 or 192 KiB of L2 cache
+LINE = 64  # bytes of a cache line
 FEW_ROWS, FEW_DEEP = 4, 64  # up to here columns are read where they lie: copying would cost more
-STRIP_WORDS = KC * STRIP + ROWS * LANES  # a gathered strip, and a tile for cut-off columns
 
-_WORD = ir.IntType(64)
-_HALVES = ir.VectorType(ir.IntType(32), 2 * LANES)
-_LANES = ir.VectorType(_WORD, LANES)
+_INT64 = ir.IntType(64)
+_INDEX = ir.IntType(32)  # of a lane
+
+Many = tuple[ir.Value, ...]
 
 
 # numba writes the IR in place of the call; its own annotations miss that it passes `typingctx`.
 _inline: Callable[[Callable[..., Any]], Any] = intrinsic
+_pointer: Any = types.CPointer
 
 
-class _Sums:
-    """IR for one row of running sums: how a product is added, and how the sum is read."""
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """IR for words that one instruction multiplies, lane by lane.
 
-    parts = 1 if NATIVE else 2
+    A row of running sums is `parts` vectors.
+    """
 
-    @staticmethod
-    def prepare(builder: ir.IRBuilder, right: ir.Value) -> tuple[ir.Value, ...]:
-        """What all rows need of the right operand: itself, and it with the halves swapped."""
-        if NATIVE:
-            return (right,)
-        halves = builder.bitcast(right, _HALVES)
-        order = [lane ^ 1 for lane in range(2 * LANES)]
-        swap = ir.Constant(ir.VectorType(ir.IntType(32), 2 * LANES), order)
-        return right, builder.shuffle_vector(halves, ir.Constant(_HALVES, ir.Undefined), swap)
+    bits: int
+    lanes: int  # columns of a panel
+    parts: int = 1
 
-    @staticmethod
-    def add(
-        builder: ir.IRBuilder, sums: list[ir.Value], left: ir.Value, right: tuple[ir.Value, ...]
-    ) -> list[ir.Value]:
+    def vector(self, split: int = 1) -> ir.Type:
+        """A vector, read as so many times more and narrower words."""
+        return ir.VectorType(ir.IntType(self.bits // split), self.lanes * split)
+
+    def prepare(self, builder: ir.IRBuilder, right: ir.Value) -> Many:
+        """What all rows need of the right operand."""
+        return (right,)
+
+    def add(self, builder: ir.IRBuilder, sums: Many, left: ir.Value, right: Many) -> Many:
         """sums + left · right."""
-        if NATIVE:
-            return [builder.add(sums[0], builder.mul(left, right[0]))]
-        low = ir.Constant(_LANES, [0xFFFFFFFF] * LANES)
-        lows = builder.mul(builder.and_(left, low), builder.and_(right[0], low))
-        cross = builder.mul(builder.bitcast(left, _HALVES), right[1])
-        crosses = builder.add(builder.bitcast(sums[1], _HALVES), cross)
-        return [builder.add(sums[0], lows), builder.bitcast(crosses, _LANES)]
+        return (builder.add(sums[0], builder.mul(left, right[0])),)
 
-    @staticmethod
-    def read(builder: ir.IRBuilder, sums: list[ir.Value]) -> ir.Value:
-        """The sum mod 2^64."""
-        if NATIVE:
-            return sums[0]
-        shift = ir.Constant(_LANES, [32] * LANES)
+    def read(self, builder: ir.IRBuilder, sums: Many) -> ir.Value:
+        """The sum, one word a lane."""
+        return sums[0]
+
+
+class _Halves(_Kind):
+    """IR for 64-bit words that are multiplied by halves."""
+
+    __slots__ = ()
+
+    def prepare(self, builder: ir.IRBuilder, right: ir.Value) -> Many:
+        """The right operand, and it with the halves swapped."""
+        count = 2 * self.lanes
+        order = ir.Constant(ir.VectorType(_INDEX, count), [lane ^ 1 for lane in range(count)])
+        undef = ir.Constant(self.vector(2), ir.Undefined)
+        swapped = builder.shuffle_vector(builder.bitcast(right, self.vector(2)), undef, order)
+        return right, swapped
+
+    def add(self, builder: ir.IRBuilder, sums: Many, left: ir.Value, right: Many) -> Many:
+        """Σ lo·lo, and in the two halves of a word Σ lo·hi and Σ hi·lo."""
+        low = ir.Constant(self.vector(), [0xFFFFFFFF] * self.lanes)
+        lows = builder.mul(builder.and_(left, low), builder.and_(right[0], low))
+        cross = builder.mul(builder.bitcast(left, self.vector(2)), right[1])
+        crosses = builder.add(builder.bitcast(sums[1], self.vector(2)), cross)
+        return builder.add(sums[0], lows), builder.bitcast(crosses, self.vector())
+
+    def read(self, builder: ir.IRBuilder, sums: Many) -> ir.Value:
+        """Σ lo·lo + 2^32 · (Σ lo·hi + Σ hi·lo)."""
+        shift = ir.Constant(self.vector(), [32] * self.lanes)
         cross = builder.add(sums[1], builder.lshr(sums[1], shift))
         return builder.add(sums[0], builder.shl(cross, shift))
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=8)
+_KIND64 = _Kind(64, 8) if NATIVE else _Halves(64, 4, parts=2)
+_KIND32 = _Kind(32, 16)
 
 
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=8)
+def lanes_of(dtype: DTypeLike) -> int:
+    """Columns of one panel of uint64 or of uint32."""
+    return _KIND64.lanes if np.dtype(dtype) == np.uint64 else _KIND32.lanes
 
 
-def _bytes(builder: ir.IRBuilder, place: ir.Value) -> ir.Value:
-    return builder.shl(place, ir.Constant(_WORD, 3))
+def scratch_words(dtype: DTypeLike, rows: int, deep: int, right_packed: bool) -> int:
+    """What `multiply` needs: a tile for cut-off columns, a strip of the right, `rows` to pack."""
+    strip = 0 if right_packed else STRIP * lanes_of(dtype)
+    line = LINE // np.dtype(dtype).itemsize
+    return line + ROWS * lanes_of(dtype) + (strip + min(ROWS_L2, rows)) * min(KC, deep)
 
 
-def _splat(builder: ir.IRBuilder, word: ir.Value) -> ir.Value:
-    undef = ir.Constant(_LANES, ir.Undefined)
-    first = builder.insert_element(undef, word, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+def _kind_at(place: types.CPointer) -> _Kind:
+    return _KIND64 if place.dtype == types.uint64 else _KIND32
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, size: int) -> ir.Value:
+    return builder.load(builder.bitcast(address, kind.as_pointer()), align=size)
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, size: int) -> None:
+    builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=size)
+
+
+def _splat(builder: ir.IRBuilder, word: ir.Value, vector: ir.Type) -> ir.Value:
+    undef = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undef, word, ir.Constant(_INDEX, 0))
+    zeros = ir.Constant(ir.VectorType(_INDEX, vector.count), [0] * vector.count)
     return builder.shuffle_vector(first, undef, zeros)
 
 
-def _rows_loop(b: ir.IRBuilder, rows: int, at: dict[str, ir.Value]) -> None:
+def _rows_loop(b: ir.IRBuilder, kind: _Kind, rows: int, at: dict[str, ir.Value]) -> None:
     """IR: `rows` rows of the left panel against the right one; at least one step deep."""
-    zero, word = ir.Constant(_LANES, [0] * LANES), ir.Constant(_WORD, 8)
+    vector, size = kind.vector(), kind.bits // 8
+    zero, one = ir.Constant(vector, [0] * kind.lanes), ir.Constant(_INT64, 1)
     before, loop = b.block, b.append_basic_block(f"rows{rows}")
     b.branch(loop)
     b.position_at_end(loop)
-    left, offs = b.phi(_WORD), b.phi(_WORD)
-    sums = [[b.phi(_LANES) for _ in range(_Sums.parts)] for _ in range(rows)]
-    here = b.add(at["right"], _bytes(b, _load(b, offs, _WORD)))
-    vector = _Sums.prepare(b, _load(b, here, _LANES))
+    left, offs = b.phi(at["left"].type), b.phi(at["offs"].type)
+    sums = [tuple(b.phi(vector) for _ in range(kind.parts)) for _ in range(rows)]
+    here = b.gep(at["right"], [b.load(offs)])
+    right = kind.prepare(b, _load(b, here, vector, size))
     new = []
     for row in range(rows):
-        scalar = _load(b, b.add(left, ir.Constant(_WORD, row * 8)), _WORD)
-        new.append(_Sums.add(b, sums[row], _splat(b, scalar), vector))
-    next_left, next_offs = b.add(left, ir.Constant(_WORD, rows * 8)), b.add(offs, word)
-    starts = [at["left"], at["offs"], *[zero] * (rows * _Sums.parts)]
+        word = b.load(b.gep(left, [ir.Constant(_INT64, row)]))
+        new.append(kind.add(b, sums[row], _splat(b, word, vector), right))
+    next_left, next_offs = b.gep(left, [ir.Constant(_INT64, rows)]), b.gep(offs, [one])
+    starts = [at["left"], at["offs"], *[zero] * (rows * kind.parts)]
     steps = [next_left, next_offs, *chain(*new)]
     for phi, start, step in zip([left, offs, *chain(*sums)], starts, steps, strict=True):
         phi.add_incoming(start, before)
         phi.add_incoming(step, loop)
     after = b.append_basic_block(f"rows{rows}.end")
-    b.cbranch(b.icmp_signed("<", next_offs, at["end"]), loop, after)
+    b.cbranch(b.icmp_unsigned("!=", next_offs, at["end"]), loop, after)
 
     b.position_at_end(after)
     place = at["out"]
     for row in range(rows):
-        old = b.select(at["more"], _load(b, place, _LANES), zero)
-        _store(b, b.add(old, _Sums.read(b, new[row])), place)
-        place = b.add(place, at["step"])
+        old = b.select(at["more"], _load(b, place, vector, size), zero)
+        _store(b, b.add(old, kind.read(b, new[row])), place, size)
+        place = b.gep(place, [at["step"]])
 
 
 @_inline
 def _multiply_panels(typingctx, left, right, offs, depth, rows, out, step, more):  # type: ignore[no-untyped-def]
     """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j], added to out when `more` ≠ 0.
 
-    i < rows ≤ ROWS, j < LANES, 1 ≤ depth; left, right, offs and out are places.
+    i < rows ≤ ROWS, j < lanes, 1 ≤ depth.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         names = ("left", "right", "offs", "depth", "rows", "out", "step", "more")
         at = dict(zip(names, args, strict=True))
-        at["end"] = builder.add(at["offs"], at["depth"])
-        for name in ("left", "right", "offs", "end", "out", "step"):
-            at[name] = _bytes(builder, at[name])
-        at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_WORD, 0))
+        at["end"] = builder.gep(at["offs"], [at["depth"]])
+        at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_INT64, 0))
         done = builder.append_basic_block("done")
         choice = builder.switch(at["rows"], done)
         for count in range(1, ROWS + 1):
             block = builder.append_basic_block(f"enter{count}")
-            choice.add_case(ir.Constant(_WORD, count), block)
+            choice.add_case(ir.Constant(_INT64, count), block)
             builder.position_at_end(block)
-            _rows_loop(builder, count, at)
+            _rows_loop(builder, _kind_at(left), count, at)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), codegen
+    whole = types.int64
+    return types.void(left, right, offs, whole, whole, out, whole, whole), codegen
 
 
 @_inline
-def _word(typingctx, place):  # type: ignore[no-untyped-def]
-    """The word at a place, as int64."""
+def _lanes(typingctx, place):  # type: ignore[no-untyped-def]
+    """Columns of one panel of the words at a place."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _load(builder, _bytes(builder, args[0]), _WORD)
+        return ir.Constant(_INT64, _kind_at(place).lanes)
 
-    return types.int64(types.int64), codegen
-
-
-@_inline
-def _put(typingctx, word, place):  # type: ignore[no-untyped-def]
-    """Write a word to a place."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _store(builder, args[0], _bytes(builder, args[1]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+    return types.int64(place), codegen
 
 
 @_inline
 def _copy_lanes(typingctx, source, out):  # type: ignore[no-untyped-def]
-    """LANES words from one place to another."""
+    """One vector of words from one place to another."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        lanes = _load(builder, _bytes(builder, args[0]), _LANES)
-        _store(builder, lanes, _bytes(builder, args[1]))
+        kind = _kind_at(out)
+        lanes = _load(builder, args[0], kind.vector(), kind.bits // 8)
+        _store(builder, lanes, args[1], kind.bits // 8)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+    return types.void(source, out), codegen
 
 
 @_inline
-def _place(typingctx, array):  # type: ignore[no-untyped-def]
-    """Where an array begins. Only for arguments: a local array may be freed after its last use."""
+def _place(typingctx, array, n):  # type: ignore[no-untyped-def]
+    """Where word n of an array lies. Only for arguments: a local array may be freed after use."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
-        return builder.lshr(builder.ptrtoint(data, _WORD), ir.Constant(_WORD, 3))
+        data = context.make_array(array)(context, builder, value=args[0]).data
+        return builder.gep(data, [args[1]])
 
-    return types.int64(array), codegen
-
-
-_IN = "Array(uint64, 1, 'C', readonly=True)"
-_OUT = "uint64[::1]"
-_AT = "int64[::1]"
+    return _pointer(array.dtype)(array, types.int64), codegen
 
 
-@kernel(f"boolean({_AT}, int64, int64)")
-def _neighbours(base: Index, p0: int, p1: int) -> bool:
-    """Are the columns p0:p1 whole vectors of neighbours in memory? base must not decrease."""
-    return (p1 - p0) % LANES == 0 and base[p1 - 1] - base[p0] == p1 - p0 - 1
+@_inline
+def _on(typingctx, place, n):  # type: ignore[no-untyped-def]
+    """The place n words further on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.gep(args[0], [args[1]])
+
+    return place(place, types.int64), codegen
 
 
-@kernel("void(int64, int64, int64, int64, int64)")
-def _gather_neighbours(source: int, offs: int, columns: int, depth: int, out: int) -> None:
-    """Panels of neighbours: out[(j·depth + k)·LANES + …] = source[offs[k] + j·LANES + …]."""
+@_inline
+def _on_line(typingctx, place):  # type: ignore[no-untyped-def]
+    """The next place where a cache line begins: no vector of a panel from there crosses one."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        after = builder.add(builder.ptrtoint(args[0], _INT64), ir.Constant(_INT64, LINE - 1))
+        return builder.inttoptr(builder.and_(after, ir.Constant(_INT64, -LINE)), args[0].type)
+
+    return place(place), codegen
+
+
+@_inline
+def _zero(typingctx, place):  # type: ignore[no-untyped-def]
+    """Zero as a word of the kind at a place."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(ir.IntType(_kind_at(place).bits), 0)
+
+    return place.dtype(place), codegen
+
+
+@_inline
+def _added(typingctx, total, left, right):  # type: ignore[no-untyped-def]
+    """total + left · right as a word; numba would go on in 64 bits."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.add(args[0], builder.mul(args[1], args[2]))
+
+    return total(total, total, total), codegen
+
+
+def _part(function: F) -> F:
+    """Compiled, with the types that it meets, into the kernels that call it."""
+    return cast(F, numba.njit(nogil=True, boundscheck=False)(function))
+
+
+@_part
+def _neighbours(base: Place, width: int, lanes: int) -> bool:
+    """Are `width` columns whole vectors of neighbours in memory? base must not decrease."""
+    return width % lanes == 0 and base[width - 1] - base[0] == width - 1
+
+
+@_part
+def _gather_neighbours(source: Place, offs: Place, columns: int, depth: int, out: Place) -> None:
+    """Panels of neighbours: out[(j·depth + k)·lanes + …] = source[offs[k] + j·lanes + …]."""
+    lanes = _lanes(out)
     for k in range(depth):
-        row, to = source + _word(offs + k), out + k * LANES
-        for j in range(0, columns, LANES):
-            _copy_lanes(row + j, to + j * depth)
+        row, to = _on(source, offs[k]), _on(out, k * lanes)
+        for j in range(0, columns, lanes):
+            _copy_lanes(_on(row, j), _on(to, j * depth))
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def _gather_panel(source: int, offs: int, base: int, width: int, depth: int, out: int) -> None:
-    """One panel of scattered columns: out[k·LANES + lane] = source[offs[k] + base[lane]]."""
+@_part
+def _gather_panel(
+    source: Place, offs: Place, base: Place, width: int, depth: int, out: Place
+) -> None:
+    """One panel of scattered columns: out[k·lanes + lane] = source[offs[k] + base[lane]]."""
+    lanes = _lanes(out)
     for k in range(depth):
-        row, to = source + _word(offs + k), out + k * LANES
-        if width == LANES:
-            for lane in range(LANES):
-                _put(_word(row + _word(base + lane)), to + lane)
+        row, to = _on(source, offs[k]), _on(out, k * lanes)
+        if width == lanes:
+            for lane in range(lanes):
+                to[lane] = row[base[lane]]
         else:
             for lane in range(width):
-                _put(_word(row + _word(base + lane)), to + lane)
+                to[lane] = row[base[lane]]
 
 
-@kernel(f"void(int64, int64, {_AT}, int64, int64, int64, int64)")
-def _gather(source: int, offs: int, base: Index, p0: int, p1: int, depth: int, out: int) -> None:
-    """The panels of columns p0:p1; lanes past the last column are left as they are."""
-    if _neighbours(base, p0, p1):
-        _gather_neighbours(source + base[p0], offs, p1 - p0, depth, out)
+@_part
+def _gather(source: Place, offs: Place, base: Place, columns: int, depth: int, out: Place) -> None:
+    """Panels of all columns; lanes past the last column are left as they are."""
+    lanes = _lanes(out)
+    if _neighbours(base, columns, lanes):
+        _gather_neighbours(_on(source, base[0]), offs, columns, depth, out)
         return
-    for q0 in range(p0, p1, LANES):
-        to, width = out + (q0 - p0) * depth, min(LANES, p1 - q0)
-        if _neighbours(base, q0, q0 + width):
-            _gather_neighbours(source + base[q0], offs, LANES, depth, to)
+    for p0 in range(0, columns, lanes):
+        to, width, first = _on(out, p0 * depth), min(lanes, columns - p0), _on(base, p0)
+        if _neighbours(first, width, lanes):
+            _gather_neighbours(_on(source, first[0]), offs, lanes, depth, to)
         else:
-            _gather_panel(source, offs, _place(base) + q0, width, depth, to)
+            _gather_panel(source, offs, first, width, depth, to)
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def _pack_rows(source: int, row_step: int, col_step: int, rows: int, depth: int, out: int) -> None:
+@_part
+def _pack_rows(
+    source: Place, row_step: int, col_step: int, rows: int, depth: int, out: Place
+) -> None:
     """Panels of up to ROWS rows, word (i, k) of a panel of r rows at k·r + i; rows·depth words."""
     for i0 in range(0, rows, ROWS):
-        first, count = source + i0 * row_step, min(ROWS, rows - i0)
-        to = out + i0 * depth
+        first, count = _on(source, i0 * row_step), min(ROWS, rows - i0)
+        to = _on(out, i0 * depth)
         for k in range(depth):
-            column = first + k * col_step
+            column = _on(first, k * col_step)
             if count == ROWS:
                 for i in range(ROWS):
-                    _put(_word(column + i * row_step), to + i)
+                    to[i] = column[i * row_step]
             else:
                 for i in range(count):
-                    _put(_word(column + i * row_step), to + i)
-            to += count
+                    to[i] = column[i * row_step]
+            to = _on(to, count)
 
 
-@kernel(f"void({_IN}, int64, int64, int64, {_OUT}, int64)")
-def pack_left(source: Words, at: int, rows: int, deep: int, out: Words, out_at: int) -> None:
-    """A whole left operand of contiguous rows, KC columns after KC columns."""
-    for k0 in range(0, deep, KC):
-        depth = min(KC, deep - k0)
-        start, to = at + k0, out_at + k0 * rows
-        _pack_rows(_place(source) + start, deep, 1, rows, depth, _place(out) + to)
-
-
-@kernel(f"void({_IN}, int64, {_AT}, {_AT}, {_OUT}, int64)")
-def pack_right(source: Words, at: int, offs: Index, base: Index, out: Words, out_at: int) -> None:
-    """A whole right operand, KC rows after KC rows, panel by panel; the last is not filled up."""
-    deep, wide = len(offs), len(base)
-    to = _place(out) + out_at
-    for k0 in range(0, deep, KC):
-        depth = min(KC, deep - k0)
-        for p0 in range(0, wide, STRIP):
-            p1 = min(wide, p0 + STRIP)
-            first, table = _place(source) + at, _place(offs) + k0
-            _gather(first, table, base, p0, p1, depth, to)
-            to += (p1 - p0 + LANES - 1) // LANES * LANES * depth
-
-
-@kernel(f"void({', '.join(['int64'] * 10)})")
+@_part
 def _meet(
-    left: int,
-    right: int,
-    offs: int,
+    left: Place,
+    right: Place,
+    offs: Place,
     depth: int,
     rows: int,
     columns: int,
-    out: int,
+    out: Place,
     step: int,
     more: int,
-    corner: int,
+    corner: Place,
 ) -> None:
     """Packed rows times the panels of a strip of `columns`, added to out when `more`."""
-    for p0 in range(0, columns, LANES):
-        width, panel = min(LANES, columns - p0), right + p0 * depth
+    lanes = _lanes(out)
+    for p0 in range(0, columns, lanes):
+        width, panel = min(lanes, columns - p0), _on(right, p0 * depth)
+        cut = width < lanes
         for i0 in range(0, rows, ROWS):
-            count, these = min(ROWS, rows - i0), left + i0 * depth
-            place = out + i0 * step + p0
-            if width == LANES:
-                _multiply_panels(these, panel, offs, depth, count, place, step, more)
-                continue
-            _multiply_panels(these, panel, offs, depth, count, corner, LANES, 0)
-            for i in range(count):
-                for lane in range(width):
-                    old = _word(place + lane) if more else 0
-                    _put(old + _word(corner + i * LANES + lane), place + lane)
-                place += step
+            count, these = min(ROWS, rows - i0), _on(left, i0 * depth)
+            place = _on(out, i0 * step + p0)
+            to, by, add = (corner, lanes, 0) if cut else (place, step, more)
+            _multiply_panels(these, panel, offs, depth, count, to, by, add)
+            if cut:
+                for i in range(count):
+                    for lane in range(width):
+                        word = corner[i * lanes + lane]
+                        place[lane] = place[lane] + word if more else word
+                    place = _on(place, step)
 
 
-@kernel(
-    f"void({_IN}, {_AT}, UniTuple(int64, 3), {_IN}, {_AT}, int64, {_AT}, {_AT},"
-    f"{_OUT}, {_AT}, int64, int64, UniTuple(int64, 4), {_OUT}, {_OUT}, {_AT})"
+_AT = "Array(int64, 1, 'C', readonly=True)"
+_IN = "Array({0}, 1, 'C', readonly=True)"
+_OUT = "{0}[::1]"
+
+
+def _both(*arguments: str) -> Callable[[F], F]:
+    """Compile for words of 64 bits and for words of 32; {0} is the type of a word."""
+    return kernel(*(f"void({', '.join(arguments)})".format(f"uint{bits}") for bits in (64, 32)))
+
+
+@_both(
+    *(_IN, _AT, _IN, _AT, _AT, _AT, _OUT, _AT, _OUT, _AT),
+    *("UniTuple(int64, 3)", "UniTuple(int64, 5)", "UniTuple(int64, 4)"),
 )
 def multiply(
     left: Words,
     left_at: Index,
-    left_form: tuple[int, int, int],
     right: Words,
     right_at: Index,
-    right_packed: int,
     offs: Index,
     base: Index,
     out: Words,
     out_at: Index,
-    step: int,
-    height: int,
-    tile: tuple[int, int, int, int],
-    block: Words,
-    strip: Words,
+    scratch: Words,
     in_strip: Index,
+    left_form: tuple[int, int, int],
+    sizes: tuple[int, int, int, int, int],
+    tile: tuple[int, int, int, int],
 ) -> None:
     """Rows row0:row1 of products item0:item1; row i of item t goes to out[out_at[t] + i·step :].
 
-    left_form: packed or not, and if not the steps of rows and columns.
-    Shapes: `height` rows per item, len(offs) deep, len(base) wide; row0 is a multiple of ROWS.
-    Scratch: `block` for packed rows (none if left is), `strip` of STRIP_WORDS. in_strip: k·LANES.
+    left_form: packed or not, and if not the steps of rows and columns. sizes: is the right packed
+    (then offs and base are not read), depth, columns, rows of an item, step. tile: item0, item1,
+    row0 (a multiple of ROWS), row1. scratch: as scratch_words says. in_strip: k·lanes.
     """
     left_packed, row_step, col_step = left_form
+    right_packed, deep, wide, height, step = sizes
     item0, item1, row0, row1 = tile
-    deep, wide = len(offs), len(base)
-    panels = (wide + LANES - 1) // LANES * LANES
-    corner = _place(strip) + KC * STRIP
+    corner = _on_line(_place(scratch, 0))
+    lanes = _lanes(corner)
+    strip = _on(corner, ROWS * lanes)
+    block = strip if right_packed else _on(strip, STRIP * lanes * min(KC, deep))
+    panels = (wide + lanes - 1) // lanes * lanes
     for item in range(item0, item1):
-        source = _place(right) + right_at[item]
+        source = _place(right, right_at[item])
         for i0 in range(row0, row1, ROWS_L2):
             rows = min(ROWS_L2, row1 - i0)
-            few = rows <= FEW_ROWS and deep <= FEW_DEEP
+            few = rows <= FEW_ROWS and deep <= FEW_DEEP and not right_packed
+            width = lanes if few else STRIP * lanes
             for k0 in range(0, deep, KC):
                 depth = min(KC, deep - k0)
-                lhs = _place(left) + left_at[item]
+                lhs = _place(left, left_at[item])
                 if left_packed:
-                    lhs += k0 * height + i0 * depth
+                    lhs = _on(lhs, k0 * height + i0 * depth)
                 else:
-                    lhs += i0 * row_step + k0 * col_step
-                    _pack_rows(lhs, row_step, col_step, rows, depth, _place(block))
-                    lhs = _place(block)
-                for p0 in range(0, wide, LANES if few else STRIP):
-                    p1 = min(wide, p0 + (LANES if few else STRIP))
-                    place = _place(out) + out_at[item] + i0 * step + p0
-                    rhs, table = source + k0 * panels + p0 * depth, _place(in_strip)
-                    if not right_packed and few and _neighbours(base, p0, p1):
-                        rhs, table = source + base[p0], _place(offs) + k0
-                    elif not right_packed:
-                        rhs = _place(strip)
-                        _gather(source, _place(offs) + k0, base, p0, p1, depth, rhs)
-                    _meet(lhs, rhs, table, depth, rows, p1 - p0, place, step, k0, corner)
+                    lhs = _on(lhs, i0 * row_step + k0 * col_step)
+                    _pack_rows(lhs, row_step, col_step, rows, depth, block)
+                    lhs = block
+                for p0 in range(0, wide, width):
+                    columns = min(width, wide - p0)
+                    place = _place(out, out_at[item] + i0 * step + p0)
+                    rhs, table = _on(source, k0 * panels + p0 * depth), _place(in_strip, 0)
+                    if not right_packed:
+                        start, taps = _place(base, p0), _place(offs, k0)
+                        if few and _neighbours(start, columns, lanes):
+                            rhs, table = _on(source, start[0]), taps
+                        else:
+                            rhs = strip
+                            _gather(source, taps, start, columns, depth, rhs)
+                    _meet(lhs, rhs, table, depth, rows, columns, place, step, k0, corner)
+
+
+@_both(*(_IN, _AT, "int64", _IN, _AT, _OUT, _AT, "int64", "UniTuple(int64, 4)"))
+def multiply_column(
+    left: Words,
+    left_at: Index,
+    row_step: int,
+    right: Words,
+    right_at: Index,
+    out: Words,
+    out_at: Index,
+    deep: int,
+    tile: tuple[int, int, int, int],
+) -> None:
+    """The same where the right operand is one column; its words and those of a row are neighbours.
+
+    Copying rows into panels would cost more than the products.
+    """
+    item0, item1, row0, row1 = tile
+    for item in range(item0, item1):
+        column, to = _place(right, right_at[item]), _place(out, out_at[item])
+        for i in range(row0, row1):
+            row = _place(left, left_at[item] + i * row_step)
+            total = _zero(to)
+            for k in range(deep):
+                total = _added(total, row[k], column[k])
+            to[i] = total
