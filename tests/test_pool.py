@@ -134,7 +134,7 @@ def test_a_defect_while_making_does_not_stop_the_pool(
     pool = pool_of(depth=0)
     pool.add(A, 100)
     maker.numbers = iter(())  # type: ignore[assignment]
-    with pytest.raises(Exception, match="internal error: StopIteration at test_pool"):
+    with pytest.raises(Exception, match="internal error: StopIteration"):
         pool.take(A, WAIT)
     maker.numbers = itertools.count(7)
     assert pool.take(A, WAIT).number == 7

@@ -61,6 +61,7 @@ def test_a_killed_server_is_named_and_picked_up_after_its_restart(
     check_serves(cluster)
 
 
+@pytest.mark.slow
 def test_a_frozen_server_is_named_within_the_deadline() -> None:
     with LocalCluster(seconds=1.0) as cluster:
         cluster.deploy(MODEL)
@@ -77,6 +78,7 @@ def test_a_frozen_server_is_named_within_the_deadline() -> None:
             bob.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_server_told_to_stop_exits_with_0(cluster: LocalCluster) -> None:
     assert cluster.stop("carol") == 0
     cluster.start("carol")
@@ -93,6 +95,7 @@ def test_a_taken_port_is_said_at_once(cluster: LocalCluster) -> None:
             cluster._servers["alice"] = running
 
 
+@pytest.mark.slow
 def test_no_server_outlives_a_killed_parent(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
