@@ -120,7 +120,7 @@ def test_the_engine_survives_a_hundred_thousand_frames() -> None:
     outcome: Counter[str] = Counter()
     session = Session("alice", 1 << 20, "bob at test")
     fresh = True
-    started = time.monotonic()
+    started = time.thread_time()  # of this thread: other work on the machine does not count
     for case in range(CASES):
         if session.state is State.CLOSED or rng.random() < 0.05:
             session = Session("alice", 1 << 20, "bob at test")
@@ -133,7 +133,7 @@ def test_the_engine_survives_a_hundred_thousand_frames() -> None:
         assert len(session._pending) <= MAX_CONTROL
         assert (session.state is State.CLOSED) or not refused
         outcome["refused" if refused else "events" if events else "waiting"] += 1
-    seconds = time.monotonic() - started
+    seconds = time.thread_time() - started
     print(f"{CASES} frames in {seconds:.1f} s: {dict(outcome)}")
     # Each way a frame can go is well covered, so the test tests something.
     assert min(outcome[way] for way in ("refused", "events", "waiting")) > CASES // 50

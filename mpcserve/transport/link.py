@@ -236,11 +236,11 @@ class Link:
             self._failed(error)
         except WireError as error:
             self.refuse(error)
-            self._linger()
         except Exception as error:  # a defect here or in a callback
             self._hooks.report(error)
             self.refuse(self._defect(error))
         finally:
+            self._linger()
             self._wind_up()
 
     def _read(self) -> None:

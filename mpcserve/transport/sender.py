@@ -48,6 +48,11 @@ class Outbox:
         self.credited = 0  # of these, consumed by the peer
         self.error: Callable[[], MpcError] | None = None  # why nothing more is accepted
 
+    def drop(self) -> None:
+        """Forget what is queued."""
+        self.frames.clear()
+        self.queued = 0
+
 
 class Sender:
     """Encrypts and writes frames; owns the writer thread and the sending side of the counters."""
@@ -132,11 +137,9 @@ class Sender:
     ) -> None:
         """Queue the last frame of a stream, behind what is queued or (`flush` False) instead."""
         with self._lock:
-            if not flush:
-                if out.frames:
-                    self._ring.remove(out)
-                    out.frames.clear()
-                out.queued = 0
+            if not flush and out.frames:
+                self._ring.remove(out)
+                out.drop()
             if last:
                 self._put(out, (last, b""))
             self._stop_stream(out, error)
@@ -175,6 +178,8 @@ class Sender:
                 return
             self._stopping = time.monotonic() + max(flush, _TICK_S)
             if not flush:
+                for out in self._ring:
+                    out.drop()
                 self._ring.clear()
                 self._urgent.clear()
             self._parting = parting
@@ -254,6 +259,8 @@ class Sender:
         try:
             if out.error is not None or self._held or self._more or self._rest:
                 return False
+            if self._stopping is not None:
+                return False
             if out.sent + len(payload) > out.credited + self._window:
                 return False
             out.sent += len(payload)
@@ -314,8 +321,10 @@ class Sender:
                 pause = self._pause(now)
                 if pause == 0:
                     return True
-                if self._stopping is not None and (pause is None or now > self._stopping):
-                    return False
+                if self._stopping is not None:
+                    if pause is None or now > self._stopping:
+                        return False
+                    pause = min(pause, self._stopping - now)
                 self._work.wait(pause)
 
     def _pause(self, now: float) -> float | None:
