@@ -183,6 +183,15 @@ def test_calibrated_values_stay_in_their_bounds_on_the_samples() -> None:
     assert run.headroom() > 0
 
 
+def test_samples_of_nothing_but_zeros_leave_room_for_rounding() -> None:
+    nodes = [node("Sub", ["x", "x"], ["h"]), node("LeakyRelu", ["h"], alpha=0.3)]
+    compiled = compile_model(
+        model_of(nodes, {"x": ("N", 3)}), calibrate=np.zeros((1, 3), np.float32), margin_bits=0
+    )
+    for seed in range(20):
+        Interpreter(compiled.plan, compiled.weights, rng_of(seed)).run(np.zeros((1, 3)))
+
+
 def test_samples_are_taken_in_batches_of_the_plan() -> None:
     x = np.array([[0.5] * 3, [0.25] * 3, [3.0] * 3], np.float32)
     plan = compile_model(single(), calibrate=x, batch=2).plan

@@ -22,12 +22,16 @@ Samples = str | Path | Array | Mapping[str, Array]
 ASSUMED = 16.0
 """Inputs are taken to lie in [−16, 16] when nothing is declared and no samples are given."""
 
+ROUNDING_BITS = 6
+"""Samples pass through in floats; fixed point may be off by some ulps, also where they are zero."""
+
 
 def ranges_of(
     graph: Graph,
     samples: Samples | None,
     declared: tuple[float, float] | None,
     margin_bits: int,
+    frac_bits: int,
 ) -> tuple[Ranges, list[str]]:
     """(ranges, notes that say what they rest on). Raises: InputError on samples that do not fit."""
     notes = []
@@ -42,14 +46,13 @@ def ranges_of(
     if samples is not None:
         arrays = _loaded(samples, graph.inputs)
         count = min(len(a) for a in arrays.values())
-        values = {k: _with_margin(h, margin_bits) for k, h in hulls(graph, arrays).items()}
+        values = {
+            k: _with_margin(h, margin_bits, frac_bits) for k, h in hulls(graph, arrays).items()
+        }
         notes.append(f"calibrated on {count} samples with {margin_bits} margin bits")
         for i in graph.inputs:
             if declared is None:
-                low, high = values[i.name]
-                reach = _power_of_two(max(-low, high))
-                least = float(arrays[i.name].min())
-                inputs[i.name] = (0.0 if least >= 0 else -reach, reach, "calibrated")
+                inputs[i.name] = _input_reach(arrays[i.name], margin_bits)
             else:
                 _refuse_outside(i.name, arrays[i.name], declared)
     for i in graph.inputs:
@@ -136,10 +139,17 @@ def _refuse_outside(name: str, array: Array, declared: tuple[float, float]) -> N
         )
 
 
-def _with_margin(hull: Hull, margin_bits: int) -> Hull:
+def _with_margin(hull: Hull, margin_bits: int, frac_bits: int) -> Hull:
     low, high = hull
-    slack = (2.0**margin_bits - 1) * max(abs(low), abs(high))
+    slack = (2.0**margin_bits - 1) * max(abs(low), abs(high)) + 2.0 ** (ROUNDING_BITS - frac_bits)
     return low - slack, high + slack
+
+
+def _input_reach(array: Array, margin_bits: int) -> Reach:
+    """Powers of two, so that the plan tells little of the samples; 0 where nothing is negative."""
+    low, high = float(array.min()), float(array.max())
+    reach = _power_of_two(2.0**margin_bits * max(-low, high, 2.0**-8))
+    return (0.0 if low >= 0 else -reach), reach, "calibrated"
 
 
 def _power_of_two(reach: float) -> float:

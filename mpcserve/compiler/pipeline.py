@@ -71,7 +71,7 @@ def compile_model(
     name = name or graph.name
     for run in PASSES:
         graph = run(graph)
-    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits)
+    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits, frac_bits)
     draft, problems = lower(graph, ranges, frac_bits, found)
     raise_all(graph.name, problems)
     for step in DRAFTS:
