@@ -66,6 +66,7 @@ def test_ctrl_c_leaves_no_process_of_the_demo(tmp_path: Path) -> None:
     assert list(tmp_path.glob("mpcserve-*")) == [], "keys were left behind"
 
 
+@pytest.mark.slow
 def test_bench_reports_what_it_promises(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "bench.json"
     words = ["--input", SAMPLES, "--batch", "5", "--runs", "2", "--json", str(path)]

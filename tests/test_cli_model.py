@@ -133,11 +133,18 @@ def test_verify_names_the_layer_that_exceeds_its_bound(tmp_path: Path, capsys: C
     np.save(tame, rows[:1] * np.float32(0.0) + rows.mean(axis=0, dtype=np.float32))
     wild = tmp_path / "wild.npy"
     np.save(wild, np.load(SAMPLES) * np.float32(1.5))
-    assert run(["verify", MLP, "--data", str(wild), "--calibrate", str(tame)]) == 3
+    declared = ["--input-range", "-16384", "16384"]
+    words = ["verify", MLP, "--data", str(wild), "--calibrate", str(tame), *declared]
+    assert run(words) == 3
     captured = capsys.readouterr()
     assert "EXCEEDED" in captured.out
     assert "exceed their bound" in captured.err
     assert "|x| reached" in captured.err
+
+
+def test_verify_refuses_data_outside_the_declared_range(capsys: Capture) -> None:
+    assert run(["verify", MLP, "--data", SAMPLES, "--input-range", "-1", "1"]) == 2
+    assert "outside the range [-1, 1]" in capsys.readouterr().err
 
 
 # --- what is wrong with a model or a file -------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mpcserve.cli.drawing import draw, side_by_side
 from mpcserve.cli.output import human_bytes, human_seconds, table
 from mpcserve.cli.plaintext import Plaintext, compare, predictions
 from mpcserve.cli.results import outputs_json, print_outputs, save_outputs
+from mpcserve.cli.signals import sigterm_interrupts
 from mpcserve.errors import ConfigError, InputError
 
 Capture = pytest.CaptureFixture[str]
@@ -126,6 +128,13 @@ def test_outputs_are_printed_saved_and_told_as_json(tmp_path: Path, capsys: Capt
     assert set(np.load(tmp_path / "z.npz").files) == {"logits", "label"}
     with pytest.raises(ConfigError, match="cannot write"):
         save_outputs(tmp_path / "no" / "y.npy", one)
+
+
+def test_sigterm_is_as_ctrl_c_while_servers_run() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_every_bundled_file_is_in_the_wheel() -> None:

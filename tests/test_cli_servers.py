@@ -17,6 +17,8 @@ from mpcserve.serving.keys import ROLES, init_keys, issue
 from mpcserve.serving.processes import reserved_ports
 from tests.cli_support import PATIENCE, await_gone, children_of, needs_proc
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Iterator[Config]:
@@ -45,8 +47,7 @@ def start(config: Config, *words: str) -> subprocess.Popen[str]:
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)],
+    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_up_leaves_no_server_behind(number: signal.Signals, status: int, config: Config) -> None:
     with start(config, "up") as up:

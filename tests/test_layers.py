@@ -45,7 +45,6 @@ ONLY_IN = {
     "yaml": {"config"},
     "sqlite3": {"serving"},
     "cryptography": {"config", "randomness", "serving", "transport"},
-    "prometheus_client": {"serving"},
     "socket": {"serving", "transport", "cli"},
     "ssl": {"serving", "transport", "cli"},
     "threading": {"serving", "transport", "cli"},

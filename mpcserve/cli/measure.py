@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpcserve.cli.arrays import Array, batches
+from mpcserve.cli.arrays import Array
 from mpcserve.cli.output import human_bytes, human_seconds, progress, table
 from mpcserve.cli.plaintext import Plaintext, compare
 from mpcserve.cli.results import print_traffic
@@ -50,8 +50,12 @@ def measure(
     when they are used up.
     """
     from mpcserve.serving import LocalCluster
+    from mpcserve.serving.inputs import batches, check_inputs
 
-    cut = [dict(zip(inputs, rows, strict=True)) for _, rows in batches(inputs, compiled.plan.batch)]
+    plan = compiled.plan
+    arrays = check_inputs(plan, inputs, "error")
+    names = [i.name for i in plan.inputs]
+    cut = [dict(zip(names, rows, strict=True)) for _, rows in batches(plan, arrays)]
     samples = []
     with progress("starting alice, bob and carol"):
         cluster = LocalCluster(

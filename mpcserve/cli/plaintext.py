@@ -65,6 +65,8 @@ class Plaintext:
         feed = {i.name: arrays[i.name].astype(i.dtype) for i in self.inputs}
         rows = len(next(iter(feed.values())))
         size = self.batch or rows
+        if size == rows:  # also of models whose results have no rows
+            return self._once(feed)
         parts = [
             [o[:used] for o in self._once(dict(zip(feed, cut, strict=True)))]
             for used, cut in batches(feed, size)
@@ -114,6 +116,8 @@ def compare(got: NDArray[Any], expected: NDArray[Any]) -> Comparison:
 
 def predictions(logits: NDArray[Any]) -> NDArray[np.int64] | None:
     """Class of each row: where its largest value is, or the value itself where it is a label."""
+    if logits.ndim == 0:
+        return None
     rows = logits.reshape(len(logits), -1)
     if logits.dtype.kind in "iu":
         return rows[:, 0].astype(np.int64) if rows.shape[1] == 1 else None

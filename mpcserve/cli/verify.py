@@ -81,6 +81,7 @@ def verify_command(
     with progress("evaluating"):
         got = _evaluate(compiled.plan, compiled.weights, inputs)
     report = _report(compiled.plan, expected, got, load_one(labels) if labels else None)
+    report["rows"] = rows
     if as_json:
         print_json(report)
     else:
@@ -91,11 +92,9 @@ def verify_command(
 def _evaluate(
     plan: Plan, weights: Mapping[str, NDArray[np.int64]], inputs: Mapping[str, Array]
 ) -> Evaluated:
-    import numpy as np
-
-    from mpcserve.cli.arrays import batches
     from mpcserve.protocol.clear import evaluate_clear
     from mpcserve.protocol.together import Together
+    from mpcserve.serving.inputs import batches, check_inputs, join_outputs
 
     peaks: dict[int, int] = {}
 
@@ -105,16 +104,13 @@ def _evaluate(
             peaks[id] = max(peaks.get(id, 0), peak)
 
     together = Together(plan, weights)
-    parts: tuple[list[list[Array]], list[list[Array]]] = ([], [])
-    for used, rows in batches(inputs, plan.batch):
-        clear = evaluate_clear(plan, weights, rows, watch)
-        real, bill = together.infer(rows)
-        for kept, outputs in zip(parts, (clear, real), strict=True):
-            kept.append([o[:used] for o in outputs])
-    reference, protocol = (
-        [np.concatenate(outputs) for outputs in zip(*kept, strict=True)] for kept in parts
-    )
-    return Evaluated(reference, protocol, peaks, bill)
+    reference, protocol = [], []
+    for used, rows in batches(plan, check_inputs(plan, inputs, "error")):
+        reference.append((used, evaluate_clear(plan, weights, rows, watch)))
+        outputs, bill = together.infer(rows)
+        protocol.append((used, outputs))
+    joined = [list(join_outputs(plan, parts).values()) for parts in (reference, protocol)]
+    return Evaluated(joined[0], joined[1], peaks, bill)
 
 
 def _report(
@@ -141,7 +137,6 @@ def _report(
     return {
         "model": plan.name,
         "plan_digest": plan.digest,
-        "rows": len(expected[0]),
         "batch": plan.batch,
         "outputs": outputs,
         "rounds": got.bill.rounds,
