@@ -47,23 +47,24 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     """Load, convert, fold. Raises: ModelError only when the source is not an ONNX model."""
     model, name, problems = load_model(source)
     digest = structure_digest(model)
-    model = importing.named(model)
-    given = onnx.ModelProto()
-    given.CopyFrom(model)
-    blocking = [*problems, *fix_batch(model, batch)]
-    problems = [*blocking, *survey(model)]
+    given = importing.readable(importing.named(model))
+    blocking = [*problems, *fix_batch(given, batch)]
+    problems = [*blocking, *survey(given)]
     graph = None
+    model, held = importing.lightened(given)
+    weights = {t.name for t in held}
     try:
         importing.checked(model)
         model = importing.converted(model)
         if not blocking:
-            model = expanded(importing.inferred(model), found)
-        problems += unknown_operators(model, found)
+            model = expanded(importing.inferred(model), found, weights)
+        problems += unknown_operators(model, found, weights)
         if not blocking:
-            graph = importing.folded_graph(importing.folded(model), name)
+            folded = importing.restored(importing.folded(model), held)
+            graph = importing.folded_graph(folded, name)
     except ModelError as e:
         # A model with unknown operators need not load; say only what is already known.
-        problems = problems or [*unknown_operators(model, found)]
+        problems = problems or [*unknown_operators(model, found, weights)]
         problems = problems or [Problem("", "", e.message, e.hint)]
     return Imported(name, digest, given, graph, tuple(problems))
 

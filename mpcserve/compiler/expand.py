@@ -6,6 +6,7 @@ stays is reported under its own name.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import onnx
@@ -19,13 +20,15 @@ _DEEPEST = 4
 """Function bodies may use functions; ONNX nests them by three."""
 
 
-def expanded(model: onnx.ModelProto, registry: Registry) -> onnx.ModelProto:
+def expanded(
+    model: onnx.ModelProto, registry: Registry, held: Collection[str] = ()
+) -> onnx.ModelProto:
     """The model with such nodes replaced. Needs the types of all values (`inferred`)."""
     opset = opset_of(model)
     types = {i.name: i.type for i in (*model.graph.value_info, *model.graph.input)}
     for t in model.graph.initializer:
         types[t.name] = helper.make_tensor_type_proto(t.data_type, list(t.dims))
-    secret = {n.name for n in secret_nodes(model.graph)}
+    secret = {n.name for n in secret_nodes(model.graph, held)}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         body = None

@@ -119,7 +119,9 @@ def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
     ]
     constants = [numpy_helper.from_array(np.asarray(v), k) for k, v in graph.constants.items()]
     proto = helper.make_graph(nodes, graph.name, inputs, outputs, constants)
-    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", graph.opset)])
+    opsets = [helper.make_opsetid("", graph.opset)]
+    ir_version = max(helper.find_min_ir_version_for(opsets), 8)
+    return helper.make_model(proto, opset_imports=opsets, ir_version=ir_version)
 
 
 def static_shape(info: onnx.ValueInfoProto) -> Shape | None:

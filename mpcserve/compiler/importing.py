@@ -17,8 +17,15 @@ from mpcserve.compiler.load import opset_of
 from mpcserve.compiler.survey import secret_nodes
 from mpcserve.errors import ModelError
 
-_LARGE_BYTES = 1 << 30
-"""Models above this travel to onnxruntime by external files: a protobuf ends at 2 GiB."""
+LARGE_BYTES = 1 << 30
+"""From here on a model is too large for the tools of onnx, whose protobufs end at 2 GiB: its large
+weights are set aside while they work, and go to onnxruntime by a file."""
+
+HELD_BYTES = 1 << 16
+"""Weights from this size on are set aside in a large model; shapes and axes are smaller."""
+
+OLDEST_IR = 8
+"""Older intermediate representations are read by every onnxruntime that we support."""
 
 _DISABLED = ["MatMulAddFusion"]
 """It would rename nodes and reshape batches; a bias after a MatMul is taken in by `fold_affine`."""
@@ -40,6 +47,36 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def lightened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+    """(model, weights set aside). In a large model these become inputs until `restored`."""
+    tensors = model.graph.initializer
+    if sum(len(t.raw_data) for t in tensors) < LARGE_BYTES:
+        return model, []
+    held = [t for t in tensors if len(t.raw_data) >= HELD_BYTES]
+    names = {t.name for t in held}
+    light = onnx.ModelProto()
+    light.ir_version, light.graph.name = model.ir_version, model.graph.name
+    light.opset_import.extend(model.opset_import)
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    light.graph.initializer.extend(t for t in tensors if t.name not in names)
+    for t in held:
+        info = helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        light.graph.input.append(info)
+    return light, held
+
+
+def restored(model: onnx.ModelProto, held: list[onnx.TensorProto]) -> onnx.ModelProto:
+    """The weights that were set aside are constants again."""
+    names = {t.name for t in held}
+    inputs = [i for i in model.graph.input if i.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(held)
+    return model
+
+
 def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     """In the newest opset that onnx and onnxruntime share; unchanged where there is no way."""
     target = newest_opset()
@@ -53,6 +90,13 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def readable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Stamped with no newer intermediate representation than its opset needs."""
+    needed = helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
+    model.ir_version = min(model.ir_version, max(needed, OLDEST_IR))
+    return model
+
+
 def newest_opset() -> int:
     """The newest opset that onnx writes and onnxruntime reads."""
     info = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
@@ -61,7 +105,7 @@ def newest_opset() -> int:
     for opset in range(onnx.defs.onnx_opset_version(), 7, -1):
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
         try:
-            session(model)
+            session(readable(model))
         except ModelError:
             continue
         return opset
@@ -72,19 +116,30 @@ def session(model: onnx.ModelProto, optimized: Path | None = None) -> ort.Infere
     """onnxruntime on a model; with `optimized`, its basic optimisation is written there."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = (
         level.ORT_ENABLE_BASIC if optimized else level.ORT_DISABLE_ALL
     )
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    size = sum(len(t.raw_data) for t in model.graph.initializer)
+    with tempfile.TemporaryDirectory(prefix="mpcserve-") as folder:
+        source: str | bytes
+        if size < LARGE_BYTES:
+            source = model.SerializeToString()
+        else:
+            source = str(Path(folder) / "model.onnx")
+            onnx.save(model, source, save_as_external_data=True, location="data")
+        return _opened(source, options, None if optimized is None else _DISABLED)
+
+
+def _opened(
+    source: str | bytes, options: ort.SessionOptions, disabled: list[str] | None
+) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(
-            model.SerializeToString(),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=_DISABLED if optimized else None,
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as e:  # onnxruntime's own exception classes share no base
         reason = str(e).splitlines()[0].split(" : ")[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
@@ -32,9 +32,9 @@ def survey(model: onnx.ModelProto) -> list[Problem]:
     return [*_types(model.graph), *_numbers(model.graph)]
 
 
-def secret_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Nodes whose result depends on an input's values, in order."""
-    constants = {t.name for t in graph.initializer}
+def secret_nodes(graph: onnx.GraphProto, held: Collection[str] = ()) -> list[onnx.NodeProto]:
+    """Nodes whose result depends on an input's values, in order; inputs in `held` are weights."""
+    constants = {t.name for t in graph.initializer} | set(held)
     secret = {i.name for i in graph.input if i.name not in constants}
     found = []
     for node in graph.node:
@@ -117,10 +117,12 @@ def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:
             yield Problem(*where, reason, "train or export the model again")
 
 
-def unknown_operators(model: onnx.ModelProto, registry: Registry) -> Iterator[Problem]:
+def unknown_operators(
+    model: onnx.ModelProto, registry: Registry, held: Collection[str] = ()
+) -> Iterator[Problem]:
     """Nodes that depend on an input and have no lowering."""
     opset = opset_of(model)
-    for node in secret_nodes(model.graph):
+    for node in secret_nodes(model.graph, held):
         if registry.find(node.op_type, opset, node.domain) is None:
             plain = Node(node.op_type, (), (), {}, node.name, node.domain)
             yield unknown_op(plain, opset, registry)
