@@ -3,12 +3,14 @@
 from mpcserve.protocol.dealer import Dealer
 from mpcserve.protocol.owners import reveal, share_input, share_weights, unpack_weight
 from mpcserve.protocol.parties import Round, Steps
-from mpcserve.protocol.server import Bundle, ServerProgram
+from mpcserve.protocol.server import OUTPUTS, Bundle, Materials, ServerProgram, size_of
 from mpcserve.protocol.together import Together, Transcript, drive, simulate
 
 __all__ = [
+    "OUTPUTS",
     "Bundle",
     "Dealer",
+    "Materials",
     "Round",
     "ServerProgram",
     "Steps",
@@ -19,6 +21,7 @@ __all__ = [
     "share_input",
     "share_weights",
     "simulate",
+    "size_of",
     "unpack_weight",
     "warm_up",
 ]

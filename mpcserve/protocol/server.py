@@ -11,7 +11,7 @@ import hmac
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Protocol
 
 from mpcserve.errors import Refused, WireError
 from mpcserve.kernels import bits
@@ -24,47 +24,62 @@ from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 from mpcserve.ring import Words, reduce
 
+OUTPUTS = -1
+"""The key under which a bundle holds this side's mask shares of the outputs."""
+
+
+class Materials(Protocol):
+    """Where an evaluation finds what was prepared; it may still be under way."""
+
+    def take(self, id: int) -> Material:
+        """The material of instruction `id` (or OUTPUTS), once; waits until it is there."""
+
+
+class _Ready:
+    """Materials that are all in memory."""
+
+    __slots__ = ("_parts", "nbytes")
+
+    def __init__(self, parts: dict[int, Material]) -> None:
+        self._parts = parts
+        self.nbytes = size_of(list(parts.values()))
+
+    def take(self, id: int) -> Material:
+        return self._parts.pop(id)
+
 
 class Bundle:
-    """All correlated randomness of one evaluation, as one server holds it. Used once."""
+    """All correlated randomness of one evaluation, as one server holds it. Used once.
 
-    __slots__ = ("_material", "_outputs", "id", "input_seeds", "nbytes")
+    `input_seeds`: in the order of the plan's inputs. `nbytes`: memory it holds, if prepared whole.
+    """
 
-    def __init__(
-        self,
-        id: bytes,
-        input_seeds: tuple[bytes, ...],
-        material: dict[int, Material],
-        outputs: tuple[Words, ...],
-    ) -> None:
+    __slots__ = ("_materials", "id", "input_seeds", "nbytes")
+
+    def __init__(self, id: bytes, input_seeds: tuple[bytes, ...], materials: Materials) -> None:
         self.id = id
         self.input_seeds = input_seeds
-        self.nbytes = _size_of(material.values()) + _size_of(outputs)
-        self._material: dict[int, Material] | None = material
-        self._outputs = outputs
+        self.nbytes = int(getattr(materials, "nbytes", 0))
+        self._materials: Materials | None = materials
 
     def __repr__(self) -> str:
-        return f"Bundle({self.id.hex()}, {self.nbytes} bytes, spent={self._material is None})"
+        return f"Bundle({self.id.hex()}, {self.nbytes} bytes, spent={self._materials is None})"
 
-    def spend(self) -> tuple[dict[int, Material], tuple[Words, ...]]:
+    def spend(self) -> Materials:
         """Hand out the material, once. Raises: Refused on a second call."""
-        if self._material is None:
+        if self._materials is None:
             raise Refused(
                 f"bundle {self.id.hex()} is spent", "a retry takes a new bundle: send it again"
             )
-        material, outputs = self._material, self._outputs
-        self._material, self._outputs = None, ()
-        return material, outputs
+        materials, self._materials = self._materials, None
+        return materials
 
 
-def _size_of(things: Any) -> int:
-    total = 0
-    for t in things:
-        if isinstance(t, tuple | list):
-            total += _size_of(t)
-        else:
-            total += int(getattr(t, "nbytes", 0))
-    return total
+def size_of(material: Material) -> int:
+    """Bytes of the arrays in a primitive's material."""
+    if isinstance(material, tuple | list):
+        return sum(map(size_of, material))
+    return int(getattr(material, "nbytes", 0))
 
 
 class ServerProgram:
@@ -112,13 +127,28 @@ class ServerProgram:
     # -- before the input ---------------------------------------------------------------------
 
     def prepare(self, bundle_id: bytes, take: Callable[[int], Buffer] | None) -> Bundle:
-        """Expand this side's masks and dealt shares; compute every term that needs no input.
+        """A whole bundle: every term that needs no input.
 
         `take(n)` returns bob's next n dealt bytes; None on alice.
         """
+        return self.bundle(bundle_id, _Ready(dict(self.materials(bundle_id, take))))
+
+    def bundle(self, bundle_id: bytes, materials: Materials) -> Bundle:
+        """A bundle whose materials come from elsewhere, perhaps while it is being evaluated."""
+        key = bundle_key(self._carol_key, self.plan.digest, bundle_id)
+        seeds = tuple(derive(key, spec.id) for spec in self.plan.inputs)
+        return Bundle(bundle_id, seeds, materials)
+
+    def materials(
+        self, bundle_id: bytes, take: Callable[[int], Buffer] | None
+    ) -> Iterator[tuple[int, Material]]:
+        """(id, material) of every interactive instruction in plan order, and last of OUTPUTS.
+
+        Expands this side's masks and dealt shares and computes what needs no input.
+        """
         assert (take is None) == (self.role == "alice")
         key = bundle_key(self._carol_key, self.plan.digest, bundle_id)
-        halves, material, seeds = dict(self._halves), {}, []
+        halves = dict(self._halves)
         uses = _uses(self.plan)
         for i in self.plan.instructions:
             if i.id in halves:
@@ -127,16 +157,16 @@ class ServerProgram:
             if OPS[i.op].local:
                 halves[i.id] = apply_local(i, mine, False)
             elif i.op == "input":
-                seeds.append(derive(key, i.id))
-                halves[i.id] = Stream(seeds[-1]).masks(i.value.shape, i.value.width)
+                seed = derive(key, i.id)
+                halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
             else:
                 io = PrepareIO(key, i.id, take)
-                halves[i.id], material[i.id] = self._prepare(io, i, mine)
+                halves[i.id], material = self._prepare(io, i, mine)
+                yield i.id, material
             for j in _finished(i, uses):
                 if j not in self._halves:
                     del halves[j]
-        outputs = tuple(halves[o.id] for o in self.plan.outputs)
-        return Bundle(bundle_id, tuple(seeds), material, outputs)
+        yield OUTPUTS, tuple(halves[o.id] for o in self.plan.outputs)
 
     def _prepare(
         self, io: PrepareIO, i: Instruction, halves: list[Words]
@@ -158,7 +188,7 @@ class ServerProgram:
         Yields one `Round` per round of the bill. Raises: Refused when the bundle is spent,
         WireError when an input has the wrong size.
         """
-        material, output_halves = bundle.spend()
+        materials = bundle.spend()
         values = dict(self._known)
         for spec, data in zip(self.plan.inputs, inputs, strict=True):
             values[spec.id] = unpack_value(self.plan, spec.id, data, spec.name)
@@ -172,13 +202,13 @@ class ServerProgram:
                     if OPS[i.op].local:
                         values[id] = apply_local(i, deltas, True)
                     else:
-                        steps = self._evaluate(i, material.pop(id), deltas)
+                        steps = self._evaluate(i, materials.take(id), deltas)
                         waiting.append((id, steps, next(steps)))
                 for j in _finished(i, uses):
                     del values[j]
             if waiting:
                 waiting = yield from _exchange(waiting, values)
-        return self._output_message(bundle.id, values, output_halves)
+        return self._output_message(bundle.id, values, materials.take(OUTPUTS))
 
     def _evaluate(self, i: Instruction, material: Material, deltas: list[Words]) -> Steps[Words]:
         if i.op in PRODUCTS:
