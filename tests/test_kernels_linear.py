@@ -133,6 +133,8 @@ SHAPES: list[tuple[Shape, Shape]] = [
     ((13, 31), (31, 65)),
     ((97, 513), (513, 71)),
     ((200, 9), (9, 1)),
+    ((3, 1, 4, 300), (2, 300, 1)),
+    ((9, 1), (1, 1)),
     ((2, 3, 4, 5), (5, 9)),
     ((2, 1, 4, 300), (3, 300, 17)),
     ((4, 5), (6, 5, 3)),
@@ -197,6 +199,18 @@ def test_matmul_reads_operands_however_they_lie_in_memory(
     )
     column = np.broadcast_to(b[..., :1], b.shape)
     assert np.array_equal(matmul(a, column), a @ column)
+
+
+def test_matmul_by_a_column_reads_operands_however_they_lie_in_memory(draw: Draw) -> None:
+    a, b = draw(2, 60, 40), draw(2, 40, 3)
+    for left in (a, a[:, ::2], a[:, :, ::-1], a.swapaxes(1, 2)[:, :40], a[:, :1]):
+        for right in (b[..., 1:2], b[:1, :, :1], b[:, ::-1, :1]):
+            deep = left.shape[-1]
+            column = np.concatenate([right, right], axis=1)[:, :deep]
+            for operand in (column, pack_matmul_b(column)):
+                assert np.array_equal(matmul(left, operand), left @ column)
+    wide = np.broadcast_to(a[..., :1], a.shape)
+    assert np.array_equal(matmul(wide, b[..., :1]), wide @ b[..., :1])
 
 
 def test_matmul_reads_read_only_and_unaligned_memory(draw: Draw) -> None:

@@ -1,14 +1,14 @@
 """Matrix products and convolutions: mod 2^64 on uint64 arrays, mod 2^32 on uint32 arrays.
 
-All arrays of a product are of one dtype. Callers with a narrower
-ring mask the result. Each product also exists as an iterator that fills the output front
-to back and says how far it is, so that a caller can send what is finished while the rest is
-computed. An operand that is used many times is packed once. Which code runs, in which order and for
-how long depends on shapes alone, never on values. Calls share no scratch memory and release the
-GIL.
+All arrays of a product are of one dtype. Callers with a narrower ring mask the result. Each product
+also exists as an iterator that fills the output front to back and says how far it is, so that a
+caller can send what is finished while the rest is computed. An operand that is used many times is
+packed once. Which code runs, in which order and for how long depends on shapes alone, never on
+values. Calls share no scratch memory and release the GIL.
 
 Memory: outside the output, at most SOURCE_WORDS words for a padded copy of a convolution's input
-(more only if one output row of the image needs more) and about half a megabyte.
+(more only if one output row of the image needs more) and about half a megabyte. Tables of indices,
+which follow from shapes, are kept for the next call: one or two megabytes for a usual model.
 """
 
 from __future__ import annotations
@@ -167,25 +167,28 @@ def _pack(source: Words, lanes: int, fill: int) -> Words:
     whole, rest = full * lanes, wide % lanes
     last = -(-rest // fill) * fill
     packed = _aligned(items * deep * (whole + last), source.dtype)
-    packed[...] = 0
+    out = packed.reshape(items, deep * (whole + last))
     for k0 in range(0, deep, KC):
-        depth, block = min(KC, deep - k0), packed.reshape(items, deep * (whole + last))
-        block = block[:, k0 * (whole + last) :][:, : depth * (whole + last)]
-        rows = source[:, k0 : k0 + depth]
+        depth = min(KC, deep - k0)
+        rows, block = source[:, k0 : k0 + depth], out[:, : depth * (whole + last)]
         panels = block[:, : whole * depth].reshape(items, full, depth, lanes)
         panels[...] = rows[..., :whole].reshape(items, depth, full, lanes).swapaxes(1, 2)
-        block[:, whole * depth :].reshape(items, depth, last)[..., :rest] = rows[..., whole:]
+        cut = block[:, whole * depth :].reshape(items, depth, last)
+        cut[..., :rest], cut[..., rest:] = rows[..., whole:], 0
+        out = out[:, depth * (whole + last) :]
     return packed
 
 
 def _check(*dtypes: np.dtype[np.unsignedinteger]) -> None:
-    """One dtype for all; those of a product."""
+    """Are these the dtypes of the operands of one product?"""
     assert dtypes.count(dtypes[0]) == len(dtypes), f"operands of different dtypes: {dtypes}"
     assert dtypes[0] in (np.uint64, np.uint32), f"neither uint64 nor uint32: {dtypes[0]}"
 
 
 def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     assert len(a) >= 2 and len(b) >= 2 and a[-1] == b[-2], (a, b)
+    if len(b) == 2:
+        return (*a[:-1], b[-1])
     return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
 
 

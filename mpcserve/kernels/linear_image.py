@@ -20,7 +20,7 @@ from mpcserve.kernels.linear_micro import Index
 from mpcserve.ring import Words
 
 SOURCE_WORDS = 1 << 20  # of a padded copy: 8 MiB
-TABLE, TABLES = 1 << 13, 256  # index tables up to this long, and this many, await the next call
+TABLE, TABLES = 1 << 13, 128  # index tables up to this long, and this many, await the next call
 SEVERAL_WORDS = 1 << 16  # small items are copied several at once, as many as fit an L2 cache
 
 Band = tuple[int, int]  # output rows first : last
@@ -134,7 +134,9 @@ def prepare(x: Words, g: Geometry, first: int, last: int, band: Band) -> Source:
         words, plane = x.reshape(-1), x.shape[2] * x.shape[3]
         start = first * g.w_shape[1] * plane + band[0] * g.strides[0] * x.shape[3]
     at = grid((last - first,), (g.w_shape[1] * plane,))
-    offs, base = _tables(g, band[1] - band[0])
+    high = band[1] - band[0]
+    small = max(g.deep, high * g.out_shape[3]) <= TABLE
+    offs, base = (_kept_tables if small else _tables)(g, high)
     return Source(words, at + start if start else at, offs, base)
 
 
@@ -149,7 +151,11 @@ def _tables(g: Geometry, high: int) -> tuple[Index, Index]:
         across = 1
     planes = grid((channels, tall), (rows * row, g.dilations[0] * row))
     offs = np.add.outer(planes, taps).reshape(-1)
+    offs.flags.writeable = False
     return offs, grid((high, g.out_shape[3]), (down * row, across))
+
+
+_kept_tables = lru_cache(maxsize=TABLES)(_tables)
 
 
 def grid(sizes: tuple[int, ...], steps: tuple[int, ...]) -> Index:

@@ -42,8 +42,8 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # lo·lo + 2^32·(lo·hi + hi·lo): a widening product and a 32-bit one, summed apart, then joined.
 NATIVE = "+avx512dq" in _FEATURES
 
-# Rows of sums held in registers: 12 of 32 vectors of 512 bits, or 6 pairs of 16 vectors of 256
-# bits. Narrower machines split the vectors; the result is the same.
+# Rows of sums in registers: 12 of 32 vectors of 512 bits, or 6 (6 pairs, of 64-bit words) of 16
+# vectors of 256 bits. Narrower machines split the vectors; the result is the same.
 ROWS = 12 if NATIVE else 6
 
 KC = 256  # depth of a panel: KC vectors of 512 bits are 16 KiB, half an L1 cache
@@ -120,7 +120,7 @@ class _Halves(_Kind):
 
 
 _KIND64 = _Kind(64, 8) if NATIVE else _Halves(64, 4, parts=2)
-_KIND32 = _Kind(32, 16)
+_KIND32 = _Kind(32, 2 * _KIND64.lanes)
 
 
 def lanes_of(dtype: DTypeLike) -> int:
