@@ -10,6 +10,7 @@ import pytest
 
 from mpcserve.compiler import compile_model
 from mpcserve.compiler.chunks import sign_chunks
+from mpcserve.errors import ModelError
 from mpcserve.plan import Instruction, Plan, cost_of, verify_plan
 from mpcserve.plan.ops import OPS
 from tests.onnx_cases import agree, model_of, node, ops_of, rng_of
@@ -198,9 +199,19 @@ def test_large_inputs_ask_for_finer_weights() -> None:
 def test_weights_give_up_bits_where_the_range_needs_them() -> None:
     w = np.full((3, 2), 2.0**10)
     model = model_of([node("MatMul", ["x", "w"])], {"x": (1, 3)}, {"w": w})
-    product, frac_bits = product_weights(model, input_range=(-(2.0**20), 2.0**20))
+    options: Any = {"input_range": (-(2.0**20), 2.0**20)}
+    product, frac_bits = product_weights(model, **options)
     assert frac_bits < 16
     assert product.value.bound + product.attrs["truncate"] <= 62
+    (note,) = (n for n in compile_model(model, **options).plan.notes if "weights of" in n)
+    assert f"layer 'MatMul:y' have {frac_bits} fraction bits" in note
+
+
+def test_weights_never_give_up_their_last_ten_significant_bits() -> None:
+    model = model_of([node("MatMul", ["x", "w"])], {"x": (1, 3)}, {"w": np.full((3, 2), 0.75)})
+    assert product_weights(model, input_range=(-(2.0**34), 2.0**34))[1] >= 10
+    with pytest.raises(ModelError, match="does not fit 64 bits"):
+        compile_model(model, input_range=(-(2.0**38), 2.0**38))
 
 
 def test_inputs_that_large_weights_multiply_are_held_finer() -> None:

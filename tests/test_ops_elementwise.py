@@ -162,6 +162,34 @@ def test_whole_numbers_cast_to_float_need_no_fraction_bits(kind: str) -> None:
     assert compiled.plan.value(compiled.plan.inputs[0].id).frac_bits == 0
 
 
+@pytest.mark.parametrize(
+    ("op", "more", "attrs"),
+    [
+        ("Add", [0.3], {}),
+        ("Max", [0.3], {}),
+        ("Concat", [np.full(SHAPE, 0.3)], {"axis": 1}),
+        ("Clip", [0.3, 1.7], {}),
+        ("Pad", [np.array([0, 0, 0, 0, 0, 1]), 0.3], {}),
+        ("LeakyRelu", [], {"alpha": 0.3}),
+        ("PRelu", [0.3], {}),
+        ("ReduceMean", [np.array([1])], {}),
+        ("Mul", [0.3], {}),
+        ("BatchNormalization", [np.full(3, v) for v in (0.5, 0.3, 0.3, 2.0)], {}),
+    ],
+)
+def test_whole_numbers_become_fractions_where_they_must(op: str, more: Any, attrs: Any) -> None:
+    rng = rng_of(14)
+    x = rng.integers(-3, 4, SHAPE).astype(np.int8)
+    constants = {f"c{i}": np.asarray(v, np.float32) for i, v in enumerate(more)}
+    integers = {k: v.astype(np.int64) for k, v in constants.items() if op == "ReduceMean"}
+    if op == "Pad":
+        integers = {"c0": constants["c0"].astype(np.int64)}
+    nodes = [node("Cast", ["x"], ["h"], to=1), node(op, ["h", *constants], **attrs)]
+    model = model_of(nodes, {"x": SHAPE}, constants | integers, kind=onnx.TensorProto.INT8)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    agree(model, [x], ulps=4, rng=rng)
+
+
 def test_a_cast_to_integers_is_refused_with_its_name() -> None:
     model = model_of([node("Cast", ["x"], ["h"], to=6), node("Cast", ["h"], to=1)], {"x": SHAPE})
     with pytest.raises(ModelError) as caught:

@@ -53,11 +53,26 @@ def with_frac_bits(b: Builder, x: Ref, frac_bits: int) -> Ref:
 
 
 def aligned(b: Builder, *xs: Operand) -> list[Ref]:
-    """All operands at one scale: the plan's, or the finest one where that is coarser."""
-    refs = [x for x in xs if isinstance(x, Ref)]
-    finest = max((r.frac_bits for r in refs), default=b.frac_bits)
-    frac_bits = finest if len({r.frac_bits for r in refs}) < 2 else min(finest, b.frac_bits)
+    """All operands at one scale: the plan's, or the finest one where that is coarser and does."""
+    scales = {x.frac_bits for x in xs if isinstance(x, Ref)}
+    finest = max(scales, default=b.frac_bits)
+    if not all(_on_grid(x, finest) for x in xs if not isinstance(x, Ref)):
+        finest = max(finest, b.frac_bits)
+        scales.add(finest)
+    frac_bits = finest if len(scales) < 2 else min(finest, b.frac_bits)
     return [with_frac_bits(b, secret(b, x, frac_bits), frac_bits) for x in xs]
+
+
+def fine_enough(b: Builder, x: Ref, *values: float) -> Ref:
+    """x at a scale that holds the public `values`: whole numbers may have no fraction bits."""
+    if x.frac_bits >= b.frac_bits or all(_on_grid(v, x.frac_bits) for v in values):
+        return x
+    return with_frac_bits(b, x, b.frac_bits)
+
+
+def _on_grid(x: Array | float, frac_bits: int) -> bool:
+    scaled = np.ldexp(np.asarray(x, np.float64), frac_bits)
+    return bool(np.all(scaled == np.rint(scaled)))
 
 
 def times(b: Builder, x: Ref, factor: float) -> Ref:
@@ -68,6 +83,7 @@ def times(b: Builder, x: Ref, factor: float) -> Ref:
     """
     if float(factor).is_integer():
         return b.scale(x, int(factor))
+    x = fine_enough(b, x, factor)
     shift, scaled = fraction(factor, b.bound(x))
     return b.shift(b.scale(x, scaled), shift, 0)
 
@@ -117,9 +133,10 @@ def minimum(b: Builder, x: Operand, y: Operand) -> Ref:
 def clip(b: Builder, x: Ref, low: float | None, high: float | None) -> Ref:
     """min(max(x, low), high) for public ends; the two comparisons run side by side."""
     held = b.interval(x)
-    ulp = 2.0**-x.frac_bits
-    low = None if low is None or low <= held.least else _on_grid(low, ulp)
-    high = None if high is None or high >= held.most else _on_grid(high, ulp)
+    low = None if low is None or low <= held.least else low
+    high = None if high is None or high >= held.most else high
+    x = fine_enough(b, x, *(e for e in (low, high) if e is not None))
+    low, high = (None if e is None else _rounded(e, x.frac_bits) for e in (low, high))
     if low is not None and high is not None and high < low:
         low = high  # ONNX: the upper end wins.
     if low is None and high is None:
@@ -161,5 +178,5 @@ def add_all(b: Builder, xs: Sequence[Operand]) -> Ref:
     return reduce(b.add, refs)
 
 
-def _on_grid(value: float, ulp: float) -> float:
-    return float(np.rint(value / ulp) * ulp)
+def _rounded(value: float, frac_bits: int) -> float:
+    return float(np.ldexp(np.rint(np.ldexp(value, frac_bits)), -frac_bits))

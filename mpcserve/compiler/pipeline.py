@@ -30,7 +30,7 @@ from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 from mpcserve.compiler.passes.unused import remove_unused
-from mpcserve.compiler.precision import check_fit, tune_inputs, tune_weights
+from mpcserve.compiler.precision import check_fit, coarse_weights, tune_inputs, tune_weights
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import registry
 from mpcserve.compiler.widths import assign_widths, extended
@@ -88,7 +88,7 @@ def compile_model(
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
         "opset": graph.opset,
         "model_digest": imported.digest,
-        "notes": tuple(notes),
+        "notes": (*notes, *coarse_weights(draft, frac_bits)),
     }
     plan = assign_widths(draft, name, **about)
     verify_plan(plan)

@@ -28,8 +28,11 @@ LARGE_GAIN_BITS = 2
 """Weights of norm beyond 2^2 ask for as many more bits of the input."""
 
 MOST_EXTRA_BITS = 16
-FEWEST_BITS = 6
-"""Below six fraction bits a weight is noise; then the model does not fit."""
+FEWEST_SIGNIFICANT_BITS = 10
+"""With fewer for the largest entry of a weight the layer is noise; then the model does not fit."""
+
+COARSEST = 6
+"""Fewer fraction bits than this are not worth proposing."""
 
 
 def tune_weights(draft: Draft, frac_bits: int) -> Draft:
@@ -41,7 +44,7 @@ def tune_weights(draft: Draft, frac_bits: int) -> Draft:
         room = min(_room(draft.steps[p]) for p in products)
         by = min(wish, room) if room >= 0 else room
         least = max(-int(draft.steps[p].attrs["truncate"]) for p in products)
-        by = max(by, FEWEST_BITS - step.frac_bits, least)
+        by = max(by, _fewest(draft, id) - step.frac_bits, least)
         if by:
             change[id] = by
     return settle_all(_apply(draft, change)) if change else draft
@@ -82,20 +85,37 @@ def check_fit(draft: Draft, frac_bits: int) -> list[Problem]:
         excess = step.bound + spare - WIDEST_BOUND
         if excess > short.get(step.layer, (0, step))[0]:
             short[step.layer] = (excess, step)
+    worst = max((excess for excess, _ in short.values()), default=0)
+    way_out = _way_out(frac_bits - -(-worst // 2))
     return [
         Problem(
             layer or "input",
             step.op,
             f"its range ±2^{step.bound - step.frac_bits} does not fit 64 bits: {excess} bits short",
-            _way_out(frac_bits - -(-excess // 2)),
+            way_out,
         )
         for layer, (excess, step) in short.items()
     ]
 
 
+def coarse_weights(draft: Draft, frac_bits: int) -> list[str]:
+    """A note per layer whose weights had to give up fraction bits."""
+    return [
+        f"weights of layer {step.layer!r} have {step.frac_bits} fraction bits: "
+        "its range leaves no more, calibrate with samples"
+        for id, products in _tunable(draft)
+        if (step := draft.steps[id]).frac_bits < frac_bits and products
+    ]
+
+
 def _way_out(frac_bits: int) -> str:
-    lower = f", or give --frac-bits {frac_bits}" if frac_bits >= FEWEST_BITS else ""
+    lower = f", or give --frac-bits {frac_bits}" if frac_bits >= COARSEST else ""
     return f"calibrate with samples (--calibrate) or narrow --input-range{lower}"
+
+
+def _fewest(draft: Draft, weight: int) -> int:
+    largest = float(np.abs(draft.arrays[draft.steps[weight].attrs["name"]]).max(initial=0.0))
+    return max(FEWEST_SIGNIFICANT_BITS - frexp(largest)[1], 0)
 
 
 def _room(product: Step) -> int:

@@ -104,6 +104,7 @@ def leaky_relu(b: Builder, x: Ref, /, *, alpha: float = 0.01) -> Ref:
     """x or alpha·x with a public alpha: one comparison. Error: 1.75 ulp."""
     if alpha == 0:
         return f.relu(b, x)
+    x = f.fine_enough(b, x, alpha)
     # x + (alpha − 1)·min(x, 0): only the negative part must be wide enough for the fraction.
     bent = b.add(x, times(b, _negative(b, x), alpha - 1))
     held, ulp = b.interval(x), 2.0**-x.frac_bits

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from mpcserve.compiler.builder import Builder, Ref
-from mpcserve.compiler.functions import reduce_max, times
+from mpcserve.compiler.functions import aligned, reduce_max, times
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
 from mpcserve.compiler.windows import pads_of, pooled_size
@@ -137,7 +137,7 @@ def _divided(b: Builder, x: Ref, counts: list[list[int]], axis: int, by: int = 1
         part = b.slice(x, axis, start, stop)
         parts.append(_divided(b, part, counts[1:], axis + 1, by * members))
         start = stop
-    return b.concat(parts, axis)
+    return b.concat(aligned(b, *parts), axis)
 
 
 def _refuse_empty(

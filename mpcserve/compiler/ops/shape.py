@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpcserve.compiler.builder import Builder, Operand, Ref
-from mpcserve.compiler.functions import aligned, axis_of, ints_of, secret, values_of
+from mpcserve.compiler.functions import aligned, axis_of, fine_enough, ints_of, secret, values_of
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
 
@@ -190,6 +190,7 @@ def _padded(b: Builder, x: Ref, mode: str, pads: list[int], value: float) -> Ref
         for axis in range(rank):
             head, tail = max(-before[axis], 0), max(-after[axis], 0)
             x = b.slice(x, axis, head, x.shape[axis] - tail)
+        x = fine_enough(b, x, value) if any(p > 0 for p in pads) else x
         return b.pad(x, [max(p, 0) for p in before], [max(p, 0) for p in after], value)
     if mode not in _NUMPY_MODES:
         raise Unsupported(f"pad mode {mode!r} is unknown")
