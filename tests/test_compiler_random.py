@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from tests.onnx_cases import agree, model_of, node, rng_of
+from mpcserve.compiler import compile_model
+from mpcserve.plan import bill_of
+from mpcserve.protocol.together import simulate
+from tests.onnx_cases import agree, model_of, node, plain, rng_of
 
 
 class Net:
@@ -103,9 +107,8 @@ class Net:
         return self.add(op, [x, self.small(s[1], 1, 1)], s)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_random_network_agrees_with_onnxruntime(seed: int) -> None:
-    rng = rng_of(seed)
+def grown(rng: np.random.Generator) -> tuple[onnx.ModelProto, Any]:
+    """A network with a Gemm at its end, and an input."""
     net, x = Net(rng), "x"
     for _ in range(int(rng.integers(2, 9))):
         x = net.grow(x)
@@ -114,5 +117,20 @@ def test_a_random_network_agrees_with_onnxruntime(seed: int) -> None:
     x = net.add("Gemm", [x, net.small(size, 3), net.small(3)], (2, 3))
     print([n.op_type for n in net.nodes])
     model = model_of(net.nodes, {"x": (2, 3, 6, 6)}, net.constants, outputs=[x])
-    given = rng.uniform(-2, 2, (2, 3, 6, 6)).astype(np.float32)
-    agree(model, [given], ulps=64, rng=rng, input_range=(-2, 2))
+    return model, rng.uniform(-2, 2, (2, 3, 6, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_random_network_agrees_with_onnxruntime(seed: int) -> None:
+    rng = rng_of(seed)
+    model, x = grown(rng)
+    agree(model, [x], ulps=64, rng=rng, input_range=(-2, 2))
+
+
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_the_protocol_runs_a_random_network_as_billed(seed: int) -> None:
+    model, x = grown(rng_of(seed))
+    compiled = compile_model(model, calibrate=x)
+    outputs, bill = simulate(compiled.plan, compiled.weights, [x])
+    assert bill == bill_of(compiled.plan)
+    assert np.abs(outputs[0] - plain(model, x)[0]).max() < 64 * 2.0**-16

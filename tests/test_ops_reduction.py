@@ -23,7 +23,8 @@ def test_reductions_take_axes_as_attribute_or_input(
     rng = rng_of(1)
     x = rng.uniform(-4, 4, SHAPE).astype(np.float32)
     as_input = opset >= (13 if op == "ReduceSum" else 18)
-    names, constants, attrs = ["x"], {}, {"keepdims": keepdims}
+    names, constants = ["x"], {}
+    attrs: dict[str, Any] = {"keepdims": keepdims}
     if axes is not None and as_input:
         names, constants = ["x", "a"], {"a": np.array(axes)}
     elif axes is not None:
@@ -47,7 +48,7 @@ def test_argmax_breaks_ties_as_asked(axis: int, keepdims: int, last: int) -> Non
     rng = rng_of(3)
     # Few different values, so that ties are many.
     x = rng.integers(-1, 2, (4, 7, 6)).astype(np.float32)
-    attrs = {"axis": axis, "keepdims": keepdims, "select_last_index": last}
+    attrs: dict[str, Any] = {"axis": axis, "keepdims": keepdims, "select_last_index": last}
     model = model_of([node("ArgMax", ["x"], **attrs)], {"x": x.shape})
     model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
     compiled = agree(model, [x], ulps=0, rng=rng)
