@@ -94,7 +94,8 @@ def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
 def test_a_pickled_array_is_never_unpickled(tmp_path: Path) -> None:
     model, path = compiled(), tmp_path / "net.weights"
     with path.open("wb") as file:
-        np.savez(file, plan_digest=np.array(model.plan.digest), **{"weight/w0": np.array([{}])})
+        arrays: Any = {"weight/w0": np.array([{}])}
+        np.savez(file, plan_digest=np.array(model.plan.digest), **arrays)
     with pytest.raises(PlanError, match="not a weights file"):
         load_weights(path, model.plan)
 

@@ -156,7 +156,7 @@ def _read(plan: Plan, reader: Instruction) -> int:
     if OPS[reader.op].local:
         return reader.value.width + int(reader.attrs.get("bits", 0))
     if reader.op == "sign":
-        return sum(reader.attrs["chunks"]) + 1
+        return int(sum(reader.attrs["chunks"])) + 1
     return int(reader.attrs["width"])
 
 
