@@ -53,7 +53,7 @@ def fixed_index(i: Instruction, static: frozenset[int]) -> int | None:
 
 def ready(i: Instruction, index: int, w: Words) -> Operand:
     """Lay a fixed operand out for the kernel, once per deployment, in words of the ring."""
-    w = _in_ring(i, w)
+    w = as_words(w, i.attrs["ring"])
     if index == 1 and i.op == "matmul":
         return linear.pack_matmul_b(np.ascontiguousarray(w))
     if index == 1 and i.op == "conv":
@@ -69,7 +69,7 @@ def fix(side: Side, i: Instruction, index: int, delta: Words, half: Words) -> Fi
 
 def _product(i: Instruction, a: Operand, b: Operand, out: Words) -> Iterator[int]:
     """a∘b into `out`, tile by tile; yields how many leading elements are final."""
-    a, b = (_in_ring(i, v) if isinstance(v, np.ndarray) else v for v in (a, b))
+    a, b = (as_words(v, i.attrs["ring"]) if isinstance(v, np.ndarray) else v for v in (a, b))
     if i.op == "mul":
         assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
         np.multiply(a, b, out=out)
@@ -95,19 +95,10 @@ def _product(i: Instruction, a: Operand, b: Operand, out: Words) -> Iterator[int
 
 
 def _whole(i: Instruction, a: Operand, b: Operand) -> Words:
-    out = np.empty(i.value.shape, _word(i))
+    out = np.empty(i.value.shape, word_type(i.attrs["ring"]))
     for _ in _product(i, a, b, out):
         pass
     return out
-
-
-def _in_ring(i: Instruction, x: Words) -> Words:
-    """x in the words in which this product is computed."""
-    return x.astype(_word(i), copy=False)
-
-
-def _word(i: Instruction) -> type[np.unsignedinteger]:
-    return word_type(i.attrs["ring"]) if i.op == "mul" else np.uint64
 
 
 def _pair(index: int, fixed: Operand, other: Words) -> tuple[Operand, Operand]:
@@ -133,7 +124,7 @@ def prepare(
 ) -> tuple[Words, Material]:
     """γ_i − λd_i − λx_i∘Δw, and the output's mask share."""
     ring = i.attrs["ring"]
-    rest = _in_ring(i, io.dealt(i.value.shape, ring))
+    rest = io.dealt(i.value.shape, ring)
     lam = io.mask(i.value.shape, i.value.width)
     both = None
     if fixed is None:
@@ -142,9 +133,9 @@ def prepare(
         other = halves[1 - fixed.index]
         rest -= _whole(i, *_pair(fixed.index, fixed.delta, other))
     if len(i.inputs) == 3:
-        rest -= _in_ring(i, halves[2])
+        rest -= as_words(halves[2], ring)
         if io.leader and i.inputs[2] in known:
-            rest += _in_ring(i, known[i.inputs[2]])
+            rest += as_words(known[i.inputs[2]], ring)
     return lam, Material(rest.reshape(-1), lam.reshape(-1), both)
 
 
@@ -166,9 +157,9 @@ def evaluate(
         a, b = deltas[0], np.asarray(deltas[1] - half_b if leader else np.negative(half_b))
         rest = rest - _whole(i, half_a, deltas[1]).reshape(-1)
     if len(i.inputs) == 3 and leader and i.inputs[2] not in known:
-        rest = (rest.reshape(i.value.shape) + _in_ring(i, deltas[2])).reshape(-1)
-    out = np.empty(i.value.shape, _word(i))
-    flat, lam, width = out.reshape(-1), _in_ring(i, material.lam), i.value.width
+        rest = (rest.reshape(i.value.shape) + as_words(deltas[2], ring)).reshape(-1)
+    out = np.empty(i.value.shape, word_type(ring))
+    flat, lam, width = out.reshape(-1), as_words(material.lam, ring), i.value.width
 
     def pieces() -> Iterator[memoryview]:
         start = 0
