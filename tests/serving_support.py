@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -151,3 +153,11 @@ def some_rows(plan: Plan, rows: int, seed: int = 0) -> NDArray[np.float32]:
     shape = (rows, *plan.inputs[0].shape[1:])
     ulps = np.random.default_rng(seed).integers(-8 << FRAC, 8 << FRAC, shape, endpoint=True)
     return (ulps / 2.0**FRAC).astype(np.float32)
+
+
+def until(happens: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen"
+        threading.Event().wait(0.002)

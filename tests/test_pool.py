@@ -12,6 +12,7 @@ import pytest
 
 from mpcserve.errors import PeerLost, PeerTimeout, Refused
 from mpcserve.serving.pool import Pool, Shelf
+from tests.serving_support import until
 
 A, B = b"a" * 16, b"b" * 16
 WAIT = 20.0
@@ -109,8 +110,7 @@ def test_requests_come_before_stock(pool_of: Callable[..., Pool[Entry]], maker: 
     pool.add(B, 100)
     with ThreadPoolExecutor(1) as threads:
         taken = threads.submit(pool.take, B, WAIT)
-        while pool.waiting(B) == 0:
-            pass
+        until(lambda: pool.waiting(B) > 0)
         maker.open.set()
         assert taken.result(WAIT).deployment == B
     assert B in maker.made[:2]
@@ -146,8 +146,7 @@ def test_a_failed_stock_is_tried_again_at_once_when_told(
     maker.failing = True
     pool = pool_of(depth=1)
     pool.add(A, 100)
-    while not maker.made:
-        pass
+    until(lambda: bool(maker.made))
     maker.failing = False
     pool.retry()
     assert pool.wait_filled(WAIT) and pool.ready(A) == 1
@@ -179,8 +178,7 @@ def test_removing_a_deployment_refuses_those_who_wait(
     pool.add(A, 100)
     with ThreadPoolExecutor(1) as threads:
         taken = threads.submit(pool.take, A, WAIT)
-        while pool.waiting(A) == 0:
-            pass
+        until(lambda: pool.waiting(A) > 0)
         pool.remove(A)
         with pytest.raises(Refused, match="retired"):
             taken.result(WAIT)

@@ -26,6 +26,7 @@ from tests.serving_support import (
     dense_relu_plan,
     dense_weights,
     some_rows,
+    until,
 )
 
 PLAN = dense_relu_plan()
@@ -229,7 +230,7 @@ def test_every_bundle_is_spent_on_both_sides_or_still_in_stock(trio: Trio, clien
     assert isinstance(alice, Alice) and isinstance(bob, Bob)
     stock = sum(alice.pool.ready(d.id) for d in alice.store)
     assert len(bob.shelf) == stock
-    assert not bob.meeting
+    until(lambda: not bob.meeting)
 
 
 def test_deployments_survive_a_restart(tmp_path: Path) -> None:
@@ -254,8 +255,7 @@ def test_too_many_requests_are_refused(tmp_path: Path) -> None:
         assert isinstance(alice, Alice)
         with ThreadPoolExecutor(4) as threads, alice.gate.enter(1.0), alice.gate.enter(1.0):
             waiting = [threads.submit(client.infer, some_rows(PLAN, 2)) for _ in range(2)]
-            while alice.gate.counts != (2, 2):
-                pass
+            until(lambda: alice.gate.counts == (2, 2))
             with pytest.raises(Refused, match="busy: 2 requests run and 2 wait"):
                 client.infer(some_rows(PLAN, 2))
             assert not any(w.done() for w in waiting)
@@ -275,8 +275,7 @@ def test_draining_lets_a_request_finish_and_takes_no_other(tmp_path: Path) -> No
         with ThreadPoolExecutor(1) as threads:
             with alice.gate.enter(1.0), alice.gate.enter(1.0):
                 running = threads.submit(client.infer, some_rows(PLAN, 2))
-                while alice.gate.counts[1] == 0:
-                    pass
+                until(lambda: alice.gate.counts[1] > 0)
                 assert not alice.drain(0.05)
             assert alice.drain(20.0)
             running.result(20.0)

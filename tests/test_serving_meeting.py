@@ -10,6 +10,7 @@ import pytest
 from mpcserve.errors import PeerError, PeerLost, PeerTimeout, Refused
 from mpcserve.serving.gate import Gate
 from mpcserve.serving.meeting import Meeting
+from tests.serving_support import until
 
 A, B = b"a" * 16, b"b" * 16
 WAIT = 20.0
@@ -31,8 +32,7 @@ def test_the_halves_meet_whichever_comes_first(first: str) -> None:
             assert claimed.wait(WAIT)
         offering = threads.submit(meeting.offer, A, "half", "alice", WAIT)
         if first == "offer":
-            while not meeting:
-                pass
+            until(lambda: bool(meeting))
             claiming = threads.submit(claim)
         assert claiming.result(WAIT) == "half"
         offering.result(WAIT)
@@ -70,8 +70,7 @@ def test_one_id_is_offered_once_and_offers_are_bounded() -> None:
     meeting: Meeting[str] = Meeting(1)
     with ThreadPoolExecutor(1) as threads:
         offering = threads.submit(meeting.offer, A, "half", "alice", WAIT)
-        while not meeting:
-            pass
+        until(lambda: bool(meeting))
         with pytest.raises(Refused, match="sent twice"):
             meeting.offer(A, "again", "alice", WAIT)
         with pytest.raises(Refused, match="busy"):

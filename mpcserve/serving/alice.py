@@ -8,12 +8,10 @@ prepare   alice → bob                  both prepare a bundle; bob has carol de
 from __future__ import annotations
 
 import secrets
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from mpcserve.errors import MpcError, PeerTimeout, Refused, WireError
+from mpcserve.errors import MpcError, Refused, WireError
 from mpcserve.plan.bill import bill_of
 from mpcserve.plan.store import plan_bytes
 from mpcserve.protocol import ServerProgram
@@ -22,7 +20,7 @@ from mpcserve.serving.deployment import ID_BYTES, Deployment
 from mpcserve.serving.evaluation import Live, Prepared, Timer, bring_to_life, evaluate
 from mpcserve.serving.gate import Gate
 from mpcserve.serving.links import Wiring
-from mpcserve.serving.log import log, named_error
+from mpcserve.serving.log import log
 from mpcserve.serving.online import OnlineServer, WeightsReceived
 from mpcserve.serving.pool import Pool
 from mpcserve.serving.report import Meter, merged, server_report
@@ -45,7 +43,6 @@ class Alice(OnlineServer):
         config = wiring.config
         self.gate = Gate(config.limits.requests, config.limits.queue)
         self.pool: Pool[Prepared] = Pool(self._make, config.pool.depth, config.pool.max_bytes)
-        self._deploying = threading.Lock()
         super().__init__(wiring)
         self.store.settle(())  # what she had not committed when she stopped was never deployed
 
@@ -81,7 +78,7 @@ class Alice(OnlineServer):
 
     def on_linked(self, link: Link) -> None:
         """Tell the follower what is deployed before anything else is asked of it."""
-        with self._one_deploy(self.deadlines.request):
+        with self.one_change(self.deadlines.request):
             self._settle(link)
         super().on_linked(link)
         self.pool.retry()
@@ -176,22 +173,23 @@ class Alice(OnlineServer):
         bob = self.links.get("bob").channel(request.id)
         with failing(bob):
             bob.send_message({"type": "stage"})
-            with self._one_deploy(request.deadline.left()):
+            with self.one_change(request.deadline.left()):
                 live = self._deploy_on_all(request, bob)
         request.channel.send_message({"type": "deployed"})
         log.info("deploy %s: %s, plan %s", request.name, live.deployment.name, live.plan.digest)
 
     def _deploy_on_all(self, request: Request, bob: Channel) -> Live:
-        """Stage on all three, then commit on all three."""
-        carol = self.links.get("carol").channel(request.id)
-        try:
-            with failing(bob, carol):
-                carol.send_message({"type": "stage"})
+        """Stage on all three, then commit on all three. An error before alice commits is undone."""
+        carol, id = self.links.get("carol").channel(request.id), request.message.id("deployment")
+        with failing(bob, carol):
+            carol.send_message({"type": "stage"})
+            try:
                 live = self._stage(request, bob, carol)
-            self._commit(live, (bob, carol), request)
-        except Exception:
-            self._undo(request.message.id("deployment"))
-            raise
+                self.store.commit(id)
+            except Exception:
+                self.store.discard(id)
+                raise
+        self._tell_committed(live, (bob, carol), request)
         return live
 
     def _stage(self, request: Request, bob: Channel, carol: Channel) -> Live:
@@ -228,9 +226,8 @@ class Alice(OnlineServer):
                 )
         return live
 
-    def _commit(self, live: Live, followers: Sequence[Channel], request: Request) -> None:
-        """From here on the deployment stands: a follower that is lost now learns it later."""
-        self.store.commit(live.deployment.id)
+    def _tell_committed(self, live: Live, followers: Sequence[Channel], request: Request) -> None:
+        """The deployment stands: a follower that is lost now is told when it is back."""
         try:
             for follower in followers:
                 follower.send_message({"type": "commit"})
@@ -239,18 +236,8 @@ class Alice(OnlineServer):
                 receive_message(follower, "committed", what, request.deadline.left())
         finally:
             for follower in followers:
-                follower.close()
+                follower.close()  # whatever happened: an error would take the word back
             self.enliven(live.deployment, live)
-
-    def _undo(self, id: bytes) -> None:
-        """Discard what was staged here; followers that can be reached discard it too."""
-        self.store.discard(id)
-        for peer in FOLLOWERS:
-            try:
-                self._settle(self.links.get(peer))
-            except Exception as e:
-                # It will be told when it connects again.
-                log.warning("%s was not told to discard a deployment: %s", peer, named_error(e))
 
     def _replaced(self, request: Request) -> bytes | None:
         """The deployment that this one retires. Raises: Refused unless it may."""
@@ -279,15 +266,3 @@ class Alice(OnlineServer):
             what = f"{link.peer} to settle its deployments"
             receive_message(channel, "settled", what, self.deadlines.request)
         channel.close()
-
-    @contextmanager
-    def _one_deploy(self, timeout: float) -> Iterator[None]:
-        """One deployment at a time: names are given out one after the other."""
-        if not self._deploying.acquire(timeout=timeout):
-            raise PeerTimeout(
-                f"another deployment has not ended in {timeout:.1f} s", "try again later"
-            )
-        try:
-            yield
-        finally:
-            self._deploying.release()

@@ -18,8 +18,8 @@ from mpcserve.serving.meeting import Meeting
 from mpcserve.serving.online import OnlineServer, WeightsReceived
 from mpcserve.serving.pool import Shelf
 from mpcserve.serving.report import Meter, merged, server_report
-from mpcserve.serving.request import Request, check_digest, failing, receive_message
-from mpcserve.serving.server import OWNERS, Route
+from mpcserve.serving.request import Message, Request, check_digest, failing, receive_message
+from mpcserve.serving.server import DECISION_S, OWNERS, Route
 from mpcserve.transport import Link
 
 
@@ -133,38 +133,48 @@ class Bob(OnlineServer):
 
     def _stage(self, request: Request) -> None:
         alice, timeout = request.channel, self.deadlines.round
-        with self.meeting.claim(request.id, "the model owner", timeout) as asked:
+        with (
+            self.meeting.claim(request.id, "the model owner", timeout) as asked,
+            self.one_change(request.deadline.left()),
+        ):
             order = receive_message(alice, "order", "the deployment", request.deadline.left())
-            alice_key = bytes(alice.receive(KEY_BYTES, "a pair key", timeout))
-            plan = self.receive_plan(asked)
-            check_digest(plan, order.text("digest"), "alice", self.role)
-            deployment = Deployment(
-                order.id("deployment"),
-                order.text("name"),
-                plan,
-                {"alice": alice_key, "carol": secrets.token_bytes(KEY_BYTES)},
-                order.optional_id("replaces"),
-            )
-            carol = self.links.get("carol").channel(request.id)
-            with failing(carol):
-                carol.send_message({"type": "key", "digest": plan.digest})
-                carol.send(deployment.keys["carol"])
-                asked.channel.send_message({"type": "masks"})
-                seed = ServerProgram.weight_seed(plan, "bob", deployment.keys["carol"])
-                asked.channel.send(seed)
-                weights = WeightsReceived(asked.channel, plan, timeout)
-                self.store.stage(deployment, weights)
-            carol.close()
-            live = bring_to_life("bob", deployment, self.store)
-            alice.send_message({"type": "staged", "weights": weights.digest})
-            # From here on alice decides. What is staged stays until she says, now or when she is
-            # connected again.
-            receive_message(alice, "commit", "alice to commit", request.deadline.left())
+            deployment = self._order(request, asked, order)
+            weights = WeightsReceived(asked.channel, deployment.plan, timeout)
+            with self.up_to_alice(alice, deployment.id):
+                self._store_under_new_key(request, asked, deployment, weights)
+                live = bring_to_life("bob", deployment, self.store)
+                alice.send_message({"type": "staged", "weights": weights.digest})
+                receive_message(alice, "commit", "alice to commit", DECISION_S)
             self.enliven(self.store.commit(deployment.id), live)
             alice.send_message({"type": "committed"})
             asked.channel.send_message({"type": "deployed"})
 
+    def _order(self, request: Request, asked: Request, order: Message) -> Deployment:
+        """The deployment as alice orders it and the model owner wants it, with fresh keys."""
+        alice_key = request.channel.receive(KEY_BYTES, "a pair key", self.deadlines.round)
+        plan = self.receive_plan(asked)
+        check_digest(plan, order.text("digest"), "alice", self.role)
+        keys = {"alice": bytes(alice_key), "carol": secrets.token_bytes(KEY_BYTES)}
+        return Deployment(
+            order.id("deployment"), order.text("name"), plan, keys, order.optional_id("replaces")
+        )
+
+    def _store_under_new_key(
+        self, request: Request, asked: Request, deployment: Deployment, weights: WeightsReceived
+    ) -> None:
+        """Give carol her key and the model owner his seed; write down the masked weights."""
+        plan, carol_key = deployment.plan, deployment.keys["carol"]
+        carol = self.links.get("carol").channel(request.id)
+        with failing(carol):
+            carol.send_message({"type": "key", "digest": plan.digest})
+            carol.send(carol_key)
+            asked.channel.send_message({"type": "masks"})
+            asked.channel.send(ServerProgram.weight_seed(plan, "bob", carol_key))
+            self.store.stage(deployment, weights)
+        carol.close()
+
     def _settle(self, request: Request) -> None:
-        for deployment in self.store.settle(request.message.ids("deployments")):
-            self.enliven(deployment)
+        with self.one_change(request.deadline.left()):
+            for deployment in self.store.settle(request.message.ids("deployments")):
+                self.enliven(deployment)
         request.channel.send_message({"type": "settled"})

@@ -20,7 +20,7 @@ from mpcserve.serving.log import log
 from mpcserve.serving.meeting import Meeting
 from mpcserve.serving.report import peak_rss_bytes
 from mpcserve.serving.request import MAX_PLAN_BYTES, Request, check_digest, receive_message
-from mpcserve.serving.server import Route, Server
+from mpcserve.serving.server import DECISION_S, Route, Server
 
 DEALING_AT_ONCE = 1
 """Dealing is computing: one bundle after another is ready sooner than two side by side."""
@@ -81,6 +81,18 @@ class Carol(Server):
         log.debug("dealt %s: %d bytes, %.3f s", request.name, bob.payload_sent, wall)
 
     def _stage(self, request: Request) -> None:
+        alice, deployment = request.channel, self._order(request)
+        with self.one_change(request.deadline.left()):
+            with self.up_to_alice(alice, deployment.id):
+                self.store.stage(deployment)
+                dealing = _dealing(deployment)
+                alice.send_message({"type": "staged"})
+                receive_message(alice, "commit", "alice to commit", DECISION_S)
+            self.store.commit(deployment.id)
+            self._put(dealing)
+        alice.send_message({"type": "committed"})
+
+    def _order(self, request: Request) -> Deployment:
         """A deployment: the plan and a pair key from alice, the other pair key from bob."""
         alice, timeout = request.channel, self.deadlines.round
         order = receive_message(alice, "order", "the deployment", request.deadline.left())
@@ -89,20 +101,10 @@ class Carol(Server):
         check_digest(plan, order.text("digest"), "alice's order", self.role)
         alice_key = bytes(alice.receive(KEY_BYTES, "a pair key", timeout))
         with self._keys.claim(request.id, "bob", timeout) as bob_key:
-            deployment = Deployment(
-                order.id("deployment"),
-                order.text("name"),
-                plan,
-                {"alice": alice_key, "bob": bob_key},
-                order.optional_id("replaces"),
-            )
-            self.store.stage(deployment)
-            dealing = _dealing(deployment)
-        alice.send_message({"type": "staged"})
-        receive_message(alice, "commit", "alice to commit", request.deadline.left())
-        self.store.commit(deployment.id)
-        self._put(dealing)
-        alice.send_message({"type": "committed"})
+            keys = {"alice": alice_key, "bob": bob_key}
+        return Deployment(
+            order.id("deployment"), order.text("name"), plan, keys, order.optional_id("replaces")
+        )
 
     def _key(self, request: Request) -> None:
         """Bob's pair key for the deployment that alice stages under the same request id."""
@@ -110,8 +112,9 @@ class Carol(Server):
         self._keys.offer(request.id, key, "alice", self.deadlines.round)
 
     def _settle(self, request: Request) -> None:
-        for deployment in self.store.settle(request.message.ids("deployments")):
-            self._put(_dealing(deployment))
+        with self.one_change(request.deadline.left()):
+            for deployment in self.store.settle(request.message.ids("deployments")):
+                self._put(_dealing(deployment))
         request.channel.send_message({"type": "settled"})
 
     def _put(self, dealing: _Dealing) -> None:

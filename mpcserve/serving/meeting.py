@@ -27,7 +27,7 @@ class _Offer(Generic[T]):
 
 
 class Meeting(Generic[T]):
-    """At most `capacity` offers at once. Safe to call from any thread."""
+    """At most `capacity` offers wait to be claimed. Safe to call from any thread."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -94,8 +94,9 @@ class Meeting(Generic[T]):
     def _admit(self, id: bytes, offer: _Offer[T]) -> None:
         if id in self._offers:
             raise Refused(f"request {id.hex()} was sent twice", "make a new id for each request")
-        if len(self._offers) >= self._capacity:
-            raise Refused(f"busy: {len(self._offers)} requests are here already", "try again later")
+        waiting = sum(not o.claimed for o in self._offers.values())
+        if waiting >= self._capacity:
+            raise Refused(f"busy: {waiting} requests wait already", "try again later")
         self._offers[id] = offer
         self._changed.notify_all()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpcserve.config import Config
-from mpcserve.errors import MpcError, PeerLost, Refused, WireError
+from mpcserve.errors import MpcError, PeerLost, PeerTimeout, Refused, WireError
 from mpcserve.serving.deployment import Store
 from mpcserve.serving.links import Links, Wiring
 from mpcserve.serving.log import log, named_error
@@ -24,6 +24,9 @@ from mpcserve.transport import Channel, Hooks, Link, Listener
 from mpcserve.version import __version__
 
 OWNERS = ("model-owner", "data-owner")
+
+DECISION_S = 86400.0
+"""How long a follower waits for alice's word: until the link ends, for she says yes or no."""
 
 _REPORTED = ("infer", "deploy")
 """Requests that the health numbers count."""
@@ -55,6 +58,7 @@ class Server(ABC):
         self._hooks = Hooks(self._on_stream, self._on_error, self._on_closed)
         self._routes = {**self.routes(), "stats": Route(OWNERS, self._stats)}
         self._started = time.time()
+        self._changing = threading.Lock()
         self._quiet = threading.Condition()
         self._running = self._served = self._failed = 0
         self._stopping = False
@@ -99,6 +103,30 @@ class Server(ABC):
             "deployments": sorted(d.name for d in self.store),
             "requests": requests,
         }
+
+    @contextmanager
+    def one_change(self, timeout: float) -> Iterator[None]:
+        """One deployment at a time is staged, committed or settled. Raises: PeerTimeout."""
+        if not self._changing.acquire(timeout=timeout):
+            raise PeerTimeout(
+                f"another deployment has not ended in {timeout:.1f} s", "try again later"
+            )
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    @contextmanager
+    def up_to_alice(self, alice: Channel, deployment: bytes) -> Iterator[None]:
+        """Run the block, in which a staged deployment waits for her word, and discard it if she
+        says no. If she is gone it stays: she says when she is connected again.
+        """
+        try:
+            yield
+        except Exception:
+            if alice.link.reason is None:
+                self.store.discard(deployment)
+            raise
 
     def on_linked(self, link: Link) -> None:
         """A peer has connected to this server, in a thread of its own."""
