@@ -83,10 +83,10 @@ def test_one_id_is_offered_once_and_offers_are_bounded() -> None:
 def test_the_gate_lets_so_many_in_and_then_the_next_in_line() -> None:
     gate, order = Gate(1, 2), []
     with ThreadPoolExecutor(2) as threads, gate.enter(WAIT):
-        for name in ("first", "second"):
-            threads.submit(_pass, gate, name, order)
-            while gate.counts[1] < len(("first", "second")[: 1 + (name == "second")]):
-                pass
+        threads.submit(_pass, gate, "first", order)
+        until(lambda: gate.counts == (1, 1))
+        threads.submit(_pass, gate, "second", order)
+        until(lambda: gate.counts == (1, 2))
         with pytest.raises(Refused, match="busy: 1 requests run and 2 wait"), gate.enter(WAIT):
             pass
     assert order == ["first", "second"]
