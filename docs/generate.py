@@ -49,8 +49,8 @@ def costs() -> str:
     product = {"ring": ring, "truncate": 16}
     sign = {"chunks": [5, 4, 4, 4, 4], "groups": [5]}
     lines: list[tuple[str, Cost]] = [
-        ("linear layer + truncation, per output", OPS["matmul"].cost(n, m, product)),
-        ("comparison", OPS["sign"].cost(n, 1, sign)),
+        ("linear layer + truncation, per output", OPS["matmul"].cost(n, m, product, 2)),
+        ("comparison", OPS["sign"].cost(n, 1, sign, 1)),
         ("selection by a secret bit, result for the next layer", _cost("select", n, ring, m)),
         ("extension", _cost("extend", n, ring, m)),
     ]
@@ -67,7 +67,7 @@ def costs() -> str:
 
 
 def _cost(op: str, size: int, width: int, reads: int) -> Cost:
-    return OPS[op].cost(size, width, {"width": reads})
+    return OPS[op].cost(size, width, {"width": reads}, 2)
 
 
 def _sum(costs: list[Cost]) -> Cost:

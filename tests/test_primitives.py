@@ -211,3 +211,41 @@ def test_constants_are_public_shares_with_no_mask() -> None:
     v = np.array([[5, 6], [7, 8]])
     (got,) = run(p.done(p.emit("add", [x, c], width=20, bound=11)), v)
     assert np.array_equal(got, v + np.array([[1, -2], [3, -4]]))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_all_joins_any_number_of_bits_in_one_round(count: int) -> None:
+    rng = np.random.default_rng([SEED, count])
+    p, size, width = PlanWriter(), 200, 9
+    xs = [p.input((size,), width, bound=6) for _ in range(count)]
+    signs = [p.sign(x, width, [8], [1]) for x in xs]
+    when = rng.integers(0, 2, count).tolist()
+    joined = p.emit("all", signs, width=1, bound=0, when=when)
+    one = p.constant((size,), [1] * size, 4)
+    out = p.emit("select", [joined, one], width=5, bound=2, reads=4, when=1, nonnegative=True)
+    plan = p.done(out)
+    assert bill_of(plan).rounds == 3
+    # few elements are negative, so that all `when` hold now and then
+    values = [np.where(rng.random(size) < (0.8 if w else 0.2), -1, 1) for w in when]
+    expected = np.logical_and.reduce([(v < 0) == w for v, w in zip(values, when, strict=True)])
+    assert expected.any()
+    assert np.array_equal(run(plan, *values)[0], expected.astype(np.int64))
+
+
+@pytest.mark.parametrize("width", [14, 40])
+def test_select_of_many_pairs_is_one_round(width: int) -> None:
+    rng = np.random.default_rng([SEED, width])
+    p, size = PlanWriter(), 130
+    a, b = p.input((size,), width, bound=10), p.input((size,), width, bound=10)
+    c = p.input((size,), 12, bound=10)
+    low = p.sign(c, 12, even_chunks(12, 5), [3])
+    shifted = p.emit("offset", [c], width=12, bound=11, value=-1)
+    not_positive = p.sign(shifted, 12, even_chunks(12, 5), [3])
+    zero = p.emit("all", [low, not_positive], width=1, bound=0, when=[0, 1])
+    out = p.emit(
+        "select", [low, a, zero, b], width=width + 3, bound=11, reads=12, when=1, nonnegative=False
+    )
+    va, vb = edge_values(rng, 10, size), edge_values(rng, 10, size)
+    vc = rng.integers(-2, 3, size)
+    expected = np.where(vc < 0, va, np.where(vc == 0, vb, 0))
+    assert np.array_equal(run(p.done(out), va, vb, vc)[0], expected)

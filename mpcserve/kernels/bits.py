@@ -197,6 +197,16 @@ def compare_chunk(delta: Words, mono: Words, leader: bool, lt: Words, eq: Words)
             eq[start + w] = eqs[0, w]
 
 
+@kernel("void(uint64[:, ::1], int64, int64, int64, int64, uint64[:, ::1])")
+def _fold(opened: Words, first: int, count: int, start: int, size: int, work: Words) -> None:
+    """work[0] ← Π_i (opened[first + i] ⊕ b_i), from work[S] = b_S for all subsets S of masks."""
+    for i in range(count):
+        for s in range(1 << (count - 1 - i)):
+            for w in range(size):
+                low = opened[first + i, start + w] & work[2 * s, w]
+                work[s, w] = low ^ work[2 * s + 1, w]
+
+
 @kernel("void(uint64[:, ::1], uint64[:, ::1], int64, boolean, uint64[::1], uint64[::1])")
 def merge_chunks(
     opened: Words, table: Words, count: int, with_eq: bool, lt: Words, eq: Words
@@ -241,11 +251,24 @@ def merge_chunks(
             for s in range(size_b):
                 for w in range(size):
                     work[s, w] = table[s, start + w]
-            for i in range(count):
-                for s in range(1 << (count - 1 - i)):
-                    for w in range(size):
-                        work[s, w] = (opened[count - 1 + i, start + w] & work[2 * s, w]) ^ work[
-                            2 * s + 1, w
-                        ]
+            _fold(opened, count - 1, count, start, size, work)
             for w in range(size):
                 eq[start + w] = work[0, w]
+
+
+@kernel("void(uint64[:, ::1], uint64[:, ::1], uint64[::1])")
+def join_bits(opened: Words, table: Words, out: Words) -> None:
+    """out = share of Π_i (opened[i] ⊕ b_i) from shares of the masks' monomials.
+
+    Shapes: opened [c, W]; table [2^c, W]: b_S, row 0 the constant 1 (0 on bob); out [W].
+    """
+    count = opened.shape[0]
+    work = np.empty((1 << count, _BLOCK), np.uint64)
+    for start in range(0, out.size, _BLOCK):
+        size = min(_BLOCK, out.size - start)
+        for s in range(1 << count):
+            for w in range(size):
+                work[s, w] = table[s, start + w]
+        _fold(opened, 0, count, start, size, work)
+        for w in range(size):
+            out[start + w] = work[0, w]

@@ -116,15 +116,13 @@ def extend_share(
 
 @kernel(
     *_signatures(
-        "void(W[::1], uint64[::1], W[:, ::1], W[::1], int64, uint64, boolean, int64, boolean,"
-        " W[::1])"
+        "void(W[::1], uint64[::1], W[:, ::1], int64, uint64, boolean, int64, boolean, W[::1])"
     )
 )
 def select_share(
     delta: Words,
     bit: Words,
     dealt: Words,
-    lam: Words,
     width: int,
     offset: np.uint64,
     when: bool,
@@ -132,7 +130,7 @@ def select_share(
     leader: bool,
     out: Words,
 ) -> None:
-    """out ← share of b·x + mask share (mod 2^out_width), for b = [secret bit = `when`].
+    """out ← out + share of b·x (mod 2^out_width), for b = [secret bit = `when`].
 
     The bit is open as δ = bit ⊕ β, so b = δ' + (1 − 2δ')·β with δ' = δ for when = 1, else ¬δ. With
     x = P − Λ_h as in `extend_share`:  b·x = δ'·(P − Λ_h) + (1 − 2δ')·(β·P − βΛ_h).
@@ -154,4 +152,4 @@ def select_share(
         plain = T(T(keep * p) - dealt[h, k])
         crossed = T(T(dealt[4, k] * p) - dealt[2 + h, k])
         share = T(T(b * plain) + T(T(one - T(b + b)) * crossed))
-        out[k] = T(T(share + lam[k]) & out_mask)
+        out[k] = T(T(out[k] + share) & out_mask)

@@ -40,14 +40,14 @@ class Cost:
 class OpSpec:
     """One line of the table. `shape(operand shapes, attrs)` raises ValueError when they do not fit.
 
-    `attrs` are required names. `cost(operand sizes, output value's (size, width), attrs)`.
+    `attrs` are required names. `cost(output's size, its width, attrs, number of operands)`.
     """
 
     arity: tuple[int, int]
     shape: Callable[[Sequence[Shape], Attrs], Shape] | None
     attrs: tuple[str, ...] = ()
     local: bool = False
-    cost: Callable[[int, int, Attrs], Cost] = field(default=lambda size, width, attrs: Cost())
+    cost: Callable[[int, int, Attrs, int], Cost] = field(default=lambda *_: Cost())
 
 
 def _same(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
@@ -164,7 +164,7 @@ def _conv(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     return x[0], w[0], height, width
 
 
-def _product_cost(size: int, width: int, attrs: Attrs) -> Cost:
+def _product_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
     return Cost((packed_bytes(size, width),), packed_bytes(size, attrs["ring"]))
 
 
@@ -196,7 +196,7 @@ def needs_eq(level: Sequence[int], group: int) -> bool:
     return len(level) > 1 and group > 0
 
 
-def _sign_cost(size: int, width: int, attrs: Attrs) -> Cost:
+def _sign_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
     plane = packed_bytes(size, 1)
     opened, dealt = [], sum(2**c - 1 for c in attrs["chunks"]) + 1
     for level in sign_levels(attrs):
@@ -206,15 +206,38 @@ def _sign_cost(size: int, width: int, attrs: Attrs) -> Cost:
     return Cost((*(o * plane for o in opened), plane), dealt * plane)
 
 
-def _select_cost(size: int, width: int, attrs: Attrs) -> Cost:
+def _select_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
     high = max(width - attrs["width"], 0)
     dealt = 2 * packed_bytes(size, width) + 3 * packed_bytes(size, high)
-    return Cost((packed_bytes(size, width),), dealt)
+    return Cost((packed_bytes(size, width),), operands // 2 * dealt)
 
 
-def _extend_cost(size: int, width: int, attrs: Attrs) -> Cost:
+def _choose(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    if len(shapes) % 2 or len(set(shapes)) != 1:
+        raise ValueError(f"select pairs bits with values of one shape, got {shapes}")
+    return shapes[0]
+
+
+def _all(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    if len(set(shapes)) != 1 or len(attrs["when"]) != len(shapes):
+        raise ValueError(f"all needs bits of one shape and a value for each, got {shapes}")
+    return shapes[0]
+
+
+def _all_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
+    plane = packed_bytes(size, 1)
+    return Cost((plane,), ((1 << operands) - 1 - operands) * plane)
+
+
+def _extend_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
     return Cost((packed_bytes(size, width),), 2 * packed_bytes(size, width - attrs["width"]))
 
+
+MANY = 1 << 20
+"""More operands than any instruction has."""
+
+MAX_ALL = 8
+"""Bits that one `all` joins: it deals 2^8 − 9 products of their masks."""
 
 _PRODUCT = ("ring", "truncate")
 
@@ -230,7 +253,7 @@ OPS: Mapping[str, OpSpec] = {
     "reshape": OpSpec((1, 1), _reshape, ("shape",), local=True),
     "transpose": OpSpec((1, 1), _transpose, ("perm",), local=True),
     "slice": OpSpec((1, 1), _slice, ("starts", "stops", "steps"), local=True),
-    "concat": OpSpec((1, 1 << 20), _concat, ("axis",), local=True),
+    "concat": OpSpec((1, MANY), _concat, ("axis",), local=True),
     "pad": OpSpec((1, 1), _pad, ("before", "after", "value"), local=True),
     "expand": OpSpec((1, 1), _expand, ("shape",), local=True),
     "gather": OpSpec((1, 1), _gather, ("axis", "indices"), local=True),
@@ -244,14 +267,17 @@ OPS: Mapping[str, OpSpec] = {
         cost=_product_cost,
     ),
     "sign": OpSpec((1, 1), _same, ("chunks", "groups"), cost=_sign_cost),
-    "select": OpSpec((2, 2), _same, ("when", "nonnegative", "width"), cost=_select_cost),
+    "all": OpSpec((2, MAX_ALL), _all, ("when",), cost=_all_cost),
+    "select": OpSpec((2, MANY), _choose, ("when", "nonnegative", "width"), cost=_select_cost),
     "extend": OpSpec((1, 1), _same, ("width",), cost=_extend_cost),
 }
 """`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, in all working width − 1;
-`groups`: how many consecutive chunks merge at the first level. `select(bit, x)` is x where
-bit = `when`, else 0; `nonnegative` promises x ≥ 0 where selected. `extend(x)` and `select` read x
-mod 2**`width` and write it mod 2**value.width. Products are computed mod 2**`ring`, divided by
-2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an optional
-third operand is added before the truncation."""
+`groups`: how many consecutive chunks merge at the first level. `all(bits…)` is the bit [every bit
+equals its `when`]. `select(bit, x, …)` is the sum of the x where bit = `when`, of which at most one
+may hold; `nonnegative` promises x ≥ 0 where selected. `extend(x)` and `select` read x mod 2**`width`
+and write it mod 2**value.width. Products are computed mod 2**`ring`, divided by 2**`truncate` with
+stochastic rounding, and opened at value.width ≤ ring − truncate; an optional third operand is added
+before the truncation."""
 
 PRODUCTS = ("mul", "matmul", "conv")
+BITS = ("sign", "all")

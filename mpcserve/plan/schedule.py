@@ -44,4 +44,4 @@ def schedule_of(plan: Plan, cost_of: Callable[[Plan, int], Cost] | None = None) 
 def cost_of_instruction(plan: Plan, id: int) -> Cost:
     """The cost face of one instruction. Sign is paid per operand element, select per output."""
     i = plan[id]
-    return OPS[i.op].cost(i.value.size, i.value.width, i.attrs)
+    return OPS[i.op].cost(i.value.size, i.value.width, i.attrs, len(i.inputs))

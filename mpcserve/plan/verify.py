@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpcserve.errors import PlanError
-from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.ops import BITS, OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
 
 KNOWN = ("exact", "proved", "calibrated", "assumed")
@@ -72,15 +72,18 @@ def _instruction(plan: Plan, i: Instruction) -> Iterator[str]:
             yield f"shape {v.shape}, expected {shape}"
     if v.known not in KNOWN:
         yield f"bound known by {v.known!r}"
-    if i.op == "sign":
+    if i.op in BITS:
         if (v.width, v.frac_bits, v.bound) != (1, 0, 0):
             yield "a bit has width 1, frac_bits 0 and bound 0"
     elif not 1 < v.width <= RING_BITS:
         yield f"width {v.width} outside 2..{RING_BITS}"
     elif not 0 <= v.bound <= v.width - 1:
         yield f"bound 2^{v.bound} does not fit width {v.width}"
-    if any(x.width == 1 for x in xs[1 if i.op == "select" else 0 :]):
-        yield "a bit can only be selected by"
+    bits = {"all": xs, "select": xs[::2]}.get(i.op, [])
+    if any(x.width != 1 for x in bits):
+        yield "takes something for a bit that is none"
+    if sum(x.width == 1 for x in xs) > len(bits):
+        yield "a bit can only be joined by `all` or selected by"
     yield from _widths(i, v, xs)
 
 
@@ -96,19 +99,17 @@ def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
         if sum(i.attrs["groups"]) != len(i.attrs["chunks"]) or min(i.attrs["groups"]) < 1:
             yield f"groups {i.attrs['groups']} do not partition {len(i.attrs['chunks'])} chunks"
     elif i.op in ("select", "extend"):
-        m, x = i.attrs["width"], xs[-1]
+        m = i.attrs["width"]
         spare = 1 if i.op == "select" and i.attrs["nonnegative"] else 2
-        if m > x.width or x.bound > m - spare:
-            yield f"reads {m} bits of width {x.width}, bound 2^{x.bound}"
-        if v.frac_bits != x.frac_bits:
-            yield f"frac_bits {v.frac_bits}, expected {x.frac_bits}"
+        for x in xs[1::2] if i.op == "select" else xs:
+            if m > x.width or x.bound > m - spare:
+                yield f"reads {m} bits of width {x.width}, bound 2^{x.bound}"
+            if v.frac_bits != x.frac_bits:
+                yield f"frac_bits {v.frac_bits}, expected {x.frac_bits}"
         if i.op == "extend" and v.width <= m:
             yield f"extends width {m} to {v.width}"
-        if i.op == "select":
-            if xs[0].width != 1 or xs[0].shape != x.shape:
-                yield "selects by something that is not a bit of the same shape"
-            if m > v.width:
-                yield f"reads {m} bits to write {v.width}"
+        if i.op == "select" and m > v.width:
+            yield f"reads {m} bits to write {v.width}"
     elif OPS[i.op].local:
         spare = i.attrs["bits"] if i.op == "shift" else 0
         if any(v.width > x.width - spare for x in xs):

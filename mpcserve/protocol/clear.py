@@ -109,6 +109,14 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
     "matmul": lambda i, xs: _product(i, xs[0] @ xs[1], xs),
     "conv": lambda i, xs: _product(i, _conv(i, xs[0], xs[1]), xs),
     "sign": lambda i, xs: (xs[0] < 0).astype(np.int64),
-    "select": lambda i, xs: np.where(xs[0] == i.attrs["when"], xs[1], 0),
+    "all": lambda i, xs: np.logical_and.reduce(
+        [x == w for x, w in zip(xs, i.attrs["when"], strict=True)]
+    ).astype(np.int64),
+    "select": lambda i, xs: np.asarray(
+        sum(
+            np.where(b == i.attrs["when"], x, np.int64(0))
+            for b, x in zip(xs[::2], xs[1::2], strict=True)
+        )
+    ),
     "extend": lambda i, xs: xs[0],
 }

@@ -34,9 +34,9 @@ class ExtendMaterial(NamedTuple):
 
 
 class SelectMaterial(NamedTuple):
-    """Λ_0, Λ_1, βΛ_0, βΛ_1, β as rows, and the output's mask, one server's shares."""
+    """For each pair Λ_0, Λ_1, βΛ_0, βΛ_1, β as rows; the output's mask; one server's shares."""
 
-    dealt: Words
+    dealt: tuple[Words, ...]
     lam: Words
 
 
@@ -104,24 +104,30 @@ def evaluate_extend(
 
 
 def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
-    """Deal β, β·λ and, if the result is wider than what is read, carry, λ_msb and β·λ_msb."""
-    bit, x = masks
+    """For each pair deal β, β·λ and, if the result is wider, carry, λ_msb and β·λ_msb."""
     n, m = i.value.width, i.attrs["width"]
-    beta = np.empty(i.value.size, word_type(n))
-    bits.unslice_bit(bit.a ^ bit.b, beta)
-    total, carry, top = (as_words(v, n) for v in _mask_facts(x, m))
-    io.deal(beta, n)
-    io.deal(beta * total, n)
-    if n > m:
-        for v in (carry, top, beta * top):
-            io.deal(v, n - m)
+    for bit, x in zip(masks[::2], masks[1::2], strict=True):
+        beta = np.empty(i.value.size, word_type(n))
+        bits.unslice_bit(bit.a ^ bit.b, beta)
+        total, carry, top = (as_words(v, n) for v in _mask_facts(x, m))
+        io.deal(beta, n)
+        io.deal(beta * total, n)
+        if n > m:
+            for v in (carry, top, beta * top):
+                io.deal(v, n - m)
     return io.mask(i.value.shape, n)
 
 
 def prepare_select(
     io: PrepareIO, i: Instruction, halves: Sequence[Words]
 ) -> tuple[Words, SelectMaterial]:
-    """Shares of Λ_0, Λ_1, βΛ_0, βΛ_1 and β."""
+    """Shares of Λ_0, Λ_1, βΛ_0, βΛ_1 and β of every pair."""
+    pairs = tuple(_prepare_pair(io, i, half) for half in halves[1::2])
+    lam = io.mask(i.value.shape, i.value.width)
+    return lam, SelectMaterial(pairs, lam.reshape(-1))
+
+
+def _prepare_pair(io: PrepareIO, i: Instruction, half: Words) -> Words:
     n, m, shape = i.value.width, i.attrs["width"], (i.value.size,)
     dealt = np.empty((5, i.value.size), word_type(n))
     dealt[4] = io.dealt(shape, n)
@@ -132,30 +138,31 @@ def prepare_select(
         dealt[2] -= beta_top << word_type(n)(m)
     else:
         carry = top = np.zeros(shape, word_type(n))
-    local.wide_masks(_flat(halves[1], n), m, carry, top, dealt[0], dealt[1])
-    lam = io.mask(i.value.shape, n)
-    return lam, SelectMaterial(dealt, lam.reshape(-1))
+    local.wide_masks(_flat(half, n), m, carry, top, dealt[0], dealt[1])
+    return dealt
 
 
 def evaluate_select(
-    side: Side, i: Instruction, material: SelectMaterial, bit: Words, delta: Words
+    side: Side, i: Instruction, material: SelectMaterial, deltas: Sequence[Words]
 ) -> Steps[Words]:
-    """1 round of n bits each way."""
+    """1 round of n bits each way, however many pairs."""
     n = i.value.width
-    out, flat = np.empty(i.value.size, word_type(n)), _flat(delta, n)
+    out = np.empty(i.value.size, word_type(n))
+    flats = [_flat(x, n) for x in deltas[1::2]]
 
     def fill(part: slice) -> None:
-        local.select_share(
-            flat[part],
-            bit[part.start // 64 :],
-            np.ascontiguousarray(material.dealt[:, part]),
-            material.lam[part],
-            i.attrs["width"],
-            _offset(i),
-            bool(i.attrs["when"]),
-            n,
-            side == "alice",
-            out[part],
-        )
+        out[part] = material.lam[part]
+        for bit, x, dealt in zip(deltas[::2], flats, material.dealt, strict=True):
+            local.select_share(
+                x[part],
+                bit[part.start // 64 :],
+                np.ascontiguousarray(dealt[:, part]),
+                i.attrs["width"],
+                _offset(i),
+                bool(i.attrs["when"]),
+                n,
+                side == "alice",
+                out[part],
+            )
 
     return (yield from open_share(out, n, fill)).reshape(i.value.shape)
