@@ -1,0 +1,94 @@
+"""Estimated seconds of one online evaluation, from the plan alone.
+
+A round takes the time of its arithmetic or of its bytes on the line, whichever is longer (a tile is
+sent while the next one computes), then half a round trip: both servers send at once. The rates are
+those of one core of a common server, measured with `benchmarks/`; a slower machine scales them. An
+estimate says which of two plans is faster and by how much, not what a stopwatch will show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, prod
+
+from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.plan import Instruction, Plan
+from mpcserve.plan.schedule import cost_of_instruction, schedule_of
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A network between alice and bob: round trip in seconds, bits per second each way."""
+
+    name: str
+    rtt: float = 0.0
+    bits_per_second: float = inf
+
+
+LINES = (Line("loopback"), Line("lan", 0.0005, 1e9), Line("wan", 0.04, 1e8))
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds of one core: per ring multiply-add, per element, per byte, per step of Python."""
+
+    product32: float = 1 / 30e9
+    product64: float = 1 / 13e9
+    opened: float = 4e-9
+    compared: float = 12e-9
+    selected: float = 6e-9
+    moved: float = 1.2e-9
+    byte: float = 1.5e-9
+    step: float = 40e-6
+    local_step: float = 8e-6
+    turn: float = 150e-6
+
+
+RATES = Rates()
+
+
+def multiply_adds(plan: Plan, i: Instruction) -> int:
+    """Ring multiply-adds of a product on one server, online, with one operand fixed."""
+    if i.op == "matmul":
+        inner = plan.value(i.inputs[0]).shape[-1]
+    elif i.op == "conv":
+        inner = prod(plan.value(i.inputs[1]).shape[1:])
+    else:
+        inner = 1
+    secret = all(j not in plan.static for j in i.inputs[:2])
+    return i.value.size * inner * (2 if secret else 1)
+
+
+def compute_seconds(plan: Plan, i: Instruction, rates: Rates = RATES) -> float:
+    """Seconds of arithmetic of instruction `i` on one server, online."""
+    size = i.value.size
+    if i.id in plan.static or i.op == "input":
+        return 0.0
+    if OPS[i.op].local:
+        moves = 0 if i.op == "reshape" else size
+        return rates.local_step + rates.moved * moves
+    sent = sum(cost_of_instruction(plan, i.id).rounds)
+    seconds = rates.step + 2 * rates.byte * sent
+    if i.op in PRODUCTS:
+        narrow = i.attrs["ring"] <= 32
+        each = rates.product32 if narrow else rates.product64
+        return seconds + each * multiply_adds(plan, i) + rates.opened * size
+    if i.op == "sign":
+        return seconds + rates.compared * size
+    if i.op == "select":
+        return seconds + rates.selected * size * len(i.inputs) / 2
+    return seconds + rates.opened * size
+
+
+def online_seconds(plan: Plan, line: Line, rates: Rates = RATES) -> float:
+    """Seconds between the input's arrival and the result, on servers joined by `line`."""
+    schedule = schedule_of(plan)
+    compute = [0.0] * (schedule.rounds + 1)
+    sent = [0] * (schedule.rounds + 1)
+    for i in plan.instructions:
+        start = schedule.start[i.id]
+        compute[start] += compute_seconds(plan, i, rates)
+        for r, size in enumerate(cost_of_instruction(plan, i.id).rounds):
+            sent[start + r] += size
+    rounds = sum(max(c, 8 * b / line.bits_per_second) for c, b in zip(compute, sent, strict=True))
+    return rounds + schedule.rounds * (line.rtt / 2 + rates.turn)
