@@ -89,21 +89,21 @@ def test_openssl_accepts_the_chain_strictly_both_ways(directory: Path) -> None:
         return made
 
     near, far = socket.socketpair()
-    names: list[str] = []
+    seen_by: dict[str, str] = {}
 
     def serve() -> None:
         with context(ssl.PROTOCOL_TLS_SERVER, "alice").wrap_socket(far, server_side=True) as s:
-            names.append(role_of_certificate(s.getpeercert(True) or b""))
+            seen_by["alice"] = role_of_certificate(s.getpeercert(True) or b"")
             s.sendall(b"!")
 
     server = threading.Thread(target=serve)
     server.start()
     client = context(ssl.PROTOCOL_TLS_CLIENT, "bob")
     with client.wrap_socket(near, server_hostname="127.0.0.1") as s:
-        names.append(role_of_certificate(s.getpeercert(True) or b""))
+        seen_by["bob"] = role_of_certificate(s.getpeercert(True) or b"")
         assert s.recv(1) == b"!"
     server.join()
-    assert names == ["alice", "bob"]
+    assert seen_by == {"alice": "bob", "bob": "alice"}
 
 
 def test_nothing_is_overwritten_unless_forced(directory: Path) -> None:
