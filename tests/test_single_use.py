@@ -1,4 +1,4 @@
-"""On live servers: no key stream is opened twice, over retries, lost peers, crashes and restarts."""
+"""On live servers no key stream is opened twice, over retries, lost peers and restarts."""
 
 from __future__ import annotations
 
