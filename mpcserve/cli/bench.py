@@ -44,7 +44,8 @@ def bench_command(
 ) -> None:
     """Measure MODEL: three server processes over TLS here, and onnxruntime on one thread.
 
-    First with the randomness of each inference dealt ahead, then dealt on demand. Unless
+    First with the randomness of each inference dealt ahead, then dealt on demand. The servers deal
+    the next while an inference runs: with few cores that slows the first kind of run. Unless
     --calibrate or --input-range says otherwise, the inputs themselves calibrate the ranges.
 
     \b
