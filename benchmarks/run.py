@@ -28,6 +28,7 @@ def main() -> None:
     """Parse, measure or read, print, write."""
     options = _options()
     results = json.loads(options.source.read_text()) if options.source else _measure(options)
+    results = json.loads(json.dumps(results))  # keys are text, as in a file
     print("\n" + report.markdown(results))
     if options.plot:
         options.plot.write_text(svg.plot(results))
