@@ -43,10 +43,14 @@ Operand = Ref | Array
 
 
 class Builder:
-    """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered."""
+    """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered.
 
-    def __init__(self, frac_bits: int, opset: int) -> None:
+    `group`: of how many values a maximum may be found at once (see `strategy`).
+    """
+
+    def __init__(self, frac_bits: int, opset: int, group: int = 2) -> None:
         self.frac_bits = frac_bits
+        self.group = group
         self.opset = opset
         self.layer = ""
         self.n_outputs = 1
@@ -211,6 +215,16 @@ class Builder:
         """The bit [x < 0]."""
         bits = iv.uniform(0.0, 1.0, len(x.shape))
         return self._emit("sign", (x.id,), {}, x.shape, 0, (bits, "proved"))
+
+    def all(self, bits: Sequence[Ref], when: Sequence[int]) -> Ref:
+        """The bit [every bit equals its `when`]."""
+        return self._emit("all", tuple(x.id for x in bits), {"when": list(when)}, bits[0].shape, 0)
+
+    def choose(self, bits: Sequence[Ref], xs: Sequence[Ref], nonnegative: bool = False) -> Ref:
+        """The x whose bit is set, else 0; at most one bit may be set. One round."""
+        ids = tuple(r.id for pair in zip(bits, xs, strict=True) for r in pair)
+        attrs = {"when": 1, "nonnegative": nonnegative}
+        return self._emit("select", ids, attrs, xs[0].shape, xs[0].frac_bits)
 
     def select(self, bit: Ref, x: Ref, when: int, nonnegative: bool = False) -> Ref:
         """x where bit = `when`, else 0. `nonnegative` promises x ≥ 0 where selected."""

@@ -29,10 +29,10 @@ class Ranges:
 
 
 def lower(
-    graph: Graph, ranges: Ranges, frac_bits: int, registry: Registry
+    graph: Graph, ranges: Ranges, frac_bits: int, registry: Registry, group: int = 2
 ) -> tuple[Draft, list[Problem]]:
     """The draft of a graph. It is of no use when problems were found."""
-    b = Builder(frac_bits, graph.opset)
+    b = Builder(frac_bits, graph.opset, group)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
     for i in graph.inputs:

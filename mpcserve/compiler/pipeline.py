@@ -7,12 +7,13 @@ PASSES    graph → graph, same function
 ranges    declared, sampled or assumed
 lower     graph → draft
 DRAFTS    draft → draft
-widths    draft → plan
+widths    draft → plan; of every strategy, and the fastest on the declared network is kept
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from mpcserve.compiler.check import import_model, lowering_problems
 from mpcserve.compiler.draft import Draft, check_draft
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source
-from mpcserve.compiler.lower import lower
+from mpcserve.compiler.lower import Ranges, lower
 from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
@@ -32,10 +33,12 @@ from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 from mpcserve.compiler.passes.unused import remove_unused
 from mpcserve.compiler.precision import check_fit, coarse_weights, tune_inputs, tune_weights
 from mpcserve.compiler.problems import raise_all
-from mpcserve.compiler.registry import registry
+from mpcserve.compiler.registry import Registry, registry
+from mpcserve.compiler.strategy import CHUNKS, GROUPS, Strategy, describe, fastest
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan, verify_plan
+from mpcserve.plan.estimate import Line
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
@@ -58,8 +61,12 @@ def compile_model(
     batch: int = 1,
     frac_bits: int = 16,
     margin_bits: int = 1,
+    line: Line | None = None,
 ) -> CompiledModel:
-    """Compile an ONNX model. Raises: ModelError whose `problems` lists all that is wrong."""
+    """Compile an ONNX model, for the fewest bytes or the least time on servers joined by `line`.
+
+    Raises: ModelError whose `problems` lists all that is wrong.
+    """
     _refuse_options(batch, frac_bits, margin_bits)
     found = registry()
     imported = import_model(source, batch, found)
@@ -72,7 +79,50 @@ def compile_model(
     for run in PASSES:
         graph = run(graph)
     ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits, frac_bits)
-    draft, problems = lower(graph, ranges, frac_bits, found)
+    about: dict[str, Any] = {
+        "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
+        "opset": graph.opset,
+        "model_digest": imported.digest,
+    }
+    made = _alternatives(
+        graph,
+        ranges,
+        frac_bits,
+        found,
+        lambda draft, chunk: assign_widths(draft, name, chunk, **about),
+    )
+    plans = [plan for _, plan, _ in made]
+    best = fastest(plans, line)
+    _, plan, draft = made[best]
+    compared = describe([strategy for strategy, _, _ in made], plans, best, line)
+    plan = replace(plan, notes=(*notes, *coarse_weights(draft, frac_bits), *compared))
+    verify_plan(plan)
+    return CompiledModel(plan, encoded_weights(plan, draft))
+
+
+def _alternatives(
+    graph: Graph,
+    ranges: Ranges,
+    frac_bits: int,
+    found: Registry,
+    widths: Callable[[Draft, int], Plan],
+) -> list[tuple[Strategy, Plan, Draft]]:
+    """A plan of every strategy that makes a difference."""
+    made: list[tuple[Strategy, Plan, Draft]] = []
+    for group in GROUPS:
+        draft = _draft(graph, ranges, frac_bits, found, group)
+        if made and len(draft.steps) == len(made[0][2].steps):
+            continue  # no maximum of more than two values in it
+        for chunk in CHUNKS:
+            plan = widths(draft, chunk)
+            if all(plan != other for _, other, _ in made):
+                made.append((Strategy(group, chunk), plan, draft))
+    return made
+
+
+def _draft(graph: Graph, ranges: Ranges, frac_bits: int, found: Registry, group: int) -> Draft:
+    """The graph lowered and tuned, all but widths."""
+    draft, problems = lower(graph, ranges, frac_bits, found, group)
     raise_all(graph.name, problems)
     for step in DRAFTS:
         draft = step(draft)
@@ -84,15 +134,7 @@ def compile_model(
     raise_all(graph.name, check_fit(draft, frac_bits))
     draft = extended(draft)
     check_draft(draft, "extended")
-    about: dict[str, Any] = {
-        "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
-        "opset": graph.opset,
-        "model_digest": imported.digest,
-        "notes": (*notes, *coarse_weights(draft, frac_bits)),
-    }
-    plan = assign_widths(draft, name, **about)
-    verify_plan(plan)
-    return CompiledModel(plan, encoded_weights(plan, draft))
+    return draft
 
 
 def _refuse_options(batch: int, frac_bits: int, margin_bits: int) -> None:

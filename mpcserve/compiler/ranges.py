@@ -149,10 +149,14 @@ def _concat(step: Step, xs: Sequence[Step]) -> Interval:
 
 
 def _select(step: Step, xs: Sequence[Step]) -> Interval:
-    x = xs[1].interval
-    return iv.hull(
-        Interval(np.maximum(x.low, 0.0), x.high) if step.attrs["nonnegative"] else x, 0.0
-    )
+    found = xs[1].interval
+    for x in xs[3::2]:
+        found = Interval(
+            np.minimum(found.low, x.interval.low), np.maximum(found.high, x.interval.high)
+        )
+    if step.attrs["nonnegative"]:
+        found = Interval(np.maximum(found.low, 0.0), found.high)
+    return iv.hull(found, 0.0)
 
 
 RULES: Mapping[str, Rule] = {
@@ -173,6 +177,7 @@ RULES: Mapping[str, Rule] = {
     "matmul": _product(_matmul),
     "conv": _product(_conv),
     "sign": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
+    "all": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
     "select": _select,
     "extend": lambda s, xs: xs[0].interval,
 }
