@@ -52,15 +52,16 @@ def bench_command(
     Example:
       mpcserve bench model.onnx --input test.npy --batch 8 --network lan --json bench.json
     """
+    from mpcserve.cli.layers import line_of
     from mpcserve.cli.measure import measure, print_report, report_of
     from mpcserve.cli.output import note, progress
     from mpcserve.cli.plaintext import Plaintext
     from mpcserve.cli.results import save_json
     from mpcserve.cli.signals import sigterm_interrupts
     from mpcserve.compiler import compile_model
-    from mpcserve.transport import NetworkProfile
+    from mpcserve.plan.estimate import online_seconds
 
-    NetworkProfile.parse(network)  # wrong ones are refused before anything long begins
+    line = line_of(network)  # wrong ones are refused before anything long begins
     plaintext = Plaintext(model, threads=1)
     size = batch or plaintext.batch or 1
     inputs = _inputs(plaintext, data, size)
@@ -72,6 +73,7 @@ def bench_command(
             input_range=input_range,
             batch=size,
             frac_bits=frac_bits,
+            line=line,
         )
     with sigterm_interrupts():
         note(f"{runs} inferences with randomness dealt ahead")
@@ -79,6 +81,7 @@ def bench_command(
         note(f"{runs} inferences with randomness dealt on demand")
         empty = measure(compiled, inputs, runs, network, pool_depth=0)
     report = report_of(compiled.plan, plaintext, filled, empty, network)
+    report["estimated_online_seconds"] = online_seconds(compiled.plan, line)
     print_report(report)
     if json_path is not None:
         save_json(json_path, report)

@@ -184,6 +184,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         for name in (title + p,)
     ]
     plain = (report["plaintext_seconds"], *report["plaintext_spread"])
+    rows.append(("online, estimated", human_seconds(report["estimated_online_seconds"]), "", ""))
     rows.append(("onnxruntime, 1 thread", *map(human_seconds, plain)))
     table(("phase", "median", "least", "most"), rows)
     table(

@@ -78,6 +78,11 @@ def check_command(model: Path, as_json: bool) -> None:
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Inputs per evaluation."
 )
 @FRAC_BITS
+@click.option(
+    "--network",
+    metavar="loopback|lan|wan|RTT_MS,MBIT",
+    help="Choose the fastest plan for servers so joined; default: the one of the fewest bytes.",
+)
 @JSON
 def compile_command(
     model: Path,
@@ -86,6 +91,7 @@ def compile_command(
     input_range: tuple[float, float] | None,
     batch: int,
     frac_bits: int,
+    network: str | None,
     as_json: bool,
 ) -> None:
     """Compile MODEL (ONNX) into a public .plan and private .weights beside it.
@@ -97,6 +103,7 @@ def compile_command(
     Example:
       mpcserve compile model.onnx --calibrate samples.npy --batch 8 -o model.plan
     """
+    from mpcserve.cli.layers import line_of
     from mpcserve.cli.output import progress
     from mpcserve.compiler import compile_model
 
@@ -104,7 +111,12 @@ def compile_command(
     begin = time.perf_counter()
     with progress(f"compiling {model}"):
         compiled = compile_model(
-            model, calibrate=calibrate, input_range=input_range, batch=batch, frac_bits=frac_bits
+            model,
+            calibrate=calibrate,
+            input_range=input_range,
+            batch=batch,
+            frac_bits=frac_bits,
+            line=line_of(network) if network else None,
         )
     seconds = time.perf_counter() - begin
     weights_path = _save(compiled, plan_path)
@@ -126,7 +138,7 @@ def inspect_command(plan: Path, layers: bool, as_json: bool) -> None:
     Example:
       mpcserve inspect model.plan --json
     """
-    from mpcserve.cli.layers import print_bill, print_layers
+    from mpcserve.cli.layers import print_bill, print_layers, print_notes
     from mpcserve.plan import load_plan, plan_text
 
     loaded = load_plan(plan)
@@ -139,6 +151,7 @@ def inspect_command(plan: Path, layers: bool, as_json: bool) -> None:
     else:
         click.echo(plan_text(loaded))
     print_bill(loaded)
+    print_notes(loaded)
 
 
 def _save(compiled: CompiledModel, path: Path) -> Path:
@@ -166,6 +179,7 @@ def _print_check(reports: Sequence[NodeReport]) -> None:
 
 def _print_json(plan: Plan, **more: Any) -> None:
     from mpcserve.cli.layers import bill_json, layer_rows
+    from mpcserve.plan.estimate import LINES, online_seconds
     from mpcserve.cli.output import print_json
 
     print_json(
@@ -179,6 +193,7 @@ def _print_json(plan: Plan, **more: Any) -> None:
             "outputs": [asdict(o) for o in plan.outputs],
             "layers": [asdict(r) for r in layer_rows(plan)],
             **bill_json(plan),
+            "estimated_seconds": {line.name: online_seconds(plan, line) for line in LINES},
             "notes": plan.notes,
             **more,
         }
@@ -186,12 +201,11 @@ def _print_json(plan: Plan, **more: Any) -> None:
 
 
 def _print_compiled(plan: Plan, plan_path: Path, weights_path: Path, seconds: float) -> None:
-    from mpcserve.cli.layers import print_layers
+    from mpcserve.cli.layers import print_layers, print_notes
     from mpcserve.cli.output import human_seconds
 
     print_layers(plan)
-    for line in plan.notes:
-        click.echo(f"note: {line}")
+    print_notes(plan)
     click.echo(f"plan     {plan_path} (public), digest {plan.digest[:16]}…")
     click.echo(f"weights  {weights_path} (private)")
     click.echo(f"compiled in {human_seconds(seconds)}")
