@@ -16,7 +16,9 @@ from mpcserve.plan import Plan, bill_of
 from mpcserve.protocol import Dealer, Round, ServerProgram
 from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
+from mpcserve.serving.client import Both
 from mpcserve.serving.deployment import Store
+from mpcserve.transport import Channel
 from tests.serving_support import (
     Trio,
     as_model,
@@ -225,6 +227,35 @@ def test_an_owner_who_leaves_is_forgotten(
     bob = trio.servers["bob"]
     assert isinstance(bob, Bob)
     until(lambda: not bob.meeting)
+
+
+@pytest.mark.parametrize("liar", [0, 1])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_owner_who_sends_different_inputs_learns_nothing(
+    make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch, liar: int, depth: int
+) -> None:
+    trio = make_trio(depth=depth)
+    received: list[memoryview] = []
+    receive = Channel.receive
+
+    def lie(self: Both, data: bytes) -> None:
+        for number, channel in enumerate(self.channels):
+            channel.send(bytes([data[0] ^ (number == liar)]) + data[1:])
+
+    def watched(self: Channel, n: int, what: str, timeout: float) -> memoryview:
+        data = receive(self, n, what, timeout)
+        received.extend([data] if what == "the result" else [])
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Both, "send", lie)
+        patch.setattr(Channel, "receive", watched)
+        with pytest.raises(Refused, match="sent alice and bob different inputs"):
+            trio.client().infer(X)
+    assert received == []
+    check_serves(trio)
+    served = [s.health()["requests"] for s in trio.servers.values() if s.role != "carol"]
+    assert [r["failed"] for r in served] == [1, 1]
 
 
 # -- deployments ----------------------------------------------------------------------------------

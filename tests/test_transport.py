@@ -226,7 +226,7 @@ def test_a_late_answer_is_named_and_what_came_stays(network: Network) -> None:
     assert into.receive(5, "round 3", WAIT) == b"abcde"
 
 
-@pytest.mark.parametrize("kind", [Refused, errors.ConfigError, PeerTimeout, MpcError])
+@pytest.mark.parametrize("kind", [Refused, errors.ConfigError, PeerLost, PeerTimeout, MpcError])
 def test_a_failed_stream_raises_the_same_error_at_the_peer(
     network: Network, kind: type[MpcError]
 ) -> None:

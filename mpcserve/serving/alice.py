@@ -99,10 +99,13 @@ class Alice(OnlineServer):
         with failing(bob):
             bob.send_message({"type": "evaluate"})
             with self.gate.enter(request.deadline.left()):
-                self._evaluate(request, bob)
+                facts = self._evaluate(request, bob)
+            # Last, so that whoever has his answer finds the gate open.
+            request.channel.send_message(server_report(self.role, facts))
         bob.close()
 
-    def _evaluate(self, request: Request, bob: Channel) -> None:
+    def _evaluate(self, request: Request, bob: Channel) -> dict[str, Any]:
+        """What it took."""
         name = request.message.optional_text("model") or self.config.model
         live = self.live(self.store.find(name).id)
         check_digest(live.plan, request.message.text("digest"), "the data owner", self.role)
@@ -121,7 +124,6 @@ class Alice(OnlineServer):
                 live, prepared, request.channel, bob, request.deadline, self.deadlines.round
             )
             facts = merged(prepared.facts, took, meter.sent("alice->bob", bob))
-            request.channel.send_message(server_report(self.role, facts))
         except Exception:
             self._tell_bob_to_drop(prepared)
             raise
@@ -134,6 +136,7 @@ class Alice(OnlineServer):
             took["rounds"],
             took["online_seconds"],
         )
+        return facts
 
     def _tell_bob_to_drop(self, prepared: Prepared) -> None:
         """He may not have learnt that his half was to be used; a lost link drops it anyway."""

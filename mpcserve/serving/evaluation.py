@@ -1,22 +1,26 @@
 """One evaluation on alice or bob: hand out seeds, take Δx, exchange rounds, hand out the result.
 
-It is the same on both servers; who leads is settled before it begins.
+It is the same on both servers; who leads is settled before it begins. A data owner who sends the
+two servers different inputs would have them open values that no mask hides, and learn from the
+result: so each tells the other a digest of what it received, and nothing is handed out, nor is a
+second round begun, before the two are known to agree. The digest goes ahead of the first round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mpcserve.errors import PeerError
+from mpcserve.errors import PeerError, Refused
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.schedule import schedule_of
 from mpcserve.protocol import Bundle, Round, ServerProgram, Steps, unpack_weight
 from mpcserve.serving.deployment import Deployment, Store
-from mpcserve.serving.request import Deadline
+from mpcserve.serving.request import Deadline, receive_message
 from mpcserve.transport import Channel
 
 Side = Literal["alice", "bob"]
@@ -108,13 +112,37 @@ def evaluate(
         what = f"input {spec.name!r} ({size} bytes)"
         inputs.append(client.receive(size, what, deadline.left(round_timeout)))
     timer = Timer.start()
+    mine = digest_of(inputs)
+    peer.send_message({"type": "inputs", "sha256": mine})
     steps = live.program.evaluate(prepared.bundle, inputs)
     result, rounds = drive(
-        steps, peer, lambda r: live.rounds[r], lambda: deadline.left(round_timeout)
+        steps,
+        peer,
+        lambda r: live.rounds[r],
+        lambda: deadline.left(round_timeout),
+        lambda: check_same_inputs(peer, mine, deadline.left(round_timeout)),
     )
     client.send(result)
     wall, cpu = timer.seconds()
     return {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
+
+
+def digest_of(inputs: Sequence[memoryview]) -> str:
+    """SHA-256 (hex) of all inputs; their sizes are the plan's."""
+    digest = hashlib.sha256()
+    for data in inputs:
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def check_same_inputs(peer: Channel, mine: str, timeout: float) -> None:
+    """What the peer says of the inputs it received. Raises: Refused when they are others."""
+    theirs = receive_message(peer, "inputs", "the digest of its inputs, round 1", timeout)
+    if theirs.text("sha256") != mine:
+        raise Refused(
+            "the data owner sent alice and bob different inputs",
+            "send the same masked inputs to both servers: they evaluate nothing else",
+        )
 
 
 def drive(
@@ -122,19 +150,27 @@ def drive(
     peer: Channel,
     name: Callable[[int], str],
     timeout: Callable[[], float],
+    agree: Callable[[], None],
 ) -> tuple[bytes, int]:
-    """Run a generator of rounds over a channel: its result and how many rounds it took."""
+    """Run a generator of rounds over a channel: its result and how many rounds it took.
+
+    `agree` is called once, when the first round is posted; what it raises ends the evaluation.
+    """
     reply: memoryview | None = None
     rounds = 0
     try:
         while True:
             step = next(steps) if reply is None else steps.send(reply)
             _post(step, peer, name(rounds))
+            if not rounds:
+                agree()
             reply = peer.receive(step.expect, name(rounds), timeout())
             rounds += 1
     except StopIteration as end:
         result: bytes = end.value
-        return result, rounds
+    if not rounds:
+        agree()
+    return result, rounds
 
 
 def _post(step: Round, peer: Channel, name: str) -> None:

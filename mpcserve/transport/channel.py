@@ -45,6 +45,7 @@ class Inbox:
         self._target = memoryview(b"")  # of the waiting `receive`: what is still to be filled
         self._unread = 0  # cost of unread messages
         self._end: Callable[[], MpcError] | None = None
+        self.told = False  # the peer said why the stream ended: it was not lost here
         self.queued = 0  # DATA bytes
         self.received = 0  # DATA bytes since the stream began
         self.consumed = 0  # of these, taken
@@ -76,14 +77,17 @@ class Inbox:
             self._came.notify_all()
             return True
 
-    def end(self, error: Callable[[], MpcError], drop: bool) -> None:
-        """Nothing more comes; `error` makes what later receives raise. The first end counts."""
+    def end(self, error: Callable[[], MpcError], drop: bool, told: bool = False) -> None:
+        """Nothing more comes; `error` makes what later receives raise. The first end counts.
+
+        `told`: the error is the peer's own.
+        """
         with self._lock:
             if drop:
                 self._items.clear()
                 self.queued = self._start = self._unread = 0
             if self._end is None:
-                self._end = error
+                self._end, self.told = error, told
             self._came.notify_all()
 
     # ── the thread that waits ──
@@ -311,6 +315,8 @@ class Channel:
         return PeerTimeout(f"waited {timeout:g} s for {what} from {self.link.name}{came}", _ALIVE)
 
     def _lost(self, error: PeerLost, what: str, started: float) -> PeerLost:
+        if self.inbox.told:
+            return error
         waited = time.monotonic() - started
         return PeerLost(f"{error.message}, after {waited:.1f} s of waiting for {what}", error.hint)
 

@@ -201,21 +201,25 @@ class Link:
         flush: float,
         linger: float = _LINGER_S,
         expected: bool = False,
+        told: bool = False,
     ) -> None:
-        """End the link for this reason, unless it has ended already; `expected`: no error."""
+        """End the link for this reason, unless it has ended already.
+
+        `expected`: no error. `told`: the reason is the peer's.
+        """
         with self._lock:
             if self._reason is not None:
                 return
             self._give_up_at = time.monotonic() + flush + linger
             self._reason = reason
         for channel in self._streams.all():
-            self._end_stream_for(channel, reason)
+            self._end_stream_for(channel, reason, told)
         self.sender.finish(parting, flush)
         if self._established and not expected:
             self._hooks.report(_again(reason))
 
-    def _end_stream_for(self, channel: Channel, reason: MpcError) -> None:
-        channel.inbox.end(_maker(reason), drop=False)
+    def _end_stream_for(self, channel: Channel, reason: MpcError, told: bool = False) -> None:
+        channel.inbox.end(_maker(reason), drop=False, told=told)
         self.sender.stop_stream(channel.out, _maker(reason))
 
     def _cannot_write(self, error: OSError) -> None:
@@ -401,7 +405,7 @@ class Link:
 
     def _on_last(self, event: Failure | Goodbye) -> None:
         if isinstance(event, Failure):
-            self._end(event.error(self.name), b"", flush=0)
+            self._end(event.error(self.name), b"", flush=0, told=True)
         else:
             closed = PeerLost(f"{self.name} closed the link", "see the log of that party")
             self._end(closed, b"", flush=0, expected=True)
@@ -412,7 +416,7 @@ class Link:
             return
         if isinstance(event, Failure):
             told = _maker(event.error(self.name))
-            channel.inbox.end(told, drop=True)
+            channel.inbox.end(told, drop=True, told=True)
             self.sender.end_stream(channel.out, b"", told, flush=False)
         else:
             closed = PeerLost(f"{self.name} closed the stream", "see the log of that party")
