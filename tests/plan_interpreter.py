@@ -174,6 +174,15 @@ class Interpreter:
             assert all(v >= 0 for v in chosen.ravel())
         return chosen
 
+    def op_spectral(self, i: Instruction, xs: Sequence[Big]) -> Big:
+        at = i.attrs
+        angle = np.asarray(xs[0] % (1 << at["width"]), np.float64) * (2 * np.pi / 2 ** at["width"])
+        waves = sum(
+            a * np.sin(k * angle) + b * np.cos(k * angle)
+            for k, (a, b) in enumerate(zip(at["sine"], at["cosine"], strict=True), 1)
+        )
+        return big(np.rint(np.ldexp(waves, at["bits"] - at["truncate"])))
+
     def op_extend(self, i: Instruction, xs: Sequence[Big]) -> Big:
         return xs[0]
 

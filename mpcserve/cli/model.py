@@ -179,8 +179,8 @@ def _print_check(reports: Sequence[NodeReport]) -> None:
 
 def _print_json(plan: Plan, **more: Any) -> None:
     from mpcserve.cli.layers import bill_json, layer_rows
-    from mpcserve.plan.estimate import LINES, online_seconds
     from mpcserve.cli.output import print_json
+    from mpcserve.plan.estimate import LINES, online_seconds
 
     print_json(
         {

@@ -38,6 +38,9 @@ class Ref:
         raise TypeError("a secret has no truth value")
 
 
+WAVE_BITS = 20
+"""Bits of sines and coefficients: a dozen of them err by 1e-5 together."""
+
 Operand = Ref | Array
 """What a lowering function receives per ONNX input: a secret value, or a constant of the model."""
 
@@ -230,6 +233,20 @@ class Builder:
         """x where bit = `when`, else 0. `nonnegative` promises x ≥ 0 where selected."""
         attrs = {"when": when, "nonnegative": nonnegative}
         return self._emit("select", (bit.id, x.id), attrs, x.shape, x.frac_bits)
+
+    def spectral(
+        self, x: Ref, period_bits: int, sine: Sequence[float], cosine: Sequence[float]
+    ) -> Ref:
+        """Σ_k sine[k]·sin((k + 1)ωx) + cosine[k]·cos((k + 1)ωx), a turn per 2^period_bits ulp."""
+        one = 1 << WAVE_BITS
+        attrs = {
+            "width": period_bits,
+            "bits": WAVE_BITS,
+            "truncate": 2 * WAVE_BITS - self.frac_bits,
+            "sine": [round(a * one) for a in sine],
+            "cosine": [round(a * one) for a in cosine],
+        }
+        return self._emit("spectral", (x.id,), attrs, x.shape, self.frac_bits)
 
     # what is known
 

@@ -22,6 +22,9 @@ PRODUCT_ULPS = 1.0
 SHIFT_ULPS = 1.5
 """A local shift rounds Δ and both mask shares separately: less than one and a half ulps."""
 
+SPECTRAL_ERROR = 2.0**-12
+"""More than the waves' and coefficients' rounding can add up to."""
+
 Rule = Callable[[Step, Sequence[Step]], Interval]
 
 
@@ -159,6 +162,14 @@ def _select(step: Step, xs: Sequence[Step]) -> Interval:
     return iv.hull(found, 0.0)
 
 
+def _spectral(step: Step, xs: Sequence[Step]) -> Interval:
+    """No more than its coefficients together, whatever x is."""
+    at = step.attrs
+    most = sum(float(np.hypot(a, b)) for a, b in zip(at["sine"], at["cosine"], strict=True))
+    most = most * 2.0 ** -at["bits"] + SPECTRAL_ERROR + _ulp(step)
+    return iv.uniform(-most, most, len(step.shape))
+
+
 RULES: Mapping[str, Rule] = {
     "add": lambda s, xs: iv.add(*_aligned(s, xs)),
     "sub": lambda s, xs: iv.sub(*_aligned(s, xs)),
@@ -180,4 +191,5 @@ RULES: Mapping[str, Rule] = {
     "all": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
     "select": _select,
     "extend": lambda s, xs: xs[0].interval,
+    "spectral": _spectral,
 }

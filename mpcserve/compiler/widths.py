@@ -46,6 +46,9 @@ def assign_widths(draft: Draft, name: str, chunk: int = CHUNK_BITS, **about: Any
 TOO_MANY = 1 << 62
 """More elements than any tensor has."""
 
+TRUNCATING = (*PRODUCTS, "spectral")
+"""Instructions that open a truncated share: they deliver at most 64 − t bits."""
+
 OUTPUT = -1
 """Stands for the data owner among the readers of a value."""
 
@@ -106,7 +109,7 @@ def _caps(steps: tuple[Step, ...]) -> list[int]:
     """The widest that each value can be without an extend."""
     caps: list[int] = []
     for s in steps:
-        if s.op in PRODUCTS:
+        if s.op in TRUNCATING:
             caps.append(RING_BITS - s.attrs["truncate"])
         elif OPS[s.op].local and s.inputs:
             spare = s.attrs["bits"] if s.op == "shift" else 0
@@ -123,6 +126,8 @@ def ring_of(step: Step, width: int) -> int:
 
 def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple[int, int]]:
     """(operand, width) for each operand of a step whose value has `width` bits."""
+    if step.op == "spectral":
+        return [(step.inputs[0], step.attrs["width"])]
     if step.op in PRODUCTS:
         return [(j, ring_of(step, width)) for j in step.inputs]
     if step.op == "select":
@@ -176,7 +181,7 @@ def _instruction(id: int, step: Step, widths: list[int], draft: Draft, chunk: in
     bound = 0 if step.op in BITS else step.bound
     value = Value(step.shape, width, step.frac_bits, bound, step.known)
     attrs = dict(step.attrs)
-    if step.op in PRODUCTS:
+    if step.op in TRUNCATING:
         attrs["ring"] = ring_of(step, width)
     elif step.op == "sign":
         read = _read_width(step, draft.steps)

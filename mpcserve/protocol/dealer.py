@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.protocol.parties import DealIO, Mask
-from mpcserve.protocol.primitives import join, product, select, sign
+from mpcserve.protocol.primitives import join, product, select, sign, spectral
 from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 
@@ -71,6 +71,8 @@ class Dealer:
             return sign.deal(io, i, operands)
         if i.op == "all":
             return join.deal(io, i, operands)
+        if i.op == "spectral":
+            return spectral.deal(io, i, operands)
         if i.op == "select":
             return select.deal_select(io, i, operands)
         assert i.op == "extend"

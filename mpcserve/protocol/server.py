@@ -19,7 +19,7 @@ from mpcserve.plan.ops import OPS, PRODUCTS, packed_bytes
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.schedule import schedule_of
 from mpcserve.protocol.parties import Buffer, Material, PrepareIO, Round, Side, Steps
-from mpcserve.protocol.primitives import join, product, select, sign
+from mpcserve.protocol.primitives import join, product, select, sign, spectral
 from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 from mpcserve.ring import Words, reduce
@@ -177,6 +177,8 @@ class ServerProgram:
             return sign.prepare(io, i)
         if i.op == "all":
             return join.prepare(io, i, halves)
+        if i.op == "spectral":
+            return spectral.prepare(io, i, halves)
         if i.op == "select":
             return select.prepare_select(io, i, halves)
         assert i.op == "extend"
@@ -220,6 +222,8 @@ class ServerProgram:
             return sign.evaluate(self.role, i, material, deltas[0])
         if i.op == "all":
             return join.evaluate(self.role, i, material, deltas)
+        if i.op == "spectral":
+            return spectral.evaluate(self.role, i, material, deltas[0])
         if i.op == "select":
             return select.evaluate_select(self.role, i, material, deltas)
         assert i.op == "extend"
