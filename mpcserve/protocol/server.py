@@ -10,7 +10,6 @@ from __future__ import annotations
 import hmac
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Protocol
 
 from mpcserve.errors import Refused, WireError
@@ -26,6 +25,13 @@ from mpcserve.ring import Words, reduce
 
 OUTPUTS = -1
 """The key under which a bundle holds this side's mask shares of the outputs."""
+
+
+WAITING = -2
+"""What a watch is told when a round is sent and its answer awaited."""
+
+Watch = Callable[[int], None]
+"""Called with an instruction's id, WAITING or OUTPUTS when the work that follows is its."""
 
 
 class Materials(Protocol):
@@ -186,11 +192,13 @@ class ServerProgram:
 
     # -- online -------------------------------------------------------------------------------
 
-    def evaluate(self, bundle: Bundle, inputs: Sequence[Buffer]) -> Steps[bytes]:
+    def evaluate(
+        self, bundle: Bundle, inputs: Sequence[Buffer], watch: Watch = lambda id: None
+    ) -> Steps[bytes]:
         """Packed Δx of every plan input → this server's message to the data owner.
 
-        Yields one `Round` per round of the bill. Raises: Refused when the bundle is spent,
-        WireError when an input has the wrong size.
+        Yields one `Round` per round of the bill. `watch` is told whose work begins: a profile.
+        Raises: Refused when the bundle is spent, WireError when an input has the wrong size.
         """
         materials = bundle.spend()
         values = dict(self._known)
@@ -202,6 +210,7 @@ class ServerProgram:
             for id in level:
                 i = self.plan[id]
                 if id not in values:
+                    watch(id)
                     deltas = [values[j] for j in i.inputs]
                     if OPS[i.op].local:
                         values[id] = apply_local(i, deltas, True)
@@ -211,7 +220,8 @@ class ServerProgram:
                 for j in _finished(i, uses):
                     del values[j]
             if waiting:
-                waiting = yield from _exchange(waiting, values)
+                waiting = yield from _exchange(waiting, values, watch)
+        watch(OUTPUTS)
         return self._output_message(bundle.id, values, materials.take(OUTPUTS))
 
     def _evaluate(self, i: Instruction, material: Material, deltas: list[Words]) -> Steps[Words]:
@@ -252,13 +262,20 @@ class ServerProgram:
 
 
 def _exchange(
-    waiting: list[tuple[int, Steps[Words], Round]], values: dict[int, Words]
+    waiting: list[tuple[int, Steps[Words], Round]], values: dict[int, Words], watch: Watch
 ) -> Steps[list[tuple[int, Steps[Words], Round]]]:
     """One round for all that wait; returns those that wait again."""
-    pieces: Iterator[Buffer] = chain.from_iterable(r.pieces for _, _, r in waiting)
-    received = memoryview((yield Round(pieces, sum(r.expect for _, _, r in waiting))))
+
+    def pieces() -> Iterator[Buffer]:
+        for id, _, r in waiting:
+            watch(id)
+            yield from r.pieces
+        watch(WAITING)
+
+    received = memoryview((yield Round(pieces(), sum(r.expect for _, _, r in waiting))))
     again, at = [], 0
     for id, steps, r in waiting:
+        watch(id)
         try:
             again.append((id, steps, steps.send(received[at : at + r.expect])))
         except StopIteration as done:
