@@ -28,6 +28,7 @@ def main() -> None:
     """Parse, measure or read, print, write."""
     options = _options()
     results = json.loads(options.source.read_text()) if options.source else _measure(options)
+    results = json.loads(json.dumps(results))  # keys are text, as in a file
     print("\n" + report.markdown(results))
     if options.plot:
         options.plot.write_text(svg.plot(results))
@@ -51,6 +52,7 @@ def _options() -> argparse.Namespace:
         metavar="PEER",
         help=f"these peers too, by default all of {', '.join(PEERS)}; installed when needed",
     )
+    parser.add_argument("--peer-runs", type=int, default=3, help="of a row on a peer (default 3)")
     parser.add_argument(
         "--peer-seconds", type=float, default=900, help="limit of a row on a peer (default 900)"
     )
@@ -60,8 +62,8 @@ def _options() -> argparse.Namespace:
         "--from", dest="source", type=Path, metavar="FILE", help="read results, measure nothing"
     )
     options = parser.parse_args()
-    if options.runs < 1:
-        parser.error("--runs must be at least 1")
+    if min(options.runs, options.peer_runs) < 1:
+        parser.error("--runs and --peer-runs must be at least 1")
     return options
 
 
@@ -110,7 +112,7 @@ def _measure_row(
         print(f"  {report.line(result)}", flush=True)
         result["peers"] = {}
         for peer in peers:
-            measured = peer.measure(row, folder, options.runs, options.peer_seconds)
+            measured = peer.measure(row, folder, options.peer_runs, options.peer_seconds)
             result["peers"][peer.name] = measured
             print(f"  {peer.name}: {report.peer_line(measured)}", flush=True)
     return result

@@ -60,7 +60,10 @@ class Servers:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Bundles dealt ahead, per deployment: at most `depth`, together at most `max_bytes`."""
+    """Bundles dealt ahead: `depth` per deployment, all together in `max_bytes` of memory.
+
+    What that does not hold waits on bob's disk.
+    """
 
     depth: int = 2
     max_bytes: int = 2_000_000_000

@@ -78,13 +78,15 @@ def dense_relu(
 class Trio:
     """alice, bob and carol in this process, over plain TCP on free loopback ports."""
 
-    def __init__(self, state: Path, *, depth: int = 1, **deadlines: float) -> None:
+    def __init__(
+        self, state: Path, *, depth: int = 1, max_bytes: int = 1 << 30, **deadlines: float
+    ) -> None:
         seconds = {"connect": 20.0, "handshake": 10.0, "round": 20.0, "request": 40.0}
         self.config = Config(
             Servers(Address("127.0.0.1", 0), Address("127.0.0.1", 0)),
             state=state,
             keys=state / "no-keys",
-            pool=Pool(depth),
+            pool=Pool(depth, max_bytes),
             deadlines=Deadlines(**{**seconds, **deadlines}),
             limits=Limits(requests=2, queue=2),
         )

@@ -3,7 +3,8 @@
     python spu_parties.py PROGRAM.npz RUNS        (in SPU's environment)
 
 Input and weights are secret; what is timed goes from shared input to shared output. Images are
-laid out channels last, as SPU prefers. The bytes are those of SPU's own profile of one more run.
+laid out channels last, as SPU prefers. The bytes are those of SPU's own profile of a first run,
+which is not timed.
 """
 
 import json
@@ -135,24 +136,22 @@ def party(rank, addresses, code, runs, queue, *, names, shares):
     link = libspu.link.create_brpc(desc, rank)
     executable = libspu.Executable()
     executable.ParseFromString(code)
-    runtime = Runtime(link, config())
-    for name, share in zip(names, shares, strict=True):
-        runtime.set_var(name, share)
+    sent, sends = profiled(link, executable, names, shares)
+    runtime = prepared(link, config(), names, shares)
     seconds, cpu = [], []
-    for _ in range(runs + 1):
+    for _ in range(runs):
         link.barrier()
         began, busy = time.perf_counter(), time.process_time()
         runtime.run(executable)
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - busy)
     output = runtime.get_var(executable.output_names[0])
-    sent, sends = profiled(link, executable, names, shares)
     link.barrier()
     queue.put(
         {
             "rank": rank,
-            "seconds": seconds[1:],
-            "cpu": statistics.median(cpu[1:]),
+            "seconds": seconds,
+            "cpu": statistics.median(cpu),
             "sent": sent,
             "sends": sends,
             "output": output,
@@ -160,18 +159,23 @@ def party(rank, addresses, code, runs, queue, *, names, shares):
     )
 
 
+def prepared(link, settings, names, shares):
+    """A runtime that holds this party's shares."""
+    runtime = Runtime(link, settings)
+    for name, share in zip(names, shares, strict=True):
+        runtime.set_var(name, share)
+    return runtime
+
+
 def profiled(link, executable, names, shares):
-    """Bytes and sends of one run, as SPU's profile says on its standard output."""
+    """Bytes and sends of a run that warms up, as SPU's profile says on its standard output."""
     with tempfile.TemporaryFile() as file:
         kept = [os.dup(fd) for fd in (1, 2)]
         for fd in (1, 2):
             os.dup2(file.fileno(), fd)
         settings = config()
         settings.enable_pphlo_profile = True
-        runtime = Runtime(link, settings)
-        for name, share in zip(names, shares, strict=True):
-            runtime.set_var(name, share)
-        runtime.run(executable)
+        prepared(link, settings, names, shares).run(executable)
         for fd, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, fd)
         file.seek(0)

@@ -2,7 +2,7 @@
 
 infer     data owner → alice, bob      alice takes a bundle and tells bob which; both evaluate
 deploy    model owner → alice, bob     all three stage, alice commits, bob and carol follow
-prepare   alice → bob                  both prepare a bundle; bob has carol deal to him
+prepare   alice → bob                  both prepare a bundle; bob has carol deal to him (halves.py)
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from mpcserve.errors import MpcError, Refused, WireError
+from mpcserve.errors import Refused, WireError
 from mpcserve.plan.bill import bill_of
 from mpcserve.plan.store import plan_bytes
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import ID_BYTES, Deployment
-from mpcserve.serving.evaluation import Live, Prepared, Timer, bring_to_life, evaluate
+from mpcserve.serving.evaluation import Live, bring_to_life, evaluate
 from mpcserve.serving.gate import Gate
+from mpcserve.serving.halves import AliceHalf
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import log
 from mpcserve.serving.online import OnlineServer, WeightsReceived
@@ -30,6 +31,8 @@ from mpcserve.transport import Channel, Link
 
 FOLLOWERS = ("bob", "carol")
 MAX_NAME = 200
+EXPANSION = 2
+"""Memory of a prepared bundle per dealt byte, about: used until one has been prepared."""
 
 
 class Alice(OnlineServer):
@@ -42,7 +45,7 @@ class Alice(OnlineServer):
     def __init__(self, wiring: Wiring) -> None:
         config = wiring.config
         self.gate = Gate(config.limits.requests, config.limits.queue)
-        self.pool: Pool[Prepared] = Pool(self._make, config.pool.depth, config.pool.max_bytes)
+        self.pool: Pool[AliceHalf] = Pool(self._agree, config.pool.depth, config.pool.max_bytes)
         super().__init__(wiring)
         self.store.settle(())  # what she had not committed when she stopped was never deployed
 
@@ -70,7 +73,7 @@ class Alice(OnlineServer):
 
     def deployed(self, live: Live) -> None:
         """Begin to deal ahead for it."""
-        self.pool.add(live.deployment.id, bill_of(live.plan).dealt_bytes)
+        self.pool.add(live.deployment.id, EXPANSION * bill_of(live.plan).dealt_bytes)
 
     def retired(self, id: bytes) -> None:
         """Drop its bundles."""
@@ -109,26 +112,22 @@ class Alice(OnlineServer):
         name = request.message.optional_text("model") or self.config.model
         live = self.live(self.store.find(name).id)
         check_digest(live.plan, request.message.text("digest"), "the data owner", self.role)
-        prepared = self.pool.take(live.deployment.id, request.deadline.left())
-        meter = Meter(bob.link)
-        try:
-            bob.send_message(
-                {
-                    "type": "run",
-                    "deployment": live.deployment.id.hex(),
-                    "digest": live.plan.digest,
-                    "bundle": prepared.bundle.id.hex(),
-                }
-            )
-            took = evaluate(
-                live, prepared, request.channel, bob, request.deadline, self.deadlines.round
-            )
-            facts = merged(prepared.facts, took, meter.sent("alice->bob", bob))
-        except Exception:
-            self._tell_bob_to_drop(prepared)
-            raise
-        finally:
-            self.ledger.spend(prepared.bundle.id)
+        with self.pool.bundle(live.deployment.id) as prepared:
+            meter = Meter(bob.link)
+            try:
+                bob.send_message(
+                    {
+                        "type": "run",
+                        "deployment": live.deployment.id.hex(),
+                        "digest": live.plan.digest,
+                        "bundle": prepared.bundle.id.hex(),
+                    }
+                )
+                took = evaluate(
+                    live, prepared, request.channel, bob, request.deadline, self.deadlines.round
+                )
+            finally:
+                self.ledger.spend(prepared.bundle.id)
         log.info(
             "infer %s: %s, %d rounds, %.3f s",
             request.name,
@@ -136,39 +135,29 @@ class Alice(OnlineServer):
             took["rounds"],
             took["online_seconds"],
         )
-        return facts
-
-    def _tell_bob_to_drop(self, prepared: Prepared) -> None:
-        """He may not have learnt that his half was to be used; a lost link drops it anyway."""
-        try:
-            channel = self.links.get("bob").channel(secrets.token_bytes(ID_BYTES))
-            channel.send_message({"type": "drop", "bundle": prepared.bundle.id.hex()})
-            channel.close()
-        except MpcError as error:
-            log.debug("bob was not told to drop a bundle: %s", error)
+        return merged(took, meter.sent("alice->bob", bob))
 
     # -- prepare ----------------------------------------------------------------------------------
 
-    def _make(self, deployment: bytes) -> Prepared:
-        """Agree with bob on a fresh bundle; both prepare it while carol deals."""
-        live = self.live(deployment)
-        link = self.links.get("bob")
-        id = secrets.token_bytes(ID_BYTES)
-        timer = Timer.start()
-        self.ledger.admit(id, deployment)
-        bob = link.channel(id)
+    def _agree(self, deployment: bytes, spool: bool) -> AliceHalf:
+        """A fresh bundle that both have admitted; with `spool` bob has it on his disk."""
+        live, id = self.live(deployment), secrets.token_bytes(ID_BYTES)
+        timeout = self.deadlines.request
+        bob = self.links.get("bob").channel(id)
         with failing(bob):
             bob.send_message(
-                {"type": "prepare", "deployment": deployment.hex(), "digest": live.plan.digest}
+                {
+                    "type": "prepare",
+                    "deployment": deployment.hex(),
+                    "digest": live.plan.digest,
+                    "spool": spool,
+                }
             )
-            bundle = live.program.prepare(id, None)
-            _, cpu = timer.seconds()
-            timeout = self.deadlines.request
-            theirs = receive_message(bob, "prepared", "bob's half of a bundle", timeout)
-        bob.close()
-        facts = {"preprocessing_seconds": timer.seconds()[0], "preprocessing_cpu_seconds": cpu}
-        nbytes = max(bundle.nbytes, theirs.size("nbytes", 1 << 62))
-        return Prepared(bundle, link, nbytes, facts)
+            self.ledger.admit(id, deployment)  # while he does the same
+            receive_message(bob, "agreed", "a bundle to agree on", timeout)
+        if spool:
+            bob.close()
+        return AliceHalf(live, id, bob, spool, timeout)
 
     # -- deploy -----------------------------------------------------------------------------------
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 import secrets
 
 from mpcserve.errors import PeerLost
-from mpcserve.plan.bill import bill_of
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import Deployment
-from mpcserve.serving.evaluation import Prepared, Timer, bring_to_life, evaluate
+from mpcserve.serving.evaluation import bring_to_life, evaluate
+from mpcserve.serving.halves import BobHalf, Dealing
 from mpcserve.serving.links import Wiring
+from mpcserve.serving.log import named_error
 from mpcserve.serving.meeting import Meeting
 from mpcserve.serving.online import OnlineServer, WeightsReceived
 from mpcserve.serving.pool import Shelf
 from mpcserve.serving.report import Meter, merged, server_report
 from mpcserve.serving.request import Message, Request, check_digest, failing, receive_message
 from mpcserve.serving.server import DECISION_S, OWNERS, Route
-from mpcserve.transport import Link
+from mpcserve.serving.spool import Spool
+from mpcserve.transport import Channel, Link
 
 
 class Bob(OnlineServer):
@@ -34,7 +36,8 @@ class Bob(OnlineServer):
     def __init__(self, wiring: Wiring) -> None:
         limits = wiring.config.limits
         self.meeting: Meeting[Request] = Meeting(limits.requests + limits.queue)
-        self.shelf: Shelf[Prepared] = Shelf()
+        self.shelf: Shelf[BobHalf] = Shelf()
+        self.spool = Spool(wiring.config.state / wiring.role / "spool")
         super().__init__(wiring)
 
     def routes(self) -> dict[str, Route]:
@@ -45,6 +48,7 @@ class Bob(OnlineServer):
             "deploy": Route(("model-owner",), self._park),
             "evaluate": Route(("alice",), self._evaluate),
             "prepare": Route(("alice",), self._prepare),
+            "load": Route(("alice",), self._load),
             "drop": Route(("alice",), self._drop),
             "stage": Route(("alice",), self._stage),
             "settle": Route(("alice",), self._settle),
@@ -78,9 +82,13 @@ class Bob(OnlineServer):
             prepared = self.shelf.take(run.id("bundle"), live.deployment.id)
             meter = Meter(alice.link)
             try:
+                prepared.start()
                 took = evaluate(live, prepared, asked.channel, alice, request.deadline, timeout)
-                facts = merged(prepared.facts, took, meter.sent("bob->alice", alice))
+                facts = merged(took, meter.sent("bob->alice", alice))
                 asked.channel.send_message(server_report(self.role, facts))
+            except Exception:
+                prepared.abandon()
+                raise
             finally:
                 self.ledger.spend(prepared.bundle.id)
 
@@ -93,41 +101,32 @@ class Bob(OnlineServer):
     def _prepare(self, request: Request) -> None:
         live = self.live(request.message.id("deployment"))
         check_digest(live.plan, request.message.text("digest"), "alice", self.role)
-        self.ledger.admit(request.id, live.deployment.id)
-        carol = self.links.get("carol").channel(request.id)
-        timer, meter = Timer.start(), Meter(carol.link)
+        alice, carol = request.channel, self.links.get("carol").channel(request.id)
         with failing(carol):
-            carol.send_message(
-                {
-                    "type": "deal",
-                    "deployment": live.deployment.id.hex(),
-                    "digest": live.plan.digest,
-                }
-            )
-            total = bill_of(live.plan).dealt_bytes
-            receive_message(carol, "dealing", "her turn to deal", request.deadline.left())
+            self.ledger.admit(request.id, live.deployment.id)
+            dealing = Dealing(live, carol, request.deadline, self.deadlines.round)
+            half = BobHalf(live, alice, dealing)
+            if request.message.flag("spool"):
+                half.keep(self.spool)
+            self.shelf.put(request.id, live.deployment.id, half)
+            alice.send_message({"type": "agreed"})
+        if not request.message.flag("spool"):
+            self._make_whole(half, alice)
 
-            def take(n: int) -> memoryview:
-                what = f"dealt bytes {carol.payload_received} … of {total}"
-                return carol.receive(n, what, request.deadline.left(self.deadlines.round))
+    def _load(self, request: Request) -> None:
+        """Prepare from the disk what alice has room for now."""
+        message = request.message
+        half = self.shelf.look(message.id("bundle"), message.id("deployment"))
+        request.channel.send_message({"type": "agreed"})
+        self._make_whole(half, request.channel)
 
-            bundle = live.program.prepare(request.id, take)
-            dealt = receive_message(carol, "dealt", "the end of dealing", self.deadlines.round)
-        carol.close()
-        wall, cpu = timer.seconds()
-        facts = merged(
-            {
-                "preprocessing_seconds": wall,
-                "preprocessing_cpu_seconds": cpu,
-                "dealt_bytes": carol.payload_received,
-                "carol_cpu_seconds": dealt.number("cpu_seconds"),
-                "carol_peak_rss_bytes": dealt.size("peak_rss_bytes", 1 << 62),
-            },
-            meter.received("carol->bob", carol),
-        )
-        prepared = Prepared(bundle, request.channel.link, bundle.nbytes, facts)
-        self.shelf.put(request.id, live.deployment.id, prepared)
-        request.channel.send_message({"type": "prepared", "nbytes": bundle.nbytes})
+    def _make_whole(self, half: BobHalf, alice: Channel) -> None:
+        try:
+            half.finish()
+        except Exception as e:
+            self.shelf.fail(half.bundle.id, named_error(e))
+            raise
+        alice.send_message({"type": "prepared", "nbytes": half.nbytes})
 
     # -- deploy -----------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from mpcserve.plan.store import plan_from_bytes
 from mpcserve.protocol import Dealer
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import Deployment
-from mpcserve.serving.evaluation import Timer
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import log
 from mpcserve.serving.meeting import Meeting
+from mpcserve.serving.preparing import Timer
 from mpcserve.serving.report import peak_rss_bytes
 from mpcserve.serving.request import MAX_PLAN_BYTES, Request, check_digest, receive_message
 from mpcserve.serving.server import DECISION_S, Route, Server

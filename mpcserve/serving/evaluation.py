@@ -9,8 +9,8 @@ second round begun, before the two are known to agree. The digest goes ahead of 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +18,10 @@ from mpcserve.errors import PeerError, Refused
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.schedule import schedule_of
-from mpcserve.protocol import Bundle, Round, ServerProgram, Steps, unpack_weight
+from mpcserve.protocol import Round, ServerProgram, Steps, unpack_weight
 from mpcserve.serving.deployment import Deployment, Store
+from mpcserve.serving.preparing import Preparation, Timer
+from mpcserve.serving.report import merged
 from mpcserve.serving.request import Deadline, receive_message
 from mpcserve.transport import Channel
 
@@ -66,43 +68,21 @@ def round_names(plan: Plan) -> Iterator[str]:
 _SPEAKING = ("mul", "matmul", "conv", "sign", "select", "extend")
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A bundle, ready: what it hangs on, what it cost, and what is told of it in a report."""
-
-    bundle: Bundle
-    link: Hashable
-    nbytes: int
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Timer:
-    """Wall and CPU seconds of this thread since it was made."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def start(cls) -> Timer:
-        """Begin now."""
-        return cls(time.perf_counter(), time.thread_time())
-
-    def seconds(self) -> tuple[float, float]:
-        """(wall, cpu) so far."""
-        return time.perf_counter() - self.wall, time.thread_time() - self.cpu
-
-
 def evaluate(
     live: Live,
-    prepared: Prepared,
+    prepared: Preparation,
     client: Channel,
     peer: Channel,
     deadline: Deadline,
     round_timeout: float,
 ) -> dict[str, Any]:
-    """Serve the data owner on `client`, exchanging rounds on `peer`; what it took."""
+    """Serve the data owner on `client`, exchanging rounds on `peer`; what it took.
+
+    While a server still prepares its half, the other waits for a round as long as for the request:
+    whoever is late for another reason is named by the server that waits for it.
+    """
     plan = live.plan
+    prepared.until(deadline)
     client.send_message({"type": "ready", "digest": plan.digest})
     client.send(b"".join(prepared.bundle.input_seeds))
     inputs = []
@@ -119,12 +99,13 @@ def evaluate(
         steps,
         peer,
         lambda r: live.rounds[r],
-        lambda: deadline.left(round_timeout),
+        lambda: deadline.left(round_timeout if prepared.whole else math.inf),
         lambda: check_same_inputs(peer, mine, deadline.left(round_timeout)),
     )
     client.send(result)
     wall, cpu = timer.seconds()
-    return {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
+    took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
+    return merged(prepared.facts(), took)
 
 
 def digest_of(inputs: Sequence[memoryview]) -> str:

@@ -1,76 +1,119 @@
 """Bundles dealt ahead: alice's pool decides when one is made, bob's shelf keeps his halves of them.
 
-Alice coordinates. Her workers keep `depth` bundles of every deployment ready while all of them
-together stay under `max_bytes`; a request that finds none ready has one made for it: slower, never
-wrong. Bundles come out first in, first out, each exactly once. Requests come before stock.
-A bundle is good only as long as the link over which its two halves were agreed on: when that
-link drops, both sides drop what they hold of it.
+Alice coordinates. While no request is evaluated, her worker keeps `depth` bundles of every
+deployment in stock: prepared, as long as all of them together stay under `max_bytes` of memory, and
+beyond that as what carol dealt, on bob's disk, to be prepared when there is room. A request gets
+the oldest that is prepared, else the one at hand, else one from the disk, else a new one; what of
+it is still to be prepared is prepared while it is being evaluated: slower, never wrong. Each comes
+out once. A bundle is good only as long as the link over which its two halves were agreed on: when
+that link drops, both sides drop what they hold of it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
-from mpcserve.errors import MpcError, PeerTimeout, Refused
+from mpcserve.errors import MpcError, Refused
 from mpcserve.serving.log import log, named_error
 
 BACK_OFF = (1.0, 30.0)
 """Seconds before the next attempt to make stock after a failure: first, and at most."""
 
+REMEMBERED = 64
+"""Bundles that could not be prepared, of which a shelf knows why."""
 
-class Stocked(Protocol):
-    """What a pool holds: `nbytes` counts against the cap, `link` says what its life hangs on."""
 
-    @property
-    def nbytes(self) -> int: ...
+class Kept(Protocol):
+    """What a shelf holds: `link` says what its life hangs on."""
 
     @property
     def link(self) -> Hashable: ...
 
+    @property
+    def alive(self) -> bool:
+        """Whether the link is."""
 
+    def abandon(self) -> None:
+        """It is not wanted any more."""
+
+
+class Stocked(Kept, Protocol):
+    """What a pool holds: `nbytes` of memory once it is prepared."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def load(self) -> None:
+        """From the disk: have the other side begin to prepare it."""
+
+    def start(self) -> None:
+        """See to it that it is being prepared; returns at once."""
+
+    def finish(self) -> None:
+        """Return when it is prepared. Raises: why not."""
+
+
+S = TypeVar("S", bound=Kept)
 T = TypeVar("T", bound=Stocked)
 
-
-@dataclass(slots=True, eq=False)
-class _Waiter(Generic[T]):
-    entry: T | None = None
-    error: MpcError | None = None
+Wish: TypeAlias = Literal["prepare", "spool", "load"]
+"""What a stock wants: one more in memory, one more on the disk, one from the disk in memory."""
 
 
 @dataclass(slots=True)
 class _Stock(Generic[T]):
-    """Of one deployment, whose last bundle had `nbytes`; `making` more are under way.
+    """Of one deployment, whose last bundle had `nbytes` of memory.
 
-    After a failure no stock is made before `not_before`.
+    `at_hand` are being prepared and may be taken; `making` more may not be taken yet. After a
+    failure nothing is made before `not_before`.
     """
 
     nbytes: int
     ready: deque[T] = field(default_factory=deque)
-    waiters: deque[_Waiter[T]] = field(default_factory=deque)
+    at_hand: deque[T] = field(default_factory=deque)
+    spooled: deque[T] = field(default_factory=deque)
     making: int = 0
     delay: float = 0.0
     not_before: float = 0.0
 
+    @property
+    def shelves(self) -> tuple[deque[T], ...]:
+        """All that may be taken, the best first."""
+        return self.ready, self.at_hand, self.spooled
+
+    @property
+    def count(self) -> int:
+        """Bundles that are dealt, or about to be."""
+        return sum(map(len, self.shelves)) + self.making
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory of what is prepared, and of what is being prepared as far as known."""
+        under_way = len(self.at_hand) + self.making
+        return sum(e.nbytes for e in self.ready) + under_way * self.nbytes
+
 
 class Pool(Generic[T]):
-    """`make(deployment)` returns a fresh bundle or raises; it runs in `workers` threads."""
+    """`agree(deployment, spool)` returns a fresh bundle, not yet prepared, or raises.
 
-    def __init__(
-        self, make: Callable[[bytes], T], depth: int, max_bytes: int, workers: int = 1
-    ) -> None:
-        self._make = make
+    With `spool` it returns when the bundle lies on the disk of the other side.
+    """
+
+    def __init__(self, agree: Callable[[bytes, bool], T], depth: int, max_bytes: int) -> None:
+        self._agree = agree
         self._depth = depth
         self._max_bytes = max_bytes
         self._stocks: dict[bytes, _Stock[T]] = {}
         self._changed = threading.Condition()
+        self._evaluating = 0
         self._closed = False
-        for number in range(workers):
-            threading.Thread(target=self._work, name=f"dealing-{number}", daemon=True).start()
+        threading.Thread(target=self._work, name="mpcserve-stock", daemon=True).start()
 
     def add(self, deployment: bytes, nbytes: int) -> None:
         """Begin to keep bundles of `deployment`; `nbytes` is a guess until one has been made."""
@@ -79,38 +122,46 @@ class Pool(Generic[T]):
             self._changed.notify_all()
 
     def remove(self, deployment: bytes) -> None:
-        """Drop a deployment's bundles and refuse those who wait for one."""
+        """Drop a deployment's bundles."""
         with self._changed:
-            if stock := self._stocks.pop(deployment, None):
-                for waiter in stock.waiters:
-                    waiter.error = _retired(deployment)
-                self._changed.notify_all()
+            stock = self._stocks.pop(deployment, None)
+            self._changed.notify_all()
+        if stock is not None:
+            _abandon([e for shelf in stock.shelves for e in shelf])
 
-    def take(self, deployment: bytes, timeout: float) -> T:
-        """The oldest bundle ready, or one made now. Raises: PeerTimeout, Refused, or why not."""
-        waiter: _Waiter[T] = _Waiter()
+    @contextmanager
+    def bundle(self, deployment: bytes) -> Iterator[T]:
+        """A bundle for an evaluation, which the block is; no stock is made meanwhile.
+
+        Raises: Refused, or why there is none.
+        """
         with self._changed:
-            stock = self._stocks.get(deployment)
-            if stock is None:
-                raise _retired(deployment)
-            stock.waiters.append(waiter)
-            self._hand_out(stock)
-            self._changed.wait_for(lambda: waiter.entry or waiter.error, timeout)
-            if waiter.entry is not None:
-                return waiter.entry
-            if waiter in stock.waiters:
-                stock.waiters.remove(waiter)
-        raise waiter.error or PeerTimeout(
-            f"no bundle of deployment {deployment.hex()} was dealt in {timeout:.1f} s",
-            "carol deals them: is she up, and is `deadlines.request` long enough?",
-        )
+            self._evaluating += 1
+        try:
+            entry = self._take(deployment)
+            try:
+                entry.start()
+                yield entry
+            except BaseException:
+                entry.abandon()
+                raise
+        finally:
+            with self._changed:
+                self._evaluating -= 1
+                self._changed.notify_all()
 
     def drop(self, link: Hashable) -> None:
         """Forget every bundle agreed on over `link`."""
+        dropped: list[T] = []
         with self._changed:
             for stock in self._stocks.values():
-                stock.ready = deque(e for e in stock.ready if e.link != link)
+                for shelf in stock.shelves:
+                    dropped += [e for e in shelf if e.link == link]
+                    kept = [e for e in shelf if e.link != link]
+                    shelf.clear()
+                    shelf.extend(kept)
             self._changed.notify_all()
+        _abandon(dropped)
 
     def retry(self) -> None:
         """Make stock again at once: whatever made it fail may be gone, such as a peer's absence."""
@@ -120,115 +171,192 @@ class Pool(Generic[T]):
             self._changed.notify_all()
 
     def ready(self, deployment: bytes) -> int:
-        """How many bundles of `deployment` wait to be taken."""
+        """How many bundles of `deployment` are in stock, prepared or on the disk."""
         with self._changed:
             stock = self._stocks.get(deployment)
-            return len(stock.ready) if stock else 0
+            return len(stock.ready) + len(stock.spooled) if stock else 0
 
-    def waiting(self, deployment: bytes) -> int:
-        """How many requests wait for a bundle of `deployment`."""
+    def prepared_bytes(self) -> int:
+        """Memory of all bundles in stock."""
         with self._changed:
-            stock = self._stocks.get(deployment)
-            return len(stock.waiters) if stock else 0
+            return sum(e.nbytes for s in self._stocks.values() for e in s.ready)
 
     def wait_filled(self, timeout: float) -> bool:
         """Wait until no stock is wanting; whether that came true."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not any(s.making or self._wants(s) for s in self._stocks.values()), timeout
+                lambda: (
+                    not any(s.making or s.at_hand or self._wish(s) for s in self._stocks.values())
+                ),
+                timeout,
             )
 
     def close(self) -> None:
-        """Stop the workers after the bundle at hand; refuse all who wait."""
+        """Stop the worker after the bundle at hand; drop all."""
         with self._changed:
             self._closed = True
-            for deployment in list(self._stocks):
-                self.remove(deployment)
+        for deployment in list(self._stocks):
+            self.remove(deployment)
 
-    def _hand_out(self, stock: _Stock[T]) -> None:
-        while stock.ready and stock.waiters:
-            stock.waiters.popleft().entry = stock.ready.popleft()
-        self._changed.notify_all()
+    def _take(self, deployment: bytes) -> T:
+        with self._changed:
+            stock = self._stocks.get(deployment)
+            if stock is None:
+                raise _retired(deployment)
+            for shelf in stock.shelves:
+                if shelf:
+                    return shelf.popleft()
+        return self._agree(deployment, False)
 
-    def _wants(self, stock: _Stock[T]) -> bool:
-        """Whether to make one: for a waiter always, for stock while depth and bytes allow."""
-        if stock.making < len(stock.waiters):
-            return True
-        ahead = len(stock.ready) + stock.making - len(stock.waiters)
-        return ahead < self._depth and self._held() + stock.nbytes <= self._max_bytes
+    # -- stock ------------------------------------------------------------------------------------
 
-    def _held(self) -> int:
-        """Bytes of all bundles ready, and of those being made as far as known."""
-        return sum(
-            sum(e.nbytes for e in s.ready) + s.making * s.nbytes for s in self._stocks.values()
-        )
+    def _wish(self, stock: _Stock[T]) -> Wish | None:
+        held = sum(s.held for s in self._stocks.values())
+        fits = held + stock.nbytes <= self._max_bytes
+        if stock.spooled and fits:
+            return "load"
+        if stock.count >= self._depth:
+            return None
+        return "prepare" if fits else "spool"
 
-    def _next(self) -> bytes | None:
-        """The deployment to make a bundle for now: those with requests waiting come first."""
+    def _next(self) -> tuple[bytes, _Stock[T], Wish] | None:
+        """What to do now; the deployment with the least stock comes first."""
+        if self._evaluating:
+            return None
         now = time.monotonic()
-        wanting = [
-            (not s.waiters, id)
-            for id, s in self._stocks.items()
-            if self._wants(s) and (s.waiters or s.not_before <= now)
-        ]
-        return min(wanting)[1] if wanting else None
+        for id, stock in sorted(self._stocks.items(), key=lambda item: item[1].count):
+            if stock.not_before <= now and (wish := self._wish(stock)):
+                return id, stock, wish
+        return None
 
     def _pause(self) -> float | None:
         """Seconds until a delayed stock may be tried again; None: until something changes."""
-        waits = [s.not_before for s in self._stocks.values() if self._wants(s)]
+        if self._evaluating:
+            return None
+        waits = [s.not_before for s in self._stocks.values() if self._wish(s)]
         return max(min(waits) - time.monotonic(), 0.0) if waits else None
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._closed and (deployment := self._next()) is None:
+                while not self._closed and (wanted := self._next()) is None:
                     self._changed.wait(self._pause())
                 if self._closed:
                     return
-                assert deployment is not None
-                stock = self._stocks[deployment]
+                assert wanted is not None
+                deployment, stock, wish = wanted
                 stock.making += 1
-            self._settle(stock, self._attempt(deployment))
-
-    def _attempt(self, deployment: bytes) -> T | MpcError:
-        try:
-            return self._make(deployment)
-        except Exception as e:
-            error = named_error(e)
-            log.warning("no bundle of deployment %s: %s", deployment.hex(), error)
-            return error
-
-    def _settle(self, stock: _Stock[T], made: T | MpcError) -> None:
-        with self._changed:
-            stock.making -= 1
-            if isinstance(made, MpcError):
-                if stock.waiters:
-                    stock.waiters.popleft().error = made
+                entry = stock.spooled.popleft() if wish == "load" else None
+            try:
+                entry = self._begin(deployment, stock, wish, entry)
+                if wish != "spool":
+                    self._finish(entry, deployment, stock)
+                stock.delay = 0.0
+            except Exception as e:
+                log.warning("no bundle of deployment %s: %s", deployment.hex(), named_error(e))
                 stock.delay = min(max(2 * stock.delay, BACK_OFF[0]), BACK_OFF[1])
                 stock.not_before = time.monotonic() + stock.delay
+
+    def _begin(self, deployment: bytes, stock: _Stock[T], wish: Wish, entry: T | None) -> T:
+        """Agree on one or, if it is given, load it; from now on it may be taken."""
+        begun, kept = entry, False
+        try:
+            if entry is not None:
+                entry.load()
             else:
-                stock.delay, stock.nbytes = 0.0, made.nbytes
-                stock.ready.append(made)
-                self._hand_out(stock)
+                begun = self._agree(deployment, wish == "spool")
+            kept = True
+        finally:
+            with self._changed:
+                stock.making -= 1
+                if kept and begun is not None:
+                    shelf = stock.spooled if wish == "spool" else stock.at_hand
+                    kept = self._place(begun, shelf, deployment, stock)
+                self._changed.notify_all()
+            if begun is not None and not kept:
+                begun.abandon()
+        assert begun is not None
+        return begun
+
+    def _finish(self, entry: T, deployment: bytes, stock: _Stock[T]) -> None:
+        """Prepare it. Somebody may take it meanwhile: then an error is theirs."""
+        error: Exception | None = None
+        try:
+            entry.finish()
+        except Exception as e:
+            error = e
+        with self._changed:
+            stock.nbytes = entry.nbytes or stock.nbytes
+            if entry not in stock.at_hand:
+                return
+            stock.at_hand.remove(entry)
+            kept = error is None and self._place(entry, stock.ready, deployment, stock)
             self._changed.notify_all()
+        if not kept:
+            entry.abandon()
+        if error is not None:
+            raise error
+
+    def _place(self, entry: T, shelf: deque[T], deployment: bytes, stock: _Stock[T]) -> bool:
+        """`_changed` held. False if nobody wants it; a link that ends later drops it then."""
+        wanted = self._stocks.get(deployment) is stock and entry.alive
+        if wanted:
+            shelf.append(entry)
+        return wanted
 
 
-class Shelf(Generic[T]):
-    """Bob's prepared bundles by id: alice names the one to take."""
+class Shelf(Generic[S]):
+    """Bob's bundles by id, prepared or not: alice names the one to take."""
 
     def __init__(self) -> None:
-        self._entries: dict[bytes, tuple[bytes, T]] = {}
+        self._entries: dict[bytes, tuple[bytes, S]] = {}
+        self._failed: OrderedDict[bytes, MpcError] = OrderedDict()
         self._lock = threading.Lock()
 
-    def put(self, bundle: bytes, deployment: bytes, entry: T) -> None:
-        """Keep `entry` until it is taken or dropped."""
+    def put(self, bundle: bytes, deployment: bytes, entry: S) -> None:
+        """Keep `entry` until it is taken or dropped: if its link has ended, that is now."""
         with self._lock:
-            self._entries[bundle] = deployment, entry
+            if entry.alive:
+                self._entries[bundle] = deployment, entry
+                return
+        entry.abandon()
 
-    def take(self, bundle: bytes, deployment: bytes) -> T:
+    def look(self, bundle: bytes, deployment: bytes) -> S:
+        """The entry, which stays. Raises: Refused."""
+        with self._lock:
+            return self._found(bundle, deployment, self._entries.get(bundle))
+
+    def take(self, bundle: bytes, deployment: bytes) -> S:
         """The entry, once. Raises: Refused."""
         with self._lock:
-            found = self._entries.pop(bundle, None)
+            return self._found(bundle, deployment, self._entries.pop(bundle, None))
+
+    def fail(self, bundle: bytes, error: MpcError) -> None:
+        """Abandon one bundle; whoever comes for it is told why."""
+        self.discard(bundle)
+        with self._lock:
+            self._failed[bundle] = error
+            if len(self._failed) > REMEMBERED:
+                self._failed.popitem(last=False)
+
+    def discard(self, bundle: bytes) -> None:
+        """Abandon one bundle, if it is here."""
+        self._keep(lambda id, deployment, entry: id != bundle)
+
+    def drop(self, link: Hashable) -> None:
+        """Abandon every bundle agreed on over `link`."""
+        self._keep(lambda id, deployment, entry: entry.link != link)
+
+    def remove(self, deployment: bytes) -> None:
+        """Abandon the bundles of a retired deployment."""
+        self._keep(lambda id, owner, entry: owner != deployment)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _found(self, bundle: bytes, deployment: bytes, found: tuple[bytes, S] | None) -> S:
+        if failed := self._failed.get(bundle):
+            raise type(failed)(failed.message, failed.hint)
         if found is None or found[0] != deployment:
             raise Refused(
                 f"bundle {bundle.hex()} of deployment {deployment.hex()} is not here",
@@ -236,25 +364,17 @@ class Shelf(Generic[T]):
             )
         return found[1]
 
-    def discard(self, bundle: bytes) -> None:
-        """Forget one bundle, if it is here."""
+    def _keep(self, wanted: Callable[[bytes, bytes, S], bool]) -> None:
         with self._lock:
-            self._entries.pop(bundle, None)
+            dropped = {i: e for i, e in self._entries.items() if not wanted(i, *e)}
+            for id in dropped:
+                del self._entries[id]
+        _abandon([entry for _, entry in dropped.values()])
 
-    def drop(self, link: Hashable) -> None:
-        """Forget every bundle agreed on over `link`."""
-        self._keep(lambda deployment, entry: entry.link != link)
 
-    def remove(self, deployment: bytes) -> None:
-        """Forget the bundles of a retired deployment."""
-        self._keep(lambda owner, entry: owner != deployment)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def _keep(self, wanted: Callable[[bytes, T], bool]) -> None:
-        with self._lock:
-            self._entries = {i: e for i, e in self._entries.items() if wanted(*e)}
+def _abandon(entries: Sequence[Kept]) -> None:
+    for entry in entries:
+        entry.abandon()
 
 
 def _retired(deployment: bytes) -> Refused:

@@ -1,0 +1,147 @@
+"""The two halves of a bundle: how alice and bob each come by theirs.
+
+    alice ── prepare ──→ bob ── deal ──→ carol          the id is in both ledgers
+    alice ←── agreed ─── bob ←═ corrections ═ carol     both prepare
+    alice ←─ prepared ── bob
+
+With `spool` bob says `agreed` when all corrections are on his disk, and neither prepares before
+alice asks him to `load` the bundle or tells him to `run` a request with it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from mpcserve.errors import MpcError
+from mpcserve.plan.bill import bill_of
+from mpcserve.serving.deployment import ID_BYTES
+from mpcserve.serving.evaluation import Live
+from mpcserve.serving.log import log
+from mpcserve.serving.preparing import Preparation, Timer
+from mpcserve.serving.report import Meter, merged
+from mpcserve.serving.request import Deadline, failing, receive_message
+from mpcserve.serving.spool import Spool, Spooled
+from mpcserve.transport import Channel
+
+
+class AliceHalf(Preparation):
+    """Alice expands hers from the id alone. `bob`: where he says that his half is prepared."""
+
+    def __init__(self, live: Live, id: bytes, bob: Channel, spooled: bool, timeout: float) -> None:
+        super().__init__(live.program, id, bob.link, "alice expands it herself")
+        self._deployment = live.deployment.id
+        self._bob = None if spooled else bob
+        self._link, self._timeout = bob.link, timeout
+
+    def load(self) -> None:
+        """Have bob prepare his half from his disk."""
+        bob = self._link.channel(secrets.token_bytes(ID_BYTES))
+        with failing(bob):
+            bob.send_message(
+                {
+                    "type": "load",
+                    "deployment": self._deployment.hex(),
+                    "bundle": self.bundle.id.hex(),
+                }
+            )
+            receive_message(bob, "agreed", "word of a spooled bundle", self._timeout)
+        self._bob = bob
+
+    def work(self) -> None:
+        """Expand the streams; where bob was asked to prepare, hear that he has."""
+        bob, timer = self._bob, Timer.start()
+        if bob is None:
+            self.fill()
+            self.settle(timer.facts())
+            return
+        with failing(bob):
+            self.fill()
+            self.settle(timer.facts())
+            theirs = receive_message(bob, "prepared", "bob's half of a bundle", self._timeout)
+            self.nbytes = max(self.nbytes, theirs.size("nbytes", 1 << 62))
+        bob.close()
+
+    def let_go(self) -> None:
+        """Bob may hold his half, not knowing that it will never be used."""
+        if not self.alive:
+            return  # he has dropped it
+        try:
+            channel = self._link.channel(secrets.token_bytes(ID_BYTES))
+            channel.send_message({"type": "drop", "bundle": self.bundle.id.hex()})
+            channel.close()
+        except MpcError as error:
+            log.debug("bob was not told to drop a bundle: %s", error)
+
+
+class Dealing:
+    """Corrections of one bundle as carol sends them to bob, on the stream `carol`."""
+
+    def __init__(self, live: Live, carol: Channel, deadline: Deadline, timeout: float) -> None:
+        self.carol = carol
+        self.total = bill_of(live.plan).dealt_bytes
+        self._live, self._deadline, self._timeout = live, deadline, timeout
+        self._meter = Meter(carol.link)
+
+    def begin(self) -> None:
+        """Ask carol, and wait for her turn to come."""
+        deployment = self._live.deployment
+        self.carol.send_message(
+            {"type": "deal", "deployment": deployment.id.hex(), "digest": deployment.plan.digest}
+        )
+        receive_message(self.carol, "dealing", "her turn to deal", self._deadline.left())
+
+    def take(self, n: int) -> memoryview:
+        """The next n bytes."""
+        what = f"dealt bytes {self.carol.payload_received} … of {self.total}"
+        return self.carol.receive(n, what, self._deadline.left(self._timeout))
+
+    def end(self) -> dict[str, Any]:
+        """When all have come: what they cost."""
+        dealt = receive_message(self.carol, "dealt", "the end of dealing", self._timeout)
+        self.carol.close()
+        return merged(
+            {
+                "dealt_bytes": self.carol.payload_received,
+                "carol_cpu_seconds": dealt.number("cpu_seconds"),
+                "carol_peak_rss_bytes": dealt.size("peak_rss_bytes", 1 << 62),
+            },
+            self._meter.received("carol->bob", self.carol),
+        )
+
+
+class BobHalf(Preparation):
+    """Bob prepares his from carol's corrections: from her stream, or from his disk."""
+
+    def __init__(self, live: Live, alice: Channel, dealing: Dealing) -> None:
+        awaited = f"carol at {dealing.carol.link.address} deals it"
+        super().__init__(live.program, alice.stream, alice.link, awaited)
+        self._dealing = dealing
+        self._spooled: Spooled | None = None
+
+    def keep(self, spool: Spool) -> None:
+        """Have carol deal it now, and prepare it from the disk when that is wanted."""
+        timer = Timer.start()
+        with failing(self._dealing.carol):
+            self._dealing.begin()
+            self._spooled = spool.write(self._dealing.total, self._dealing.take)
+            self.add_facts(merged(timer.facts(), self._dealing.end()))
+
+    def work(self) -> None:
+        """Prepare from where the corrections are."""
+        timer = Timer.start()
+        if self._spooled is not None:
+            self.fill(self._spooled.take)
+            self._spooled.close()
+            self.settle(timer.facts())
+            return
+        with failing(self._dealing.carol):
+            self._dealing.begin()
+            self.fill(self._dealing.take)
+            dealt = self._dealing.end()
+            self.settle(merged(timer.facts(), dealt))
+
+    def let_go(self) -> None:
+        """Free the disk."""
+        if self._spooled is not None:
+            self._spooled.close()
