@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from mpcserve.errors import Refused, WireError
 from mpcserve.kernels import bits
 from mpcserve.plan.ops import OPS, PRODUCTS, packed_bytes
@@ -22,6 +24,9 @@ from mpcserve.protocol.primitives import join, product, select, sign, spectral
 from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 from mpcserve.ring import Words, reduce
+
+NOTHING: Words = np.empty(0, np.uint64)
+"""Stands for a product's fixed operand, which is not read again."""
 
 OUTPUTS = -1
 """The key under which a bundle holds this side's mask shares of the outputs."""
@@ -109,9 +114,13 @@ class ServerProgram:
                 self._fix_value(i, weights)
         self._fixed: dict[int, product.Fixed] = {}
         for i in plan.instructions:
-            if i.op in PRODUCTS and (index := product.fixed_index(i, plan.static)) is not None:
+            if (index := plan.fixed.get(i.id)) is not None:
                 w = i.inputs[index]
                 self._fixed[i.id] = product.fix(role, i, index, self._known[w], self._halves[w])
+        # A large model's weights would otherwise lie in memory twice.
+        for held in (self._known, self._halves):
+            for id in held.keys() - plan.static_reads:
+                del held[id]
 
     def __repr__(self) -> str:
         return f"ServerProgram({self.plan.name!r}, {self.role})"
@@ -157,9 +166,9 @@ class ServerProgram:
         halves = dict(self._halves)
         uses = _uses(self.plan)
         for i in self.plan.instructions:
-            if i.id in halves:
+            if i.id in self.plan.static:
                 continue
-            mine = [halves[j] for j in i.inputs]
+            mine = [halves.get(j, NOTHING) for j in i.inputs]
             if OPS[i.op].local:
                 halves[i.id] = apply_local(i, mine, False)
             elif i.op == "input":
@@ -171,7 +180,7 @@ class ServerProgram:
                 yield i.id, material
             for j in _finished(i, uses):
                 if j not in self._halves:
-                    del halves[j]
+                    halves.pop(j, None)
         yield OUTPUTS, tuple(halves[o.id] for o in self.plan.outputs)
 
     def _prepare(
@@ -209,16 +218,16 @@ class ServerProgram:
         for level in self._schedule.levels:
             for id in level:
                 i = self.plan[id]
-                if id not in values:
+                if id not in values and id not in self.plan.static:
                     watch(id)
-                    deltas = [values[j] for j in i.inputs]
+                    deltas = [values.get(j, NOTHING) for j in i.inputs]
                     if OPS[i.op].local:
                         values[id] = apply_local(i, deltas, True)
                     else:
                         steps = self._evaluate(i, materials.take(id), deltas)
                         waiting.append((id, steps, next(steps)))
                 for j in _finished(i, uses):
-                    del values[j]
+                    values.pop(j, None)
             if waiting:
                 waiting = yield from _exchange(waiting, values, watch)
         watch(OUTPUTS)
