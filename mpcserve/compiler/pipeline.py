@@ -7,13 +7,15 @@ PASSES    graph → graph, same function
 ranges    declared, sampled or assumed
 lower     graph → draft
 DRAFTS    draft → draft
+precision fraction bits of weights and inputs; rings of 32 bits, for which it is lowered again
 widths    draft → plan
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,8 @@ from mpcserve.compiler.check import import_model, lowering_problems
 from mpcserve.compiler.draft import Draft, check_draft
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source
-from mpcserve.compiler.lower import lower
+from mpcserve.compiler.lower import Ranges, Scales, lower
+from mpcserve.compiler.narrow import Lowered, narrowed
 from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
@@ -32,7 +35,7 @@ from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 from mpcserve.compiler.passes.unused import remove_unused
 from mpcserve.compiler.precision import check_fit, coarse_weights, tune_inputs, tune_weights
 from mpcserve.compiler.problems import raise_all
-from mpcserve.compiler.registry import registry
+from mpcserve.compiler.registry import Registry, registry
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan, verify_plan
@@ -49,6 +52,13 @@ DRAFTS: tuple[Callable[[Draft], Draft], ...] = (
 )
 
 
+Ring = Literal["auto", 32, 64]
+"""Where products are computed: mod 2^32, mod up to 2^64, or mod 2^32 where that is accurate enough."""
+
+USUAL = 16
+"""Fraction bits of what has no reason for more or fewer."""
+
+
 def compile_model(
     source: Source,
     *,
@@ -56,11 +66,16 @@ def compile_model(
     calibrate: samples.Samples | None = None,
     input_range: tuple[float, float] | None = None,
     batch: int = 1,
-    frac_bits: int = 16,
+    ring: Ring = "auto",
+    frac_bits: int | None = None,
     margin_bits: int = 1,
 ) -> CompiledModel:
-    """Compile an ONNX model. Raises: ModelError whose `problems` lists all that is wrong."""
-    _refuse_options(batch, frac_bits, margin_bits)
+    """Compile an ONNX model. Raises: ModelError whose `problems` lists all that is wrong.
+
+    `frac_bits`: the same for all activations; else 16 in 64 bits, and in 32 bits what each range
+    leaves. With `frac_bits` and no `ring`, products have 64 bits.
+    """
+    _refuse_options(batch, ring, frac_bits, margin_bits)
     found = registry()
     imported = import_model(source, batch, found)
     graph, problems = imported.graph, list(imported.problems)
@@ -71,36 +86,59 @@ def compile_model(
     name = name or graph.name
     for run in PASSES:
         graph = run(graph)
-    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits, frac_bits)
-    draft, problems = lower(graph, ranges, frac_bits, found)
-    raise_all(graph.name, problems)
-    for step in DRAFTS:
-        draft = step(draft)
-        check_draft(draft, step.__name__)
-    draft = tune_weights(draft, frac_bits)
-    check_draft(draft, "tune_weights")
-    draft = tune_inputs(draft, frac_bits)
-    check_draft(draft, "tune_inputs")
-    raise_all(graph.name, check_fit(draft, frac_bits))
-    draft = extended(draft)
-    check_draft(draft, "extended")
+    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits)
+    draft, more = _draft(graph, partial(_lowered, graph, ranges, found), ring, frac_bits)
     about: dict[str, Any] = {
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
         "opset": graph.opset,
         "model_digest": imported.digest,
-        "notes": (*notes, *coarse_weights(draft, frac_bits)),
+        "notes": (*notes, *more),
     }
     plan = assign_widths(draft, name, **about)
     verify_plan(plan)
     return CompiledModel(plan, encoded_weights(plan, draft))
 
 
-def _refuse_options(batch: int, frac_bits: int, margin_bits: int) -> None:
-    limits = {"batch": (batch, 1, 1 << 20), "frac_bits": (frac_bits, 4, 30)}
-    limits["margin_bits"] = (margin_bits, 0, 16)
+def _lowered(graph: Graph, ranges: Ranges, found: Registry, scales: Scales) -> Draft:
+    """The graph at some scales. Raises: ModelError."""
+    draft, problems = lower(graph, ranges, scales, found)
+    raise_all(graph.name, problems)
+    for step in DRAFTS:
+        draft = step(draft)
+        check_draft(draft, step.__name__)
+    return draft
+
+
+def _draft(
+    graph: Graph, lowered: Lowered, ring: Ring, frac_bits: int | None
+) -> tuple[Draft, list[str]]:
+    """(draft that needs no more extends, notes). Raises: ModelError."""
+    usual = frac_bits or USUAL
+    draft = tune_weights(lowered(Scales(usual)), usual)
+    check_draft(draft, "tune_weights")
+    draft = tune_inputs(draft, usual)
+    check_draft(draft, "tune_inputs")
+    if ring != 32:
+        raise_all(graph.name, check_fit(draft, usual))
+    if ring == 64 or (ring == "auto" and frac_bits is not None):
+        draft, notes = extended(draft), []
+    else:
+        result = narrowed(draft, lowered, usual, ring == 32, frac_bits is not None)
+        raise_all(graph.name, result.problems)
+        draft, notes = result.draft, [result.note]
+    check_draft(draft, "extended")
+    return draft, [*notes, *coarse_weights(draft, usual)]
+
+
+def _refuse_options(batch: int, ring: Ring, frac_bits: int | None, margin_bits: int) -> None:
+    limits = {"batch": (batch, 1, 1 << 20), "margin_bits": (margin_bits, 0, 16)}
+    if frac_bits is not None:
+        limits["frac_bits"] = (frac_bits, 4, 30)
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, expected {low} to {high}", f"change {name}")
+    if ring not in get_args(Ring):
+        raise ConfigError(f"ring is {ring!r}, expected 'auto', 32 or 64", "change ring")
 
 
 def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:
