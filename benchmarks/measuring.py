@@ -1,34 +1,27 @@
 """One row measured: mpcserve on three processes over TLS, and onnxruntime on one thread.
 
-Two ways of running, as in `mpcserve bench`. With the pool *full*, every inference begins when its
-randomness lies ready at alice and bob and carol has been stopped: on one machine she would
-otherwise deal the next bundle on the very cores that are measured. With the pool *empty*, carol
-deals while the client waits.
+Two ways of running, as in `mpcserve bench`, by the same code. With the pool *full*, every inference
+begins when its randomness lies ready at alice and bob; no stock is dealt while one is evaluated.
+With the pool *empty*, carol deals while the client waits.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
-from numpy.typing import NDArray
 
 from benchmarks.floors import Speeds, work_of
 from benchmarks.rows import Row
-from mpcserve.cli.measure import DEADLINE, POOL_BYTES, Sample, measure, report_of
+from mpcserve.cli.measure import measure, report_of
 from mpcserve.cli.plaintext import Plaintext
-from mpcserve.compiler import CompiledModel, compile_model
-from mpcserve.errors import PeerTimeout
+from mpcserve.compiler import compile_model
 from mpcserve.plan import Plan, bill_of
-from mpcserve.serving import LocalCluster
-
-Inputs = Mapping[str, NDArray[Any]]
 
 
 def measure_row(row: Row, folder: Path, runs: int, network: str, speeds: Speeds) -> dict[str, Any]:
@@ -44,8 +37,7 @@ def measure_row(row: Row, folder: Path, runs: int, network: str, speeds: Speeds)
     began = time.perf_counter()
     compiled = compile_model(path, calibrate=inputs, batch=row.shape[0])
     compile_seconds = time.perf_counter() - began
-    filled = measure_filled(compiled, inputs, runs, network)
-    empty = measure(compiled, inputs, runs, network, pool_depth=0)
+    filled, empty = (measure(compiled, inputs, runs, network, depth) for depth in (1, 0))
     return {
         "row": row.name,
         "title": row.title,
@@ -56,28 +48,6 @@ def measure_row(row: Row, folder: Path, runs: int, network: str, speeds: Speeds)
         "plan": _facts(compiled.plan, speeds),
         "mpcserve": report_of(compiled.plan, Plaintext(path, threads=1), filled, empty, network),
     }
-
-
-def measure_filled(
-    compiled: CompiledModel, inputs: Inputs, runs: int, network: str
-) -> list[Sample]:
-    """`runs` inferences, after one to warm up, each with a full pool and carol stopped."""
-    samples = []
-    with LocalCluster(
-        pool_depth=1, pool_bytes=POOL_BYTES, network=network, seconds=DEADLINE
-    ) as cluster:
-        cluster.deploy(compiled)
-        for number in range(runs + 1):
-            if number:
-                cluster.start("carol")
-            if not cluster.client.wait_for_bundles(DEADLINE):
-                raise PeerTimeout(
-                    f"the pool was not full after {DEADLINE:g} s", "a bundle may be too large"
-                )
-            cluster.stop("carol")
-            outputs, report = cluster.client.infer_report(inputs)
-            samples.append(Sample(inputs, outputs, report))
-    return samples[1:]
 
 
 def _facts(plan: Plan, speeds: Speeds) -> dict[str, Any]:

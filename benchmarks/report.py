@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks import kernels
 Result = Mapping[str, Any]
 
 MEGA = 1e6
-NONE = ""
+NONE = "–"
 
 
 def machine() -> dict[str, Any]:
@@ -25,22 +25,25 @@ def machine() -> dict[str, Any]:
     }
 
 
-def seconds(value: float | None) -> str:
-    """Three digits; in ms below a second."""
-    if value is None:
-        return NONE
-    scaled, unit = (value * 1e3, "ms") if value < 1 else (value, "s")
-    return f"{scaled:#.3g}".rstrip(".") + f" {unit}"
+def seconds(value: float) -> str:
+    """Three digits: "22.7 µs", "196 ms", "1.84 s"."""
+    scale, unit = (1e6, "µs") if value < 1e-3 else (1e3, "ms") if value < 1 else (1, "s")
+    return f"{digits(value * scale)} {unit}"
 
 
 def megabytes(value: float | None) -> str:
-    """Three digits of MB."""
-    return NONE if value is None else f"{value / MEGA:#.3g}".rstrip(".")
+    """Three digits of MB; a dash where nobody knows."""
+    return NONE if value is None else digits(value / MEGA)
+
+
+def digits(value: float) -> str:
+    """Three of them, and never an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def times(value: float) -> str:
-    """A ratio: 0.53×, 4.1×, 32×."""
-    return f"{value:#.2g}".rstrip(".") + "×" if value < 100 else f"{value:.0f}×"
+    """A ratio: 0.5×, 4.1×, 32×."""
+    return f"{value:.1f}×" if value < 10 else f"{value:,.0f}×"
 
 
 def line(row: Result) -> str:
@@ -69,24 +72,25 @@ def peer_line(measured: Result) -> str:
 
 def markdown(results: Result) -> str:
     """The whole report."""
-    parts = [_about(results), _headline(results)]
-    if any("mpcserve" in row for row in results["rows"]):
-        parts.append(_floors(results))
-    problems = [
-        f"* {p['title']}: {p['problem']}" for p in results["peers"].values() if p["problem"]
-    ]
-    problems += [
-        f"* {row['title']}: not served: {row['problem']}"
-        for row in results["rows"]
-        if "problem" in row
-    ]
-    problems += [
-        f"* {row['title']} on {name}: {measured['problem']}"
-        for row in results["rows"]
-        for name, measured in row.get("peers", {}).items()
-        if "problem" in measured
-    ]
-    return "\n\n".join([*parts, *(["\n".join(problems)] if problems else [])])
+    parts = [_about(results)]
+    if _served(results):
+        parts += [_headline(results), _floors(results), _errors(results)]
+    if problems := list(_problems(results)):
+        parts.append("\n".join(f"* {p}" for p in problems))
+    return "\n\n".join(parts)
+
+
+def _problems(results: Result) -> Iterator[str]:
+    """What is missing from the tables, and why."""
+    for peer in results["peers"].values():
+        if peer["problem"]:
+            yield f"{peer['title']}: {peer['problem']}"
+    for row in results["rows"]:
+        if "problem" in row:
+            yield f"{row['title']}: not served: {row['problem']}"
+        for name, measured in row.get("peers", {}).items():
+            if "problem" in measured:
+                yield f"{row['title']} on {results['peers'][name]['title']}: {measured['problem']}"
 
 
 def _about(results: Result) -> str:
@@ -109,7 +113,7 @@ def _served(results: Result) -> list[Result]:
 
 
 def _headline(results: Result) -> str:
-    peers = [name for name, peer in results["peers"].items() if not peer["problem"]]
+    peers = installed(results)
     head = [
         "model",
         "onnxruntime, 1 thread",
@@ -121,7 +125,8 @@ def _headline(results: Result) -> str:
         "rounds",
     ]
     for name in peers:
-        head += [f"{name}", f"{name} / online", f"{name} / empty", f"{name} MB"]
+        title = results["peers"][name]["title"]
+        head += [title, "÷ online", "÷ pool empty", "its MB"]
     return _table(head, [_headline_row(row, peers) for row in _served(results)])
 
 
@@ -143,7 +148,7 @@ def _headline_row(row: Result, peers: Sequence[str]) -> list[str]:
     for name in peers:
         measured = row.get("peers", {}).get(name, {})
         if "seconds" not in measured:
-            cells += ["–"] * 4
+            cells += [NONE] * 4
             continue
         cells += [
             seconds(measured["seconds"]),
@@ -176,8 +181,8 @@ def _floors(results: Result) -> str:
         rows.append(
             [
                 row["title"],
-                f"{sum(plan['products'].values()) / MEGA:,.1f} M",
-                f"{plan['comparisons'] / MEGA:,.3g} M",
+                f"{digits(sum(plan['products'].values()) / MEGA)} M",
+                f"{digits(plan['comparisons'] / MEGA)} M",
                 seconds(floors["products"]),
                 seconds(floors["wire"]),
                 seconds(m["seconds"]["online"]),
@@ -187,6 +192,23 @@ def _floors(results: Result) -> str:
             ]
         )
     return _table(head, rows)
+
+
+def _errors(results: Result) -> str:
+    """The largest difference of an output from onnxruntime's in float."""
+    peers = installed(results)
+    head = ["largest error", "mpcserve", *(results["peers"][name]["title"] for name in peers)]
+    rows = []
+    for row in _served(results):
+        measured = [row["mpcserve"], *(row.get("peers", {}).get(name, {}) for name in peers)]
+        errors = [m.get("max_abs_error") for m in measured]
+        rows.append([row["title"], *(NONE if e is None else f"{e:.1g}" for e in errors)])
+    return _table(head, rows)
+
+
+def installed(results: Result) -> list[str]:
+    """The peers that were measured."""
+    return [name for name, peer in results["peers"].items() if not peer["problem"]]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

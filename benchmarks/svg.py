@@ -5,13 +5,13 @@ Bars begin at the left edge of an axis whose first tick is no zero: the numbers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
 from typing import Any
 
-from benchmarks.report import megabytes, seconds
+from benchmarks.report import installed, megabytes, seconds
 
 Result = Mapping[str, Any]
 
@@ -39,7 +39,7 @@ class Bar:
 def plot(results: Result) -> str:
     """Two panels side by side with a common list of rows."""
     rows = [row for row in results["rows"] if "mpcserve" in row]
-    peers = [name for name, peer in results["peers"].items() if not peer["problem"]]
+    peers = installed(results)
     times = [_time_bars(row, peers) for row in rows]
     sizes = [_size_bars(row, peers) for row in rows]
     names = {"onnxruntime": "onnxruntime, 1 thread, in the clear", **_names(results, peers)}
@@ -98,7 +98,7 @@ def _legend(names: Mapping[str, str]) -> Iterator[str]:
 
 
 def _panel(
-    left: int, title: str, rows: Sequence[Sequence[Bar]], band: int, label: Any
+    left: int, title: str, rows: Sequence[Sequence[Bar]], band: int, label: Callable[[float], str]
 ) -> Iterator[str]:
     """Bars of all rows over decades of a logarithmic axis."""
     values = [b.value for bars in rows for b in bars if b.value]
@@ -112,7 +112,7 @@ def _panel(
         yield (
             f"<line x1='{x:.1f}' y1='{HEAD - 4}' x2='{x:.1f}' y2='{bottom:.1f}' stroke='{PALE}'/>"
         )
-        yield _text(x, bottom + 14, label(10.0**decade), anchor="middle", size=10)
+        yield _text(x, bottom + 14, _tick(label(10.0**decade)), anchor="middle", size=10)
     for k, bars in enumerate(rows):
         for place, bar in enumerate(bars):
             if not bar.value:
@@ -124,6 +124,12 @@ def _panel(
                 f"fill='{COLOURS[bar.series]}'/>"
             )
             yield _text(left + length + 4, y + BAR - 3, label(bar.value), size=9)
+
+
+def _tick(label: str) -> str:
+    """ "10.0 ms" → "10 ms": a tick is exact."""
+    number, *unit = label.split()
+    return " ".join([number.rstrip("0").rstrip(".") if "." in number else number, *unit])
 
 
 def _text(

@@ -44,6 +44,24 @@ def test_a_spent_bundle_is_counted_and_still_refused(tmp_path: Path) -> None:
     ledger.close()
 
 
+def test_what_was_spent_is_written_with_the_next_bundle_and_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    for name in (b"a", b"b", b"c"):
+        ledger.admit(name * 16, DEPLOYMENT)
+    ledger.spend(b"a" * 16)
+    with pytest.raises(Refused):
+        ledger.admit(b"b" * 16, DEPLOYMENT)
+    other = Ledger(path)
+    assert other.counts() == (3, 0)
+    ledger.admit(b"d" * 16, DEPLOYMENT)
+    assert other.counts() == (4, 1)
+    ledger.spend(b"c" * 16)
+    ledger.close()
+    assert other.counts() == (4, 2)
+    other.close()
+
+
 def test_a_process_killed_right_after_admitting_leaves_the_id_burned(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     script = (

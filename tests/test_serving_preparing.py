@@ -17,8 +17,10 @@ import pytest
 from mpcserve.errors import PeerError, PeerTimeout, Refused
 from mpcserve.plan import bill_of
 from mpcserve.protocol import OUTPUTS, Dealer, Round, ServerProgram, Together
+from mpcserve.serving import halves
 from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
+from mpcserve.serving.evaluation import in_blocks
 from mpcserve.serving.preparing import Preparation
 from mpcserve.serving.request import Deadline
 from mpcserve.serving.spool import Spool, Spooled
@@ -172,6 +174,13 @@ def after_round(monkeypatch: pytest.MonkeyPatch, role: str, act: Callable[[], No
     monkeypatch.setattr(ServerProgram, "evaluate", watched)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corrections are sent as they are dealt, however few."""
+    monkeypatch.setattr(halves, "BLOCK_BYTES", 1)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("role", ["alice", "bob"])
 def test_a_request_is_evaluated_while_its_bundle_is_still_dealt(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch, role: str
@@ -190,6 +199,7 @@ def test_a_request_is_evaluated_while_its_bundle_is_still_dealt(
     check_serves(trio)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_a_late_dealer_is_named_while_her_bundle_is_used(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +220,7 @@ def test_a_late_dealer_is_named_while_her_bundle_is_used(
     check_serves(trio)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_a_failed_request_ends_the_preparing_of_its_bundle_on_both_sides(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +263,25 @@ def test_a_bundle_is_in_both_ledgers_before_anything_of_it_is_used(
     monkeypatch.setattr(ServerProgram, "materials", watched)
     check_serves(trio)
     assert counts[:2] == [1, 1]
+
+
+@pytest.mark.parametrize("block", [1, 50, 100, 1 << 20])
+def test_corrections_come_whole_whatever_the_blocks(
+    make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(halves, "BLOCK_BYTES", block)
+    trio = make_trio(depth=0)
+    for _ in range(2):
+        check_serves(trio)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 5, 100])
+def test_pieces_are_joined_up_to_a_size_in_order(size: int) -> None:
+    pieces = [b"ab", b"", b"cdefg", b"h", b"ij"]
+    blocks = list(in_blocks(pieces, size))
+    assert b"".join(blocks) == b"abcdefghij"
+    assert all(len(b) >= size for b in blocks[:-1])
+    assert len(blocks) <= (len(pieces) if size < 2 else 10 // size + 1)
 
 
 # -- the spool ------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ from mpcserve.plan.plan import InputSpec, OutputSpec
 
 Array = NDArray[Any]
 
+ROUNDING_BITS = 6
+"""By how many ulps fixed point may be outside what samples showed, as a power of two."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -40,6 +43,18 @@ class Ref:
 
 WAVE_BITS = 20
 """Bits of sines and coefficients: a dozen of them err by 1e-5 together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What samples showed of a tensor: the hull of its elements, margin included; their mean square
+    and the share of them that is not zero."""
+
+    low: float
+    high: float
+    power: float
+    active: float
+
 
 Operand = Ref | Array
 """What a lowering function receives per ONNX input: a secret value, or a constant of the model."""
@@ -270,12 +285,15 @@ class Builder:
         self._steps[x.id] = self._settle(step)
         return x
 
-    def sampled(self, x: Ref, low: float, high: float) -> None:
-        """A range of all elements of x, seen in samples; so also of what x merely rearranges."""
+    def sampled(self, x: Ref, seen: Seen) -> None:
+        """What samples showed of x; so also of what x merely rearranges."""
         step = self._steps[x.id]
         if step.op in ("reshape", "transpose"):
-            self.sampled(self.ref(step.inputs[0]), low, high)
-        step = replace(step, sampled=iv.uniform(low, high, len(x.shape)))
+            self.sampled(self.ref(step.inputs[0]), seen)
+        # Samples pass through in floats; fixed point may be off by some ulps, also at zero.
+        slack = 2.0 ** (ROUNDING_BITS - self.frac_bits)
+        hull = iv.uniform(seen.low - slack, seen.high + slack, len(x.shape))
+        step = replace(step, sampled=hull, power=seen.power, active=seen.active)
         self._steps[x.id] = self._settle(step)
 
     def ref(self, id: int) -> Ref:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import frexp
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcserve.compiler.builder import Seen
 from mpcserve.compiler.dtypes import natural_range
 from mpcserve.compiler.graph import Graph, Tensor, to_onnx
 from mpcserve.compiler.importing import session
-from mpcserve.compiler.lower import Hull, Ranges, Reach
+from mpcserve.compiler.lower import Ranges, Reach
 from mpcserve.errors import InputError
 
 Array = NDArray[Any]
@@ -22,16 +25,12 @@ Samples = str | Path | Array | Mapping[str, Array]
 ASSUMED = 16.0
 """Inputs are taken to lie in [−16, 16] when nothing is declared and no samples are given."""
 
-ROUNDING_BITS = 6
-"""Samples pass through in floats; fixed point may be off by some ulps, also where they are zero."""
-
 
 def ranges_of(
     graph: Graph,
     samples: Samples | None,
     declared: tuple[float, float] | None,
     margin_bits: int,
-    frac_bits: int,
 ) -> tuple[Ranges, list[str]]:
     """(ranges, notes that say what they rest on). Raises: InputError on samples that do not fit."""
     notes = []
@@ -42,13 +41,11 @@ def ranges_of(
             raise InputError(f"input range {low}..{high} is not a range", "give LO < HI")
         inputs = {i.name: (low, high, "proved") for i in graph.inputs}
         notes.append(f"input range declared: {low:g} to {high:g}")
-    values: dict[str, Hull] = {}
+    values: dict[str, Seen] = {}
     if samples is not None:
         arrays = _loaded(samples, graph.inputs)
         count = min(len(a) for a in arrays.values())
-        values = {
-            k: _with_margin(h, margin_bits, frac_bits) for k, h in hulls(graph, arrays).items()
-        }
+        values = {k: _with_margin(s, margin_bits) for k, s in seen_in(graph, arrays).items()}
         notes.append(f"calibrated on {count} samples with {margin_bits} margin bits")
         for i in graph.inputs:
             if declared is None:
@@ -64,19 +61,33 @@ def ranges_of(
     return Ranges(inputs, values), notes
 
 
-def hulls(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Hull]:
-    """(min, max) of every float tensor of the graph over all samples, by onnxruntime."""
+def seen_in(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Seen]:
+    """What every numeric tensor of the graph holds over all samples, by onnxruntime."""
     run = session(to_onnx(graph, every_value=True))
     names = [o.name for o in run.get_outputs()]
-    found: dict[str, Hull] = {}
+    found: dict[str, list[Seen]] = {}
     for feed in _batches(graph.inputs, samples):
         values = [*feed.items(), *zip(names, run.run(names, feed), strict=True)]
         for name, value in values:
             if np.issubdtype(value.dtype, np.number) and value.size:
-                low, high = float(value.min()), float(value.max())
-                old = found.get(name, (low, high))
-                found[name] = (min(low, old[0]), max(high, old[1]))
-    return found
+                found.setdefault(name, []).append(_seen(value))
+    return {name: _joined(parts) for name, parts in found.items()}
+
+
+def _seen(value: Array) -> Seen:
+    flat = value.ravel().astype(np.float64, copy=False)
+    active = np.count_nonzero(flat) / flat.size
+    return Seen(float(flat.min()), float(flat.max()), float(flat @ flat) / flat.size, active)
+
+
+def _joined(parts: list[Seen]) -> Seen:
+    """Of several batches of equal size."""
+    return Seen(
+        min(p.low for p in parts),
+        max(p.high for p in parts),
+        fmean(p.power for p in parts),
+        fmean(p.active for p in parts),
+    )
 
 
 def _batches(inputs: tuple[Tensor, ...], samples: Mapping[str, Array]) -> Any:
@@ -139,10 +150,9 @@ def _refuse_outside(name: str, array: Array, declared: tuple[float, float]) -> N
         )
 
 
-def _with_margin(hull: Hull, margin_bits: int, frac_bits: int) -> Hull:
-    low, high = hull
-    slack = (2.0**margin_bits - 1) * max(abs(low), abs(high)) + 2.0 ** (ROUNDING_BITS - frac_bits)
-    return low - slack, high + slack
+def _with_margin(seen: Seen, margin_bits: int) -> Seen:
+    slack = (2.0**margin_bits - 1) * max(abs(seen.low), abs(seen.high))
+    return replace(seen, low=seen.low - slack, high=seen.high + slack)
 
 
 def _input_reach(array: Array, margin_bits: int) -> Reach:

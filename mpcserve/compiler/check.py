@@ -10,7 +10,7 @@ from mpcserve.compiler import importing
 from mpcserve.compiler.expand import expanded
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
-from mpcserve.compiler.lower import Ranges, lower
+from mpcserve.compiler.lower import Ranges, Scales, lower
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.registry import Registry, registry
 from mpcserve.compiler.survey import fix_batch, secret_nodes, survey, unknown_operators
@@ -98,7 +98,7 @@ def lowering_problems(graph: Graph, found: Registry, known: list[Problem]) -> li
     """What lowering finds that is not in `known`, where unknown operators already are."""
     ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
     seen = {(p.node, p.op) for p in known}
-    problems = lower(graph, ranges, 16, found)[1]
+    problems = lower(graph, ranges, Scales(16), found)[1]
     problems = [p for p in problems if found.find(p.op, graph.opset) is not None]
     return [p for p in problems if (p.node, p.op) not in seen]
 

@@ -35,7 +35,8 @@ class Step:
     """One instruction without a width.
 
     `stated`: a range that mathematics gives, `sampled`: one that samples give; both are intersected
-    with what interval arithmetic finds.
+    with what interval arithmetic finds. `power`, `active`: mean square and share of nonzero elements
+    in samples.
     """
 
     op: str
@@ -48,6 +49,8 @@ class Step:
     layer: str
     stated: Interval | None = None
     sampled: Interval | None = None
+    power: float | None = None
+    active: float | None = None
 
     @property
     def bound(self) -> int:
@@ -71,6 +74,15 @@ class Draft:
             for j in dict.fromkeys(step.inputs):
                 found.setdefault(j, []).append(id)
         return found
+
+    def renumbered(self, steps: Sequence[Step], number: Sequence[int]) -> Draft:
+        """The program `steps`, in which value k of this one is called number[k]."""
+        return replace(
+            self,
+            steps=tuple(steps),
+            inputs=tuple(replace(i, id=number[i.id]) for i in self.inputs),
+            outputs=tuple(replace(o, id=number[o.id]) for o in self.outputs),
+        )
 
     def keep(self, ids: Sequence[int], instead: Mapping[int, int] | None = None) -> Draft:
         """Only the steps `ids`, renumbered; reads of a key of `instead` become its value."""

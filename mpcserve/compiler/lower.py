@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpcserve.compiler.builder import Builder, Operand, Ref
+from mpcserve.compiler.builder import Builder, Operand, Ref, Seen
 from mpcserve.compiler.draft import Draft
 from mpcserve.compiler.graph import Graph, Node
 from mpcserve.compiler.problems import Problem, Unsupported
@@ -16,33 +16,43 @@ from mpcserve.compiler.registry import Lowering, Registry
 Reach = tuple[float, float, str]
 """(low, high, known) of an input."""
 
-Hull = tuple[float, float]
-"""(low, high) seen in samples, margin included."""
-
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """`inputs`: declared range per input. `values`: hull per tensor that samples passed through."""
+    """`inputs`: declared range per input. `values`: what samples showed of a tensor."""
 
     inputs: Mapping[str, Reach]
-    values: Mapping[str, Hull]
+    values: Mapping[str, Seen]
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Fraction bits of what the nodes compute and of the inputs; `usual` for all that have none."""
+
+    usual: int
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, int] = field(default_factory=dict)
 
 
 def lower(
-    graph: Graph, ranges: Ranges, frac_bits: int, registry: Registry, group: int = 2
+    graph: Graph, ranges: Ranges, scales: Scales, registry: Registry, group: int = 2
 ) -> tuple[Draft, list[Problem]]:
     """The draft of a graph. It is of no use when problems were found."""
-    b = Builder(frac_bits, graph.opset, group)
+    b = Builder(scales.usual, graph.opset, group)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
     for i in graph.inputs:
-        known[i.name] = b.input(i.name, i.dtype, i.shape, ranges.inputs[i.name])
+        b.frac_bits = scales.inputs.get(i.name, scales.usual)
+        x = known[i.name] = b.input(i.name, i.dtype, i.shape, ranges.inputs[i.name])
+        if i.name in ranges.values:
+            b.sampled(x, ranges.values[i.name])
     for node in graph.nodes:
+        b.frac_bits = scales.nodes.get(node.name, scales.usual)
         problems += _lower_node(b, node, graph, known, registry)
         for name in node.outputs:
             value = known.get(name)
             if name in ranges.values and isinstance(value, Ref):
-                b.sampled(value, *ranges.values[name])
+                b.sampled(value, ranges.values[name])
     for o in graph.outputs:
         value = known.get(o.name)
         if isinstance(value, Ref):

@@ -7,14 +7,16 @@ PASSES    graph → graph, same function
 ranges    declared, sampled or assumed
 lower     graph → draft
 DRAFTS    draft → draft
-widths    draft → plan; of every strategy, and the fastest on the declared network is kept
+precision fraction bits of weights and inputs; rings of 32 bits, for which it is lowered again
+widths    draft → plan; of every strategy, and the best on the declared network is kept
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,8 @@ from mpcserve.compiler.check import import_model, lowering_problems
 from mpcserve.compiler.draft import Draft, check_draft
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source
-from mpcserve.compiler.lower import Ranges, lower
+from mpcserve.compiler.lower import Ranges, Scales, lower
+from mpcserve.compiler.narrow import Lowered, narrowed
 from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
@@ -52,6 +55,13 @@ DRAFTS: tuple[Callable[[Draft], Draft], ...] = (
 )
 
 
+Ring = Literal["auto", 32, 64]
+"""Where products are computed: mod 2^32, mod up to 2^64, or mod 2^32 where that is accurate enough."""
+
+USUAL = 16
+"""Fraction bits of what has no reason for more or fewer."""
+
+
 def compile_model(
     source: Source,
     *,
@@ -59,15 +69,18 @@ def compile_model(
     calibrate: samples.Samples | None = None,
     input_range: tuple[float, float] | None = None,
     batch: int = 1,
-    frac_bits: int = 16,
+    ring: Ring = "auto",
+    frac_bits: int | None = None,
     margin_bits: int = 1,
     line: Line | None = None,
 ) -> CompiledModel:
     """Compile an ONNX model, for the fewest bytes or the least time on servers joined by `line`.
 
     Raises: ModelError whose `problems` lists all that is wrong.
+    `frac_bits`: the same for all activations; else 16 in 64 bits, and in 32 bits what each range
+    leaves. With `frac_bits` and no `ring`, products have 64 bits.
     """
-    _refuse_options(batch, frac_bits, margin_bits)
+    _refuse_options(batch, ring, frac_bits, margin_bits)
     found = registry()
     imported = import_model(source, batch, found)
     graph, problems = imported.graph, list(imported.problems)
@@ -78,71 +91,92 @@ def compile_model(
     name = name or graph.name
     for run in PASSES:
         graph = run(graph)
-    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits, frac_bits)
+    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits)
     about: dict[str, Any] = {
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
         "opset": graph.opset,
         "model_digest": imported.digest,
     }
     made = _alternatives(
-        graph,
-        ranges,
-        frac_bits,
-        found,
+        lambda group: _draft(
+            graph, partial(_lowered, graph, ranges, found, group), ring, frac_bits
+        ),
         lambda draft, chunk: assign_widths(draft, name, chunk, **about),
     )
-    plans = [plan for _, plan, _ in made]
+    plans = [m.plan for m in made]
     best = fastest(plans, line)
-    _, plan, draft = made[best]
-    compared = describe([strategy for strategy, _, _ in made], plans, best, line)
-    plan = replace(plan, notes=(*notes, *coarse_weights(draft, frac_bits), *compared))
+    compared = describe([m.strategy for m in made], plans, best, line)
+    plan = replace(plans[best], notes=(*notes, *made[best].notes, *compared))
     verify_plan(plan)
-    return CompiledModel(plan, encoded_weights(plan, draft))
+    return CompiledModel(plan, encoded_weights(plan, made[best].draft))
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One way to evaluate the graph."""
+
+    strategy: Strategy
+    draft: Draft
+    plan: Plan
+    notes: tuple[str, ...]
 
 
 def _alternatives(
-    graph: Graph,
-    ranges: Ranges,
-    frac_bits: int,
-    found: Registry,
-    widths: Callable[[Draft, int], Plan],
-) -> list[tuple[Strategy, Plan, Draft]]:
+    draft_of: Callable[[int], tuple[Draft, list[str]]], widths: Callable[[Draft, int], Plan]
+) -> list[_Made]:
     """A plan of every strategy that makes a difference."""
-    made: list[tuple[Strategy, Plan, Draft]] = []
+    made: list[_Made] = []
     for group in GROUPS:
-        draft = _draft(graph, ranges, frac_bits, found, group)
-        if made and len(draft.steps) == len(made[0][2].steps):
+        draft, notes = draft_of(group)
+        if made and len(draft.steps) == len(made[0].draft.steps):
             continue  # no maximum of more than two values in it
         for chunk in CHUNKS:
             plan = widths(draft, chunk)
-            if all(plan != other for _, other, _ in made):
-                made.append((Strategy(group, chunk), plan, draft))
+            if all(plan != m.plan for m in made):
+                made.append(_Made(Strategy(group, chunk), draft, plan, tuple(notes)))
     return made
 
 
-def _draft(graph: Graph, ranges: Ranges, frac_bits: int, found: Registry, group: int) -> Draft:
-    """The graph lowered and tuned, all but widths."""
-    draft, problems = lower(graph, ranges, frac_bits, found, group)
+def _lowered(graph: Graph, ranges: Ranges, found: Registry, group: int, scales: Scales) -> Draft:
+    """The graph at some scales. Raises: ModelError."""
+    draft, problems = lower(graph, ranges, scales, found, group)
     raise_all(graph.name, problems)
     for step in DRAFTS:
         draft = step(draft)
         check_draft(draft, step.__name__)
-    draft = tune_weights(draft, frac_bits)
-    check_draft(draft, "tune_weights")
-    draft = tune_inputs(draft, frac_bits)
-    check_draft(draft, "tune_inputs")
-    raise_all(graph.name, check_fit(draft, frac_bits))
-    draft = extended(draft)
-    check_draft(draft, "extended")
     return draft
 
 
-def _refuse_options(batch: int, frac_bits: int, margin_bits: int) -> None:
-    limits = {"batch": (batch, 1, 1 << 20), "frac_bits": (frac_bits, 4, 30)}
-    limits["margin_bits"] = (margin_bits, 0, 16)
+def _draft(
+    graph: Graph, lowered: Lowered, ring: Ring, frac_bits: int | None
+) -> tuple[Draft, list[str]]:
+    """(draft that needs no more extends, notes). Raises: ModelError."""
+    usual = frac_bits or USUAL
+    draft = tune_weights(lowered(Scales(usual)), usual)
+    check_draft(draft, "tune_weights")
+    draft = tune_inputs(draft, usual)
+    check_draft(draft, "tune_inputs")
+    if ring != 32:
+        raise_all(graph.name, check_fit(draft, usual))
+    if ring == 64 or (ring == "auto" and frac_bits is not None):
+        draft, notes = extended(draft), []
+    else:
+        result = narrowed(draft, lowered, usual, ring == 32, frac_bits is not None)
+        raise_all(graph.name, result.problems)
+        draft, notes = result.draft, [result.note]
+    check_draft(draft, "extended")
+    return draft, [*notes, *coarse_weights(draft, usual)]
+
+
+def _refuse_options(batch: int, ring: Ring, frac_bits: int | None, margin_bits: int) -> None:
+    limits = {"batch": (batch, 1, 1 << 20), "margin_bits": (margin_bits, 0, 16)}
+    if frac_bits is not None:
+        limits["frac_bits"] = (frac_bits, 4, 30)
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}, expected {low} to {high}", f"change {name}")
+    if ring not in get_args(Ring):
+        raise ConfigError(f"ring is {ring!r}, expected 'auto', 32 or 64", "change ring")
 
 
 def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:

@@ -6,7 +6,7 @@ weight brings, so its accumulator is that much wider than its result: bound + tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from math import frexp
 
@@ -16,7 +16,9 @@ from mpcserve.compiler.draft import Draft, Step
 from mpcserve.compiler.functions import WIDEST_BOUND
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.ranges import settle_all
+from mpcserve.compiler.widths import rings_of
 from mpcserve.plan.ops import PRODUCTS
+from mpcserve.ring import HALF_BITS
 
 SMALL_WEIGHT_BITS = 4
 """The largest entry of a weight keeps at least frac_bits − 4 significant bits."""
@@ -31,14 +33,22 @@ MOST_EXTRA_BITS = 16
 FEWEST_SIGNIFICANT_BITS = 10
 """With fewer for the largest entry of a weight the layer is noise; then the model does not fit."""
 
+FEWEST_NARROW = 6
+"""The same in 32 bits, for the largest weight of a layer and for its largest activation."""
+
 COARSEST = 6
 """Fewer fraction bits than this are not worth proposing."""
 
 
-def tune_weights(draft: Draft, frac_bits: int) -> Draft:
-    """Every weight that only products read gets the fraction bits it needs, as far as they fit."""
+def tune_weights(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Draft:
+    """Every weight that only products read gets the fraction bits it needs, as far as they fit.
+
+    Weights of the products `but` are left alone.
+    """
     change: dict[int, int] = {}
-    for id, products in _tunable(draft):
+    for id, products in tunable_weights(draft):
+        if not set(products).isdisjoint(but):
+            continue
         step = draft.steps[id]
         wish = _wished(draft, id, products, frac_bits) - step.frac_bits
         room = min(_room(draft.steps[p]) for p in products)
@@ -47,10 +57,15 @@ def tune_weights(draft: Draft, frac_bits: int) -> Draft:
         by = max(by, _fewest(draft, id) - step.frac_bits, least)
         if by:
             change[id] = by
+    return with_weight_bits(draft, change)
+
+
+def with_weight_bits(draft: Draft, change: Mapping[int, int]) -> Draft:
+    """Fraction bits added to some weights (taken away where negative)."""
     return settle_all(_apply(draft, change)) if change else draft
 
 
-def tune_inputs(draft: Draft, frac_bits: int) -> Draft:
+def tune_inputs(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Draft:
     """An input that only products with large weights read gets more fraction bits, if they fit.
 
     Its rounding error, 2^-(frac_bits+1) per element, comes out of the product multiplied by the
@@ -61,6 +76,8 @@ def tune_inputs(draft: Draft, frac_bits: int) -> Draft:
     for spec in draft.inputs:
         path, products = _readers(draft, users, spec.id)
         if not products or draft.steps[spec.id].frac_bits != frac_bits:
+            continue
+        if not set(products).isdisjoint(but):
             continue
         wish = max(frexp(_gain(draft, p, path))[1] for p in products) - LARGE_GAIN_BITS
         by = min(wish, *(_room(draft.steps[p]) for p in products))
@@ -99,13 +116,27 @@ def check_fit(draft: Draft, frac_bits: int) -> list[Problem]:
 
 
 def coarse_weights(draft: Draft, frac_bits: int) -> list[str]:
-    """A note per layer whose weights had to give up fraction bits."""
+    """A note per layer whose weights had to give up fraction bits although it has 64 bits."""
+    rings = rings_of(draft)
     return [
         f"weights of layer {step.layer!r} have {step.frac_bits} fraction bits: "
         "its range leaves no more, calibrate with samples"
-        for id, products in _tunable(draft)
-        if (step := draft.steps[id]).frac_bits < frac_bits and products
+        for id, products in tunable_weights(draft)
+        if (step := draft.steps[id]).frac_bits < frac_bits
+        and max(rings[p] for p in products) > HALF_BITS
     ]
+
+
+def fewest_bits(largest: float) -> int:
+    """Fraction bits that leave values of up to `largest` FEWEST_NARROW significant bits."""
+    return max(FEWEST_NARROW - frexp(largest)[1], 0) if largest else 0
+
+
+def significant(draft: Draft, weight: int) -> int:
+    """The fewest fraction bits that a weight may have in 32 bits."""
+    return fewest_bits(
+        float(np.abs(draft.arrays[draft.steps[weight].attrs["name"]]).max(initial=0))
+    )
 
 
 def _way_out(frac_bits: int) -> str:
@@ -151,7 +182,7 @@ def _near_input(draft: Draft, product: int, weight: int) -> bool:
     return step.op == "input" or step.sampled is not None
 
 
-_REARRANGES = ("reshape", "transpose", "slice", "gather", "expand")
+REARRANGES = ("reshape", "transpose", "slice", "gather", "expand")
 
 
 def _readers(draft: Draft, users: Mapping[int, list[int]], id: int) -> tuple[list[int], list[int]]:
@@ -159,7 +190,7 @@ def _readers(draft: Draft, users: Mapping[int, list[int]], id: int) -> tuple[lis
     path, products = [id], []
     for source in path:
         for reader in users.get(source, []):
-            if draft.steps[reader].op in _REARRANGES:
+            if draft.steps[reader].op in REARRANGES:
                 path.append(reader)
             elif _takes(draft, users, reader, source):
                 products.append(reader)
@@ -196,7 +227,7 @@ def _own_addends(draft: Draft, users: Mapping[int, list[int]], product: int) -> 
     return all(draft.steps[a].op == "weight" and users[a] == [product] for a in addends)
 
 
-def _tunable(draft: Draft) -> Iterator[tuple[int, list[int]]]:
+def tunable_weights(draft: Draft) -> Iterator[tuple[int, list[int]]]:
     """(weight, its products) where nothing but products reads the weight, as one factor."""
     users = draft.users()
     for id, step in enumerate(draft.steps):

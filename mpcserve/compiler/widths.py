@@ -26,16 +26,29 @@ from mpcserve.plan.ops import BITS, OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
 
 
-def extended(draft: Draft) -> Draft:
-    """The draft with `extend` steps where a product cannot deliver what is needed of it."""
-    while wider := _Needs(draft).wider:
+def extended(draft: Draft, ring: int = RING_BITS) -> Draft:
+    """The draft with `extend` steps where a product of at most `ring` bits cannot deliver enough."""
+    while wider := _Needs(draft, ring).wider:
         draft = _insert(draft, wider)
     return draft
 
 
+def demanded_widths(draft: Draft) -> list[int]:
+    """Per value, the most bits that a reader needs of it, extends left aside."""
+    return _Needs(draft, RING_BITS).width
+
+
+def rings_of(draft: Draft) -> dict[int, int]:
+    """The ring of each product of a draft that needs no more `extend`."""
+    width = demanded_widths(draft)
+    return {
+        id: ring_of(step, width[id]) for id, step in enumerate(draft.steps) if step.op in PRODUCTS
+    }
+
+
 def assign_widths(draft: Draft, name: str, chunk: int = CHUNK_BITS, **about: Any) -> Plan:
     """The plan of a draft that needs no more `extend`. `chunk`: most bits compared at once."""
-    needs = _Needs(draft)
+    needs = _Needs(draft, RING_BITS)
     assert not needs.wider, "insert the extends first"
     instructions = tuple(
         _instruction(id, step, needs.width, draft, chunk) for id, step in enumerate(draft.steps)
@@ -63,12 +76,13 @@ class _Needs:
     """One backward walk. `width`: per value. `wider`: value to extend → width → its readers."""
 
     draft: Draft
+    ring: int
     width: list[int] = field(init=False)
     wider: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = self.draft.steps
-        self.caps = _caps(steps)
+        self.caps = _caps(steps, self.ring)
         self.width = [_own_width(s, steps) for s in steps]
         for o in self.draft.outputs:
             self.need(OUTPUT, o.id, least_width(steps[o.id]))
@@ -78,7 +92,9 @@ class _Needs:
 
     def need(self, reader: int, id: int, width: int) -> None:
         """`reader` reads `id` with `width` bits."""
-        if width <= self.caps[id] or self._cheaper_before(id, width):
+        # What an extend itself would read is no reason for one.
+        least = self.draft.steps[id].bound + 2
+        if width <= max(self.caps[id], least) or self._cheaper_before(id, width):
             self.width[id] = max(self.width[id], width)
         else:
             readers = self.wider.setdefault(id, {})
@@ -105,12 +121,14 @@ class _Needs:
         return min(self._here(id), before)
 
 
-def _caps(steps: tuple[Step, ...]) -> list[int]:
+def _caps(steps: tuple[Step, ...], ring: int) -> list[int]:
     """The widest that each value can be without an extend."""
     caps: list[int] = []
     for s in steps:
         if s.op in TRUNCATING:
-            caps.append(RING_BITS - s.attrs["truncate"])
+            # Waves keep their own scale, whatever ring the products are to fit.
+            widest = ring if s.op in PRODUCTS else RING_BITS
+            caps.append(widest - s.attrs["truncate"])
         elif OPS[s.op].local and s.inputs:
             spare = s.attrs["bits"] if s.op == "shift" else 0
             caps.append(min(caps[j] for j in s.inputs) - spare)
@@ -157,23 +175,18 @@ def _read_width(step: Step, steps: tuple[Step, ...]) -> int:
 
 def _insert(draft: Draft, wider: dict[int, dict[int, int]]) -> Draft:
     """An extend right behind each key of `wider`; its readers read that instead."""
-    number: dict[int, int] = {}
+    number: list[int] = []
     extension: dict[int, int] = {}
     steps: list[Step] = []
     for id, step in enumerate(draft.steps):
         inputs = tuple(extension[j] if id in wider.get(j, ()) else number[j] for j in step.inputs)
-        number[id] = len(steps)
+        number.append(len(steps))
         steps.append(replace(step, inputs=inputs))
         if id in wider:
             extension[id] = len(steps)
             extend = replace(step, op="extend", inputs=(number[id],), attrs={}, sampled=None)
             steps.append(extend)
-    return replace(
-        draft,
-        steps=tuple(steps),
-        inputs=tuple(replace(i, id=number[i.id]) for i in draft.inputs),
-        outputs=tuple(replace(o, id=number[o.id]) for o in draft.outputs),
-    )
+    return draft.renumbered(steps, number)
 
 
 def _instruction(id: int, step: Step, widths: list[int], draft: Draft, chunk: int) -> Instruction:

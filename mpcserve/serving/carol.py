@@ -13,7 +13,9 @@ from mpcserve.errors import PeerTimeout, Refused
 from mpcserve.plan.store import plan_from_bytes
 from mpcserve.protocol import Dealer
 from mpcserve.randomness import KEY_BYTES
+from mpcserve.serving import halves
 from mpcserve.serving.deployment import Deployment
+from mpcserve.serving.evaluation import in_blocks
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import log
 from mpcserve.serving.meeting import Meeting
@@ -72,8 +74,8 @@ class Carol(Server):
         try:
             bob.send_message({"type": "dealing"})
             timer = Timer.start()
-            for corrections in found.dealer.deal(request.id):
-                bob.send(corrections)
+            for corrections in in_blocks(found.dealer.deal(request.id), halves.BLOCK_BYTES):
+                bob.send(corrections, fresh=True)
             wall, cpu = timer.seconds()
         finally:
             self._turn.release()

@@ -10,7 +10,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -296,18 +295,30 @@ class Both:
 
     def ask(self, receive: Callable[[Channel], T]) -> list[T]:
         """What `receive` returns for each; the first to fail ends the wait for the other."""
-        with ThreadPoolExecutor(len(self.channels), "mpcserve-client") as threads:
-            futures = [threads.submit(receive, c) for c in self.channels]
+        mine, other = self.channels
+        results: list[T] = []
+        errors: list[Exception] = []
+
+        def ask_other() -> None:
             try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            except BaseException as e:  # Ctrl-C too: leaving the block waits for both threads
-                error = named_error(e) if isinstance(e, Exception) else PeerLost("interrupted")
-                for channel in self.channels:
-                    channel.fail(error)
-                raise
-        return [f.result() for f in futures]
+                results.append(receive(other))
+            except Exception as e:
+                errors.append(e)
+                mine.fail(named_error(e))
+
+        thread = threading.Thread(target=ask_other, name="mpcserve-client", daemon=True)
+        thread.start()
+        try:
+            result = receive(mine)
+        except BaseException as e:  # Ctrl-C too: leaving waits for the other thread
+            first = errors[0] if errors and isinstance(e, Exception) else e
+            other.fail(named_error(e) if isinstance(e, Exception) else PeerLost("interrupted"))
+            thread.join()
+            raise first from None
+        thread.join()
+        if errors:
+            raise errors[0]
+        return [result, results[0]]
 
 
 def _seeds(channel: Channel, kind: str, length: int, what: str, timeout: float) -> bytes:

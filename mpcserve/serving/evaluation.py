@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,8 +24,12 @@ from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.report import merged
 from mpcserve.serving.request import Deadline, receive_message
 from mpcserve.transport import Channel
+from mpcserve.wire import Buffer
 
 Side = Literal["alice", "bob"]
+
+BLOCK_BYTES = 32 << 10
+"""Pieces of one round that are smaller than this are sent together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,20 @@ def evaluate(
     return merged(prepared.facts(), took)
 
 
+def in_blocks(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
+    """The same bytes in the same order; pieces are joined until there are `size` bytes."""
+    waiting: list[Buffer] = []
+    count = 0
+    for piece in pieces:
+        waiting.append(piece)
+        count += len(piece)
+        if count >= size:
+            yield piece if len(waiting) == 1 else b"".join(waiting)
+            waiting, count = [], 0
+    if waiting:
+        yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
+
+
 def digest_of(inputs: Sequence[memoryview]) -> str:
     """SHA-256 (hex) of all inputs; their sizes are the plan's."""
     digest = hashlib.sha256()
@@ -155,9 +173,9 @@ def drive(
 
 
 def _post(step: Round, peer: Channel, name: str) -> None:
-    """Send each piece as it is produced. An error names the round, as one of receive does."""
-    for piece in step.pieces:
+    """Send pieces as they are produced. An error names the round, as one of receive does."""
+    for piece in in_blocks(step.pieces, BLOCK_BYTES):
         try:
-            peer.send(piece)
+            peer.send(piece, fresh=True)
         except PeerError as e:
             raise type(e)(f"{e.message} ({name})", e.hint) from None

@@ -74,6 +74,10 @@ class AliceHalf(Preparation):
             log.debug("bob was not told to drop a bundle: %s", error)
 
 
+BLOCK_BYTES = 32 << 10
+"""Corrections are sent and received in blocks of about this size: each block wakes bob."""
+
+
 class Dealing:
     """Corrections of one bundle as carol sends them to bob, on the stream `carol`."""
 
@@ -82,6 +86,8 @@ class Dealing:
         self.total = bill_of(live.plan).dealt_bytes
         self._live, self._deadline, self._timeout = live, deadline, timeout
         self._meter = Meter(carol.link)
+        self._asked = 0
+        self._rest = memoryview(b"")  # received, not taken yet
 
     def begin(self) -> None:
         """Ask carol, and wait for her turn to come."""
@@ -93,7 +99,20 @@ class Dealing:
 
     def take(self, n: int) -> memoryview:
         """The next n bytes."""
-        what = f"dealt bytes {self.carol.payload_received} … of {self.total}"
+        missing = n - len(self._rest)
+        if missing <= 0:
+            taken, self._rest = self._rest[:n], self._rest[n:]
+            return taken
+        block = self._receive(max(missing, min(BLOCK_BYTES, self.total - self._asked)))
+        taken = block[:missing]
+        if self._rest:
+            taken = memoryview(bytearray(self._rest) + taken)
+        self._rest = block[missing:]
+        return taken
+
+    def _receive(self, n: int) -> memoryview:
+        what = f"dealt bytes {self._asked} … of {self.total}"
+        self._asked += n
         return self.carol.receive(n, what, self._deadline.left(self._timeout))
 
     def end(self) -> dict[str, Any]:

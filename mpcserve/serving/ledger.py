@@ -2,8 +2,10 @@
 
 Two values opened under one mask leak their difference. So a bundle's id is recorded, durably,
 before anything derived from it leaves the machine: when it is admitted to the pool, off the
-critical path. A bundle itself lives in memory only; after a crash its id is known here and nothing
-of it remains, so it can never come back. Each server has its own file.
+critical path. A bundle itself lives in memory, or in a file without a name; after a crash its id is
+known here and nothing of it remains, so it can never come back. Each server has its own file.
+
+That a bundle was taken is noted for audit alone, together with the next one that is admitted.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mpcserve.errors import ConfigError, Refused
 from mpcserve.serving.files import private_directory
+from mpcserve.serving.log import log
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS bundles (
@@ -30,6 +35,7 @@ class Ledger:
         """Open or create `path`. Raises: ConfigError when it is not a usable ledger."""
         private_directory(path.parent)
         self._lock = threading.Lock()
+        self._spent: list[tuple[float, bytes]] = []
         try:
             path.touch(mode=0o600)
             self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -47,9 +53,11 @@ class Ledger:
         """Record `bundle` as dealt; on disk when this returns. Raises: Refused if ever seen."""
         with self._lock:
             try:
-                self._database.execute(
-                    "INSERT INTO bundles VALUES (?, ?, ?, NULL)", (bundle, deployment, time.time())
-                )
+                with self._transaction():
+                    self._database.execute(
+                        "INSERT INTO bundles VALUES (?, ?, ?, NULL)",
+                        (bundle, deployment, time.time()),
+                    )
             except sqlite3.IntegrityError:
                 raise Refused(
                     f"bundle {bundle.hex()} has been dealt before", "a retry takes a new bundle"
@@ -61,15 +69,15 @@ class Ledger:
                 ) from None
 
     def spend(self, bundle: bytes) -> None:
-        """Record that `bundle` was taken for an evaluation, for audit."""
+        """Note that `bundle` was taken for an evaluation."""
         with self._lock:
-            self._database.execute(
-                "UPDATE bundles SET spent = ? WHERE id = ?", (time.time(), bundle)
-            )
+            self._spent.append((time.time(), bundle))
 
     def counts(self) -> tuple[int, int]:
         """(dealt, spent): how many bundles were ever admitted, and how many of them were taken."""
         with self._lock:
+            with self._transaction():
+                pass
             dealt, spent = self._database.execute(
                 "SELECT count(*), count(spent) FROM bundles"
             ).fetchone()
@@ -78,4 +86,22 @@ class Ledger:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
+            try:
+                with self._transaction():
+                    pass
+            except sqlite3.Error as e:
+                log.warning("the ledger does not show all bundles as spent: %s", e)
             self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All that the block writes, and what was spent since the last one; `_lock` held."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.executemany("UPDATE bundles SET spent = ? WHERE id = ?", self._spent)
+            self._database.execute("COMMIT")
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._spent.clear()

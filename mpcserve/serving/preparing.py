@@ -66,6 +66,7 @@ class Preparation(ABC):
         self._facts: dict[str, Any] = {}
         self._begun = self._filled = False
         self._error: MpcError | None = None
+        self._wanted: int | None = None  # the material that somebody waits for
         self._deadline = Deadline(0.0)
         self._changed = threading.Condition()
 
@@ -105,7 +106,8 @@ class Preparation(ABC):
                 self._check()
                 self._parts[id] = material
                 self.nbytes += size
-                self._changed.notify_all()
+                if self._wanted == id:  # to wake a thread for each would cost more than they do
+                    self._changed.notify_all()
 
     def settle(self, facts: Mapping[str, Any]) -> None:
         """What it cost, beside what is known already: all is prepared on this side."""
@@ -144,6 +146,7 @@ class Preparation(ABC):
         Raises: PeerTimeout naming the instruction; what went wrong in preparing.
         """
         with self._changed:
+            self._wanted = id
             self._wait(lambda: id in self._parts, lambda: _name(self._program.plan, id))
             return self._parts.pop(id)
 

@@ -92,11 +92,14 @@ class Inbox:
 
     # ── the thread that waits ──
 
-    def aim(self, target: memoryview) -> None:
-        """Fill `target` with what has come, and from now on with what comes; then `take` it."""
+    def aim(self, target: memoryview) -> bool:
+        """Fill `target` with what has come. Whether it is full; else what comes goes there too,
+        until it is taken.
+        """
         with self._lock:
             self._target = target
             self._fill()
+            return not self._target
 
     def take(self, target: memoryview, deadline: float) -> int | dict[str, object]:
         """How much of `target` is full at the deadline, or sooner: all; a message if one is next.
@@ -205,8 +208,8 @@ class Channel:
         """DATA bytes that have come on this stream."""
         return self.inbox.received
 
-    def send(self, data: Buffer) -> None:
-        """Send DATA: any C-contiguous buffer, copied unless it is `bytes`.
+    def send(self, data: Buffer, fresh: bool = False) -> None:
+        """Send DATA: any C-contiguous buffer, copied unless it is `bytes` or `fresh`: yours alone.
 
         Returns when sent or queued; waits while more than `send_queue` is queued or the peer is a
         window behind. Raises: PeerTimeout, PeerLost, or what the peer ended the stream with.
@@ -219,7 +222,7 @@ class Channel:
         with self._sending:
             for at in range(0, len(view), step):
                 piece = view[at : at + step]
-                payload = piece if isinstance(view.obj, bytes) else bytes(piece)
+                payload = piece if fresh or isinstance(view.obj, bytes) else bytes(piece)
                 header = self.link.session.data_header(self.stream, len(piece))
                 self.payload_sent += len(piece)
                 self._send(header, payload)
@@ -233,8 +236,10 @@ class Channel:
         started = time.monotonic()
         target = _buffer(n)
         try:
-            self.inbox.aim(target)
+            full = self.inbox.aim(target)
             self.grant_credit()
+            if full:
+                return target
             got = self.inbox.take(target, started + timeout)
         except PeerLost as error:
             raise self._lost(error, what, started) from None
@@ -294,6 +299,8 @@ class Channel:
     def grant_credit(self) -> None:
         """Tell the peer when a quarter of the window was consumed."""
         step = self.link.session.window // 4
+        if self.inbox.consumed - self._credited < step:
+            return  # `_credited` only grows: another thread may be about to, at worst
         with self._crediting:
             consumed = self.inbox.consumed
             if consumed - self._credited < step:

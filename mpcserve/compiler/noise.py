@@ -1,0 +1,212 @@
+"""How far rounding is felt: the variance of an output per unit of variance in each value.
+
+Rounding errors are small, many and nearly independent, so their variances add up and pass through
+the program by squares: a product multiplies them by the squared norm of its weights, a ReLU lets
+through those of its active elements. What is estimated is one number per value, the mean over its
+elements; samples tell how large and how often active values are, ranges where there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from mpcserve.compiler.draft import Draft, Step
+from mpcserve.plan.ops import BITS, OPS, PRODUCTS
+
+NEAREST = 1 / 12
+"""Variance of rounding to the nearest, in ulp²: inputs and weights."""
+
+STOCHASTIC = 1 / 6
+"""Of a product's stochastic truncation, on average."""
+
+SHIFTED = 3 / 12
+"""Of a local shift, which rounds Δ and both mask shares."""
+
+ACTIVE = 0.5
+"""Share of a select's elements that are let through, where no samples tell."""
+
+LEAST_POWER = 2.0**-24
+"""Mean square of an output that is taken to be no less: one of nothing but zeros allows no error."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Per value id. `power`: its mean square. `gain`: variance of the outputs, each in units of
+    its squared tolerance, per unit of variance in the value's elements."""
+
+    draft: Draft
+    power: tuple[float, ...]
+    gain: tuple[float, ...]
+
+    def of_rounding(self, id: int) -> float:
+        """What one ulp² of the value's own rounding adds to the outputs' variance."""
+        step = self.draft.steps[id]
+        if step.op in PRODUCTS:
+            return STOCHASTIC * self.gain[id]
+        if step.op in ("input", "weight"):
+            return NEAREST * self.gain[id]
+        return SHIFTED * self.gain[id] if step.op == "shift" else 0.0
+
+    @property
+    def variance(self) -> float:
+        """Of the outputs, from the rounding of every value."""
+        return sum(self.of_rounding(j) * 4.0**-s.frac_bits for j, s in enumerate(self.draft.steps))
+
+
+def noise_of(draft: Draft, tolerance: float) -> Noise:
+    """Powers forwards, gains backwards. `tolerance`: error of an output, both root mean squares."""
+    power = tuple(_powers(draft))
+    return Noise(draft, power, tuple(_Gains(draft, power, tolerance).gain))
+
+
+def inner(step: Step, steps: tuple[Step, ...]) -> int:
+    """Terms of each sum that a product computes."""
+    if step.op == "matmul":
+        return steps[step.inputs[0]].shape[-1]
+    return prod(steps[step.inputs[1]].shape[1:]) if step.op == "conv" else 1
+
+
+def factor_of(draft: Draft, product: int, operand: int, power: tuple[float, ...]) -> float:
+    """Sum of the squares that an element of `operand` is multiplied by, per element of the result.
+
+    Of a weight this is its mean squared norm; of a secret value it follows from its mean square.
+    """
+    step = draft.steps[product]
+    x, y = step.inputs[:2]
+    return inner(step, draft.steps) * power[y if operand == x else x]
+
+
+def _powers(draft: Draft) -> Iterator[float]:
+    found: list[float] = []
+    for step in draft.steps:
+        found.append(_power(draft, step, found))
+        yield found[-1]
+
+
+def _power(draft: Draft, step: Step, known: list[float]) -> float:
+    if step.op == "weight":
+        return float(np.square(draft.arrays[step.attrs["name"]]).mean())
+    most = step.interval.magnitude**2
+    if step.power is not None:
+        return step.power
+    if not step.inputs:
+        low, high = step.interval.low, step.interval.high
+        return float(((low * low + low * high + high * high) / 3).mean())
+    xs = [known[j] for j in step.inputs]
+    return min(_combined(draft, step, xs), most)
+
+
+def _combined(draft: Draft, step: Step, xs: list[float]) -> float:
+    """Mean square of a step's value, were its operands independent and of mean zero."""
+    if step.op in BITS:
+        return 0.5
+    if step.op in PRODUCTS:
+        return inner(step, draft.steps) * xs[0] * xs[1] + sum(xs[2:])
+    if step.op == "select":
+        return _let_through(step) * sum(xs[1::2])
+    if step.op == "sum":
+        return xs[0] * prod(draft.steps[step.inputs[0]].shape) / prod(step.shape)
+    if step.op in ("add", "sub"):
+        return xs[0] + xs[1]
+    return max(xs) * _factor(draft, step) ** 2
+
+
+def _let_through(step: Step) -> float:
+    """Share of the elements of each operand that a select passes on."""
+    count = len(step.inputs) // 2
+    return step.active if step.active is not None and count == 1 else ACTIVE / count
+
+
+def _factor(draft: Draft, step: Step) -> float:
+    """By what scale and shift multiply the real number."""
+    if step.op not in ("scale", "shift"):
+        return 1.0
+    bits = draft.steps[step.inputs[0]].frac_bits - step.frac_bits
+    if step.op == "shift":
+        return 2.0 ** (bits - int(step.attrs["bits"]))
+    return float(np.ldexp(float(step.attrs["factor"]), bits))
+
+
+@dataclass
+class _Gains:
+    """One backward walk."""
+
+    draft: Draft
+    power: tuple[float, ...]
+    tolerance: float
+    gain: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        steps = self.draft.steps
+        self.gain = [0.0] * len(steps)
+        for o in self.draft.outputs:
+            self.gain[o.id] += self._allowed(o.id)
+        for id in reversed(range(len(steps))):
+            step = steps[id]
+            if (pair := _extremum(step, steps)) is not None:
+                # Each element is that of one operand or the other.
+                for j in pair:
+                    self.gain[j] += self.gain[id] / 2
+            else:
+                for position, j in enumerate(step.inputs):
+                    self.gain[j] += self._through(id, step, position, j)
+
+    def _through(self, id: int, step: Step, position: int, operand: int) -> float:
+        steps, gain = self.draft.steps, self.gain[id]
+        if step.op in PRODUCTS and position < 2:
+            return gain * factor_of(self.draft, id, operand, self.power)
+        if step.op == "select":
+            return gain * _let_through(step) if position % 2 else self._decides(step, position)
+        if step.op in BITS:
+            return gain
+        if step.op == "sum":
+            return gain * prod(steps[operand].shape) / prod(step.shape)
+        if step.op in ("concat", "pad"):
+            return gain * min(prod(steps[operand].shape) / prod(step.shape), 1.0)
+        assert OPS[step.op].local or step.op in (*PRODUCTS, "extend")
+        return gain * _factor(self.draft, step) ** 2
+
+    def _decides(self, step: Step, position: int) -> float:
+        """Gain of a bit: of a comparison that chooses among other values, as of an output.
+
+        A bit that lets through what it compares does so continuously: an error in it is no more
+        than the error of the value.
+        """
+        steps = self.draft.steps
+        bit, chosen = steps[step.inputs[position]], step.inputs[position + 1]
+        if bit.op == "sign" and bit.inputs[0] == chosen:
+            return 0.0
+        compared = _compared(steps, step.inputs[position])
+        if chosen in compared or not compared:
+            return 0.0
+        return max(self._allowed(j) for j in compared)
+
+    def _allowed(self, id: int) -> float:
+        """Gain of an output: one over its squared tolerance."""
+        return 1 / (self.tolerance**2 * max(self.power[id], LEAST_POWER))
+
+
+def _compared(steps: tuple[Step, ...], bit: int) -> list[int]:
+    """Values whose signs make a bit."""
+    step = steps[bit]
+    if step.op == "sign":
+        return [step.inputs[0]]
+    return [j for b in step.inputs for j in _compared(steps, b)]
+
+
+def _extremum(step: Step, steps: tuple[Step, ...]) -> tuple[int, int] | None:
+    """x and y of a step that is max(x, y) = y + relu(x − y) or min(x, y) = x − relu(x − y)."""
+    if step.op not in ("add", "sub"):
+        return None
+    rest, part = step.inputs
+    choice = steps[part]
+    if choice.op != "select" or not choice.attrs["nonnegative"] or len(choice.inputs) != 2:
+        return None
+    gap = steps[choice.inputs[1]]
+    if gap.op != "sub" or rest != gap.inputs[1 if step.op == "add" else 0]:
+        return None
+    return gap.inputs[0], gap.inputs[1]
