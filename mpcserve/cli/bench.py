@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     help="loopback, lan (0.5 ms, 1 Gbit/s), wan (40 ms, 100 Mbit/s) or RTT_MS,MBIT.",
 )
 @FRAC_BITS
+@click.option("--profile", type=FILE, metavar="FILE", help="Write a Chrome trace of a run there.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write the report there too.")
 def bench_command(
     model: Path,
@@ -40,6 +41,7 @@ def bench_command(
     runs: int,
     network: str,
     frac_bits: int,
+    profile: Path | None,
     json_path: Path | None,
 ) -> None:
     """Measure MODEL: three server processes over TLS here, and onnxruntime on one thread.
@@ -58,6 +60,7 @@ def bench_command(
     from mpcserve.cli.plaintext import Plaintext
     from mpcserve.cli.results import save_json
     from mpcserve.cli.signals import sigterm_interrupts
+    from mpcserve.cli.trace import chrome_trace
     from mpcserve.compiler import compile_model
     from mpcserve.plan.estimate import online_seconds
 
@@ -83,6 +86,8 @@ def bench_command(
     report = report_of(compiled.plan, plaintext, filled, empty, network)
     report["estimated_online_seconds"] = online_seconds(compiled.plan, line)
     print_report(report)
+    if profile is not None:
+        save_json(profile, chrome_trace(compiled.plan, filled[-1].report["profile"]))
     if json_path is not None:
         save_json(json_path, report)
 

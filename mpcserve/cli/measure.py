@@ -71,7 +71,7 @@ def measure(
                         f"the pool was not full after {DEADLINE:g} s",
                         "a bundle may be larger than the memory allows: try a smaller --batch",
                     )
-                outputs, report = cluster.client.infer_report(rows)
+                outputs, report = cluster.client.infer_report(rows, profile=True)
             samples.append(Sample(rows, outputs, report))
     return samples[1:]
 
