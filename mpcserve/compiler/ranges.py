@@ -153,6 +153,9 @@ def _concat(step: Step, xs: Sequence[Step]) -> Interval:
 
 def _select(step: Step, xs: Sequence[Step]) -> Interval:
     found = xs[1].interval
+    if step.attrs.get("many"):
+        parts = [iv.hull(x.interval, 0.0) for x in xs[1::2]]
+        return Interval(sum(p.low for p in parts), sum(p.high for p in parts))
     for x in xs[3::2]:
         found = Interval(
             np.minimum(found.low, x.interval.low), np.maximum(found.high, x.interval.high)
