@@ -23,7 +23,7 @@ Reals = NDArray[np.float64]
 Curve = Callable[..., Reals]
 """f(x, *args) on arrays."""
 
-ROOM, MOST_ROOM = 1.15, 4.6
+ROOM, MOST_ROOM = 1.08, 4.4
 """A period is this many times the range: a continuation needs room to turn round."""
 
 FACTORS = {1: 0, 3: 2, 5: 3}
@@ -69,11 +69,11 @@ class Fit:
 
 @lru_cache(maxsize=256)
 def fitted(
-    f: Curve, args: tuple[float, ...], low: float, high: float, error: float, bits: int
+    f: Curve, args: tuple[float, ...], low: float, high: float, error: float, bits: int, to: int
 ) -> Fit:
     """The fit of fewest waves that errs by at most `error`; else the most exact one.
 
-    `bits`: of waves and coefficients.
+    `bits`: of waves and coefficients; `to`: fraction bits of the constant.
     """
     basis = _parity(f, args, low, high)
     found: list[tuple[int, Fit]] = []
@@ -85,7 +85,7 @@ def fitted(
             period = Period(period_log2, factor)
 
             def fit(harmonics: int, period: Period = period) -> Fit:
-                return _fit(f, args, (low, high), period, harmonics, bits, basis)
+                return _fit(f, args, (low, high), period, harmonics, (bits, to), basis)
 
             best = _fewest(fit, error)
             if closest is None or best.error < closest.error:
@@ -147,11 +147,11 @@ def _fit(
     ends: tuple[float, float],
     period: Period,
     harmonics: int,
-    bits: int,
+    scales: tuple[int, int],
     parity: tuple[bool, bool],
 ) -> Fit:
     (low, high), (even, odd) = ends, parity
-    one = 2.0**bits
+    one, unit = 2.0 ** scales[0], 2.0 ** scales[1]
     angle = 2 * np.pi * 2.0**-period.log2 * period.factor
     # Chebyshev's points: denser towards the ends, where a fit on even points errs most.
     turn = np.cos(np.pi * (np.arange(_FITTED) + 0.5) / _FITTED)
@@ -162,8 +162,12 @@ def _fit(
     ridge[:, 1:] = np.eye(count) * sqrt(_FITTED / 12) / one
     matrix = np.vstack([np.column_stack([np.ones(len(x)), waves]), ridge])
     target = np.concatenate([f(x, *args), np.zeros(count)])
-    found = np.linalg.lstsq(matrix, target, rcond=None)[0]
-    constant, coefficients = float(found[0]), np.rint(found[1:] * one) / one
+    free = float(np.linalg.lstsq(matrix, target, rcond=None)[0][0])
+    # The constant is rounded to the result's scale; the waves make up for that.
+    constant = float(np.rint(free * unit) / unit)
+    target[: len(x)] -= constant
+    found = np.linalg.lstsq(matrix[:, 1:], target, rcond=None)[0]
+    coefficients = np.rint(found * one) / one
     x = np.linspace(low, high, _CHECKED + 1)
     sums = constant + _waves(x * angle, harmonics, even, odd) @ coefficients
     error = float(np.abs(sums - f(x, *args)).max())

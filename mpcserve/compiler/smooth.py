@@ -41,6 +41,9 @@ COARSEST = 16
 NEARLY = 1.25
 """A range that goes beyond an end by no more than this is fitted as a whole, not compared."""
 
+TAIL_ULPS = 2
+"""By how much a function may still differ from its asymptote where that takes over."""
+
 FARTHEST = 4096.0
 """No asymptote is sought beyond."""
 
@@ -62,7 +65,7 @@ def spectral(
     to = b.frac_bits if to is None else to
     error = max(2.0**-to if error is None else error, FINEST_ERROR)
     bits = min(max(ceil(-log2(error)) + GUARD_BITS, FEWEST_WAVE_BITS, (to + 1) // 2), MOST_WAVE_BITS)
-    fit = fourier.fitted(f, args, *fourier.rounded_out(low, high), error, bits)
+    fit = fourier.fitted(f, args, *fourier.rounded_out(low, high), error, bits, to)
     fourier.refuse_inexact(fit, error)
     change = fourier.period_fits(fit.period_log2, x.frac_bits)
     x = b.scale(with_frac_bits(b, x, x.frac_bits + change), fit.factor)
@@ -142,7 +145,7 @@ def activation(b: Builder, x: Ref, a: Activation) -> Ref:
     Cost: 1 round inside the range; else 2 or 3.
     """
     x = with_frac_bits(b, x, b.frac_bits)
-    error = 2.0**-b.frac_bits
+    error = TAIL_ULPS * 2.0**-b.frac_bits
     low = below(b, x, -_tail(a, error, -1))
     high = above(b, x, _tail(a, error, 1))
     reach = (min(low.reach, high.reach - 0.25), high.reach)
@@ -299,6 +302,8 @@ def elu(b: Builder, x: Ref, alpha: float = 1.0, scale: float = 1.0, gain: float 
 SMALL_TOP = 4.0
 """e^4 is made by waves at once; above, a smaller power is squared."""
 
+NEGLIGIBLE = 2.0**-10
+
 EXTRA_BITS = 4
 """Fraction bits of intermediate values beyond those of the result."""
 
@@ -318,7 +323,7 @@ def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
             "calibrate with samples (--calibrate) or narrow --input-range",
         )
     factor = 2.0**-squarings
-    scale = ceil(max(held.most, 0.0) * factor / log(2.0))
+    scale = ceil(max(held.most - NEGLIGIBLE, 0.0) * factor / log(2.0))
     inner = to + EXTRA_BITS if squarings else to
     # Waves make e^x / 2^scale, at most 1, at a finer scale.
     depth = (inner + 1) * log(2.0) / factor
