@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mpcserve.compiler import fourier
 from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.fourier import Curve
-from mpcserve.compiler.functions import absolute, times, with_frac_bits
+from mpcserve.compiler.functions import absolute, clip, times, with_frac_bits
 from mpcserve.compiler.interval import bound_of
 from mpcserve.compiler.problems import Unsupported
 
@@ -30,7 +30,7 @@ Reals = NDArray[np.float64]
 FINEST_ERROR = 2.0**-20
 """Waves of 24 bits allow no less."""
 
-MOST_WAVE_BITS, FEWEST_WAVE_BITS, GUARD_BITS = 24, 12, 4
+MOST_WAVE_BITS, FEWEST_WAVE_BITS, GUARD_BITS = 24, 12, 3
 
 ONE_CHUNK = 250
 """A comparison of integers up to here is one round and one bit."""
@@ -363,8 +363,6 @@ def sine(b: Builder, x: Ref, cosine: bool = False) -> Ref:
 
 def hard_sigmoid(b: Builder, x: Ref, alpha: float, beta: float) -> Ref:
     """max(0, min(1, alpha·x + beta)): two comparisons. Error: 1.75 ulp."""
-    from mpcserve.compiler.functions import clip
-
     x = with_frac_bits(b, x, b.frac_bits)
     return clip(b, b.offset(times(b, x, alpha), beta), 0.0, 1.0)
 
