@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, floor, log, log2
+from math import ceil, floor, frexp, log, log2
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.builder import Builder, Ref
+from mpcserve.compiler.fourier import Curve
 from mpcserve.compiler.functions import aligned, times, with_frac_bits
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.smooth import exp, spectral, stated
@@ -50,9 +51,9 @@ def inverse_root_curve(x: Reals, scale: float = 1.0) -> Reals:
     return np.asarray(scale / np.sqrt(x))
 
 
-def log_curve(x: Reals) -> Reals:
-    """log x."""
-    return np.log(x)
+def log_curve(x: Reals, scale: float = 1.0) -> Reals:
+    """log(scale·x)."""
+    return np.log(scale * x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,21 +162,24 @@ def _inverse(b: Builder, found: Scaled, to: int) -> Ref:
     return _of_unit(b, found, inverse_curve, to)
 
 
-def _of_unit(b: Builder, found: Scaled, f: Callable[[Reals], Reals], to: int) -> Ref:
-    """f(x · factor). Cost: 2 rounds after that of the factor."""
+def _of_unit(b: Builder, found: Scaled, f: Curve, to: int, scale: float = 1.0) -> Ref:
+    """f(x · factor, scale). Cost: 2 rounds after that of the factor."""
     unit = found.unit(b)
     held = b.interval(unit)
-    y = spectral(b, unit, f, held.least, held.most, error=2.0 ** -(to - 1), to=to)
-    return stated(b, unit, y, f)
+    error, bits = 2.0 ** -(to - 1), to + 2
+    y = spectral(b, unit, f, held.least, held.most, (scale,), error, to, bits)
+    return stated(b, unit, y, f, (scale,))
 
 
-def inverse_root(b: Builder, x: Ref, to: int | None = None) -> Ref:
-    """1 / √x for x > 0. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6."""
+def inverse_root(b: Builder, x: Ref, to: int | None = None, scale: float = 1.0) -> Ref:
+    """scale / √x for x > 0. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6."""
     to = b.frac_bits if to is None else to
+    mantissa, exponent = frexp(scale)
     found = scaled(b, x, "its radicand")
-    r = _of_unit(b, found, inverse_root_curve, max(to, b.frac_bits + PART_BITS))
-    y = found.times_factor(b, r, 0.5, to)
-    return _stated_inverse(b, x, y, inverse_root_curve)
+    r = _of_unit(b, found, inverse_root_curve, max(to, b.frac_bits + PART_BITS), mantissa)
+    y = found.times_factor(b, r, 0.5, to + exponent)
+    y = b.scale(y, 1, -exponent) if exponent else y
+    return _stated_inverse(b, x, y, inverse_root_curve, scale)
 
 
 def root(b: Builder, x: Ref, to: int | None = None) -> Ref:
@@ -205,9 +209,9 @@ def logarithm(b: Builder, x: Ref) -> Ref:
     return b.within(y, log(low) - 0.5 - slack, log(high) + slack)
 
 
-def _stated_inverse(b: Builder, x: Ref, y: Ref, f: Callable[[Reals], Reals]) -> Ref:
+def _stated_inverse(b: Builder, x: Ref, y: Ref, f: Curve, scale: float = 1.0) -> Ref:
     low, high = _positive_range(b, x, "its argument")
-    ends = f(np.array([high, low]))
+    ends = f(np.array([high, low]), scale)
     slack = 4 * 2.0**-y.frac_bits
     return b.within(y, float(ends[0]) * (1 - 2.0**-12) - slack, float(ends[1]) * 1.25 + slack)
 

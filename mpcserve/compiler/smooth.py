@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from mpcserve.compiler import fourier
 from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.fourier import Curve
-from mpcserve.compiler.functions import absolute, clip, times, with_frac_bits
-from mpcserve.compiler.interval import bound_of
+from mpcserve.compiler.functions import times, with_frac_bits
 from mpcserve.compiler.problems import Unsupported
 
 Reals = NDArray[np.float64]
@@ -30,7 +29,7 @@ Reals = NDArray[np.float64]
 FINEST_ERROR = 2.0**-20
 """Waves of 24 bits allow no less."""
 
-MOST_WAVE_BITS, FEWEST_WAVE_BITS, GUARD_BITS = 24, 12, 3
+MOST_WAVE_BITS, FEWEST_WAVE_BITS, GUARD_BITS = 24, 12, 4
 
 ONE_CHUNK = 250
 """A comparison of integers up to here is one round and one bit."""
@@ -57,14 +56,17 @@ def spectral(
     args: tuple[float, ...] = (),
     error: float | None = None,
     to: int | None = None,
+    bits: int | None = None,
 ) -> Ref:
     """f(x) for x within [low, high]; elsewhere a continuation, of which the interval is right.
 
-    `error`: of the fit, one ulp by default; the truncation's ulp comes on top. Cost: 1 round.
+    `error`: of the fit, one ulp by default; the truncation's ulp comes on top. `bits`: of
+    the waves; more make them exact, fewer leave wide results room in 64 bits. Cost: 1 round.
     """
     to = b.frac_bits if to is None else to
     error = max(2.0**-to if error is None else error, FINEST_ERROR)
-    bits = min(max(ceil(-log2(error)) + GUARD_BITS, FEWEST_WAVE_BITS, (to + 1) // 2), MOST_WAVE_BITS)
+    bits = ceil(-log2(error)) + GUARD_BITS if bits is None else bits
+    bits = min(max(bits, FEWEST_WAVE_BITS, (to + 1) // 2), MOST_WAVE_BITS)
     fit = fourier.fitted(f, args, *fourier.rounded_out(low, high), error, bits, to)
     fourier.refuse_inexact(fit, error)
     change = fourier.period_fits(fit.period_log2, x.frac_bits)
@@ -302,6 +304,11 @@ def elu(b: Builder, x: Ref, alpha: float = 1.0, scale: float = 1.0, gain: float 
 SMALL_TOP = 4.0
 """e^4 is made by waves at once; above, a smaller power is squared."""
 
+LARGEST_TOP = 22.0
+"""e^22 has 32 bits before the point."""
+
+SQUARE_BITS = 58
+
 NEGLIGIBLE = 2.0**-10
 
 EXTRA_BITS = 4
@@ -316,14 +323,15 @@ def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
     to = b.frac_bits if to is None else to
     x = with_frac_bits(b, x, max(x.frac_bits, b.frac_bits))
     held = b.interval(x)
-    squarings = max(ceil(log2(held.most / SMALL_TOP)), 0) if held.most > 0 else 0
-    if squarings and bound_of(held, 0) > 5:
+    top = max(held.most - NEGLIGIBLE, 0.0)
+    squarings = max(ceil(log2(top / SMALL_TOP)), 0) if top else 0
+    if top > LARGEST_TOP:
         raise Unsupported(
             f"the exponential of a value up to {held.most:g} does not fit 64 bits",
             "calibrate with samples (--calibrate) or narrow --input-range",
         )
     factor = 2.0**-squarings
-    scale = ceil(max(held.most - NEGLIGIBLE, 0.0) * factor / log(2.0))
+    scale = ceil(top * factor / log(2.0))
     inner = to + EXTRA_BITS if squarings else to
     # Waves make e^x / 2^scale, at most 1, at a finer scale.
     depth = (inner + 1) * log(2.0) / factor
@@ -331,14 +339,17 @@ def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
     args = (factor, scale * log(2.0))
     error = 2.0 ** -(inner + scale + 3)
     fine = min(inner + scale, MOST_WAVE_BITS + 2)
-    top = max(held.most, low.reach + 0.25)
-    y = spectral(b, x, exp_curve, low.reach, top, args, error, fine)
+    y = spectral(b, x, exp_curve, low.reach, max(held.most, low.reach + 0.25), args, error, fine)
     y = replaced(b, y, [(low, lambda: level(b, y, 0.0))])
     y = b.scale(y, 1, -scale)
     y = stated(b, x, y, exp_curve, (factor,))
     for k in range(squarings):
-        last = k == squarings - 1
-        y = stated(b, x, b.mul(y, y, to=to if last else inner), exp_curve, (factor * 2.0 ** (k + 1),))
+        factor *= 2
+        # The square, before it is truncated, must fit a ring with room for what reads it.
+        most = (SQUARE_BITS - ceil(top * factor / log(2.0))) // 2
+        y = with_frac_bits(b, y, min(y.frac_bits, most))
+        y = b.mul(y, y, to=to if k == squarings - 1 else inner)
+        y = stated(b, x, y, exp_curve, (factor,))
     return y if squarings else with_frac_bits(b, y, to)
 
 
@@ -359,15 +370,3 @@ def sine(b: Builder, x: Ref, cosine: bool = False) -> Ref:
     y = b.spectral(turned, ANGLE_BITS, [0.0 if cosine else 1.0], [1.0 if cosine else 0.0])
     slack = 4 * 2.0**-b.frac_bits
     return b.within(y, -1.0 - slack, 1.0 + slack)
-
-
-def hard_sigmoid(b: Builder, x: Ref, alpha: float, beta: float) -> Ref:
-    """max(0, min(1, alpha·x + beta)): two comparisons. Error: 1.75 ulp."""
-    x = with_frac_bits(b, x, b.frac_bits)
-    return clip(b, b.offset(times(b, x, alpha), beta), 0.0, 1.0)
-
-
-def softsign_denominator(b: Builder, x: Ref) -> Ref:
-    """1 + |x|."""
-    return b.offset(absolute(b, with_frac_bits(b, x, b.frac_bits)), 1.0)
-
