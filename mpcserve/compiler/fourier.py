@@ -53,8 +53,8 @@ class Period(NamedTuple):
 class Fit:
     """f(x) ≈ constant + Σ_k sine[k]·sin((k + 1)ωx) + cosine[k]·cos((k + 1)ωx) on the range.
 
-    The period is 2^`period_log2` / `factor` in reals. `low`, `high`: the sum's range over a whole period,
-    constant excluded. `error`: largest on the range, waves' rounding included.
+    The period is 2^`period_log2` / `factor` in reals. `low`, `high`: the sum's range over a whole
+    period, constant excluded. `error`: largest on the range, waves' rounding included.
     """
 
     period_log2: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 
@@ -154,8 +155,7 @@ def _concat(step: Step, xs: Sequence[Step]) -> Interval:
 def _select(step: Step, xs: Sequence[Step]) -> Interval:
     found = xs[1].interval
     if step.attrs.get("many"):
-        parts = [iv.hull(x.interval, 0.0) for x in xs[1::2]]
-        return Interval(sum(p.low for p in parts), sum(p.high for p in parts))
+        return reduce(iv.add, (iv.hull(x.interval, 0.0) for x in xs[1::2]))
     for x in xs[3::2]:
         found = Interval(
             np.minimum(found.low, x.interval.low), np.maximum(found.high, x.interval.high)

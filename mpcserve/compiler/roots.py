@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, floor, frexp, log, log2
 
 import numpy as np
@@ -72,7 +73,7 @@ class Scaled:
         values = [f(self.base * 4.0**j) for j in range(len(self.bits) + 1)]
         if not self.bits:
             return values[0]
-        steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+        steps = [after - before for before, after in pairwise(values)]
         chosen = b.offset(b.weighted(self.bits, steps, frac_bits), values[0])
         return b.within(chosen, min(values), max(values))
 
@@ -112,7 +113,6 @@ def scaled(b: Builder, x: Ref, what: str, power: int = 2) -> Scaled:
 def _at_least(b: Builder, x: Ref, threshold: float) -> Ref:
     """[x ≥ threshold], off by at most an eighth of it."""
     bits = min(round(log2(STEPS / threshold)), x.frac_bits)
-    step = 2.0**-bits
     coarse = b.shift(x, x.frac_bits - bits)
     return b.sign(b.offset(b.scale(coarse, -1), threshold))
 
@@ -248,5 +248,5 @@ def whole_power(b: Builder, x: Ref, n: int) -> Ref:
 
 def secret_power(b: Builder, x: Ref, y: Ref) -> Ref:
     """x^y for a secret exponent and x > 0: e^(y · log x)."""
-    return exp(b, b.mul(*aligned(b, logarithm(b, x), y)))
-
+    exponent, logs = aligned(b, y, logarithm(b, x))
+    return exp(b, b.mul(exponent, logs))

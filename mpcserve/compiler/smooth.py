@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, erf as erf_of, floor, log, log2, pi
+from math import ceil, floor, log, log2, pi
+from math import erf as erf_of
 
 import numpy as np
 from numpy.typing import NDArray

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def layer_normalization(
     return _normalized(b, x, axis, scale, bias, epsilon, centred=True)
 
 
-@lowers("RMSNormalization", "SimplifiedLayerNormalization", since=1)
+@lowers("RMSNormalization", since=23)
 def rms_normalization(
     b: Builder,
     x: Ref,
@@ -122,21 +123,19 @@ def group_normalization_by_group(
 ) -> Ref:
     """As the newer form, with a scale and a bias per group."""
     each = x.shape[1] // num_groups
-    wide = [_repeated(b, v, each) for v in (scale, bias)]
-    return _grouped(b, x, num_groups, *wide, epsilon)
+    scale, bias = _repeated(b, scale, each), _repeated(b, bias, each)
+    return _grouped(b, x, num_groups, scale, bias, epsilon)
 
 
 @lowers("MeanVarianceNormalization", since=9)
-def mean_variance_normalization(
-    b: Builder, x: Ref, /, *, axes: Sequence[int] = (0, 2, 3)
-) -> Ref:
+def mean_variance_normalization(b: Builder, x: Ref, /, *, axes: Sequence[int] = (0, 2, 3)) -> Ref:
     """(x − mean) / deviation over axes. Error: 2e-4."""
     rank = len(x.shape)
     over = sorted(axis_of(a, rank) for a in axes)
     order = [*(a for a in range(rank) if a not in over), *over]
     moved = b.transpose(x, order)
-    y = _unscaled(b, _rows(b, moved, rank - len(over)), 0.0, centred=True)
-    y = b.mul(y.values, y.inverse)
+    found = _unscaled(b, _rows(b, moved, rank - len(over)), 0.0, centred=True)
+    y = b.mul(found.values, found.inverse)
     return b.transpose(b.reshape(y, moved.shape), np.argsort(order).tolist())
 
 
@@ -156,11 +155,11 @@ def lp_normalization(b: Builder, x: Ref, /, *, axis: int = -1, p: int = 2) -> Re
     return b.transpose(b.reshape(y, moved.shape), np.argsort(order).tolist())
 
 
-class _Unscaled:
+class _Unscaled(NamedTuple):
     """Rows before normalisation, and 1 / √(their mean square + epsilon)."""
 
-    def __init__(self, values: Ref, inverse: Ref) -> None:
-        self.values, self.inverse = values, inverse
+    values: Ref
+    inverse: Ref
 
 
 def _rows(b: Builder, x: Ref, axis: int) -> Ref:
@@ -202,18 +201,15 @@ def _normalized(
     rows = _rows(b, x, axis)
     found = _unscaled(b, rows, epsilon, centred)
     lead = (1,) * axis
-    scale, bias = (
-        _shaped(b, v, (*lead, *v.shape)[-len(x.shape) :]) if v is not None else None
-        for v in (scale, bias)
-    )
+    scale = _shaped(b, scale, (*lead, *scale.shape)[-len(x.shape) :])
+    if bias is not None:
+        bias = _shaped(b, bias, (*lead, *bias.shape)[-len(x.shape) :])
     values = b.reshape(found.values, x.shape)
     inverse = b.reshape(found.inverse, (*x.shape[:axis], *[1] * (len(x.shape) - axis)))
     return _finished(b, values, inverse, scale, bias, rows.shape[1])
 
 
-def _grouped(
-    b: Builder, x: Ref, groups: int, scale: Operand, bias: Operand, epsilon: float
-) -> Ref:
+def _grouped(b: Builder, x: Ref, groups: int, scale: Operand, bias: Operand, epsilon: float) -> Ref:
     """Rows are samples and groups of channels; scale and bias are one per channel."""
     batch, channels = x.shape[:2]
     rows = b.reshape(_rows(b, x, 1), (batch * groups, prod(x.shape[1:]) // groups))
@@ -226,16 +222,14 @@ def _grouped(
 
 
 def _finished(
-    b: Builder, values: Ref, inverse: Ref, scale: Operand | None, bias: Operand | None, count: int
+    b: Builder, values: Ref, inverse: Ref, scale: Operand, bias: Operand | None, count: int
 ) -> Ref:
     """values · scale · inverse + bias; the first product runs while the inverse is found."""
-    scale = np.ones(1) if scale is None else scale
-    scaled = b.mul(values, secret(b, scale))
+    gain = secret(b, scale)
+    held = b.interval(gain)
+    y = b.mul(b.mul(values, gain), inverse)
     # No element of a normalised row exceeds √count.
-    most = sqrt(count) * 1.01
-    y = b.mul(scaled, inverse)
-    gain = b.interval(scale) if isinstance(scale, Ref) else None
-    reach = most * (np.abs(scale) if gain is None else np.maximum(-gain.low, gain.high))
+    reach = 1.01 * sqrt(count) * np.maximum(np.abs(held.low), np.abs(held.high))
     y = b.within(y, -reach - 0.01, reach + 0.01)
     return y if bias is None else b.add(*aligned(b, y, bias))
 
