@@ -249,19 +249,38 @@ class Builder:
         attrs = {"when": when, "nonnegative": nonnegative}
         return self._emit("select", (bit.id, x.id), attrs, x.shape, x.frac_bits)
 
+    def weighted(self, bits: Sequence[Ref], values: Sequence[float], frac_bits: int) -> Ref:
+        """The sum of the public values whose bits are set, however many. One round."""
+        shape = bits[0].shape
+        terms = [self.expand(self.constant(np.full((1,) * len(shape), v), frac_bits), shape)
+                 for v in values]  # fmt: skip
+        ids = tuple(r.id for pair in zip(bits, terms, strict=True) for r in pair)
+        attrs = {"when": 1, "nonnegative": min(values) >= 0, "many": True}
+        return self._emit("select", ids, attrs, shape, frac_bits)
+
     def spectral(
-        self, x: Ref, period_bits: int, sine: Sequence[float], cosine: Sequence[float]
+        self,
+        x: Ref,
+        period_bits: int,
+        sine: Sequence[float],
+        cosine: Sequence[float],
+        to: int | None = None,
+        bits: int = WAVE_BITS,
     ) -> Ref:
-        """Σ_k sine[k]·sin((k + 1)ωx) + cosine[k]·cos((k + 1)ωx), a turn per 2^period_bits ulp."""
-        one = 1 << WAVE_BITS
+        """Σ_k sine[k]·sin((k + 1)ωx) + cosine[k]·cos((k + 1)ωx), a turn per 2^period_bits ulp.
+
+        `to`: fraction bits of the result; `bits`: of waves and coefficients.
+        """
+        one = 1 << bits
+        to = self.frac_bits if to is None else to
         attrs = {
             "width": period_bits,
-            "bits": WAVE_BITS,
-            "truncate": 2 * WAVE_BITS - self.frac_bits,
+            "bits": bits,
+            "truncate": 2 * bits - to,
             "sine": [round(a * one) for a in sine],
             "cosine": [round(a * one) for a in cosine],
         }
-        return self._emit("spectral", (x.id,), attrs, x.shape, self.frac_bits)
+        return self._emit("spectral", (x.id,), attrs, x.shape, to)
 
     # what is known
 

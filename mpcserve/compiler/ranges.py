@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 
@@ -153,6 +154,8 @@ def _concat(step: Step, xs: Sequence[Step]) -> Interval:
 
 def _select(step: Step, xs: Sequence[Step]) -> Interval:
     found = xs[1].interval
+    if step.attrs.get("many"):
+        return reduce(iv.add, (iv.hull(x.interval, 0.0) for x in xs[1::2]))
     for x in xs[3::2]:
         found = Interval(
             np.minimum(found.low, x.interval.low), np.maximum(found.high, x.interval.high)

@@ -286,11 +286,12 @@ OPS: Mapping[str, OpSpec] = {
 """`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, in all working width − 1;
 `groups`: how many consecutive chunks merge at the first level. `all(bits…)` is the bit [every bit
 equals its `when`]. `select(bit, x, …)` is the sum of the x where bit = `when`, of which at most one
-may hold; `nonnegative` promises x ≥ 0 where selected. `extend` and `select` read x mod 2**`width`
-and write it mod 2**value.width. Products are computed mod 2**`ring`, divided by 2**`truncate` with
-stochastic rounding, and opened at value.width ≤ ring − truncate; an optional third operand is added
-before the truncation. `spectral(x)` is Σ_k sine[k−1]·sin(kωx) + cosine[k−1]·cos(kωx), ω one turn
-per 2**`width` ulp, coefficients over 2**`bits`; it is truncated and opened as a product is."""
+may hold, or any number if `many`; `nonnegative` promises x ≥ 0 where selected. `extend` and
+`select` read x mod 2**`width` and write it mod 2**value.width. Products are computed mod 2**`ring`,
+divided by 2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an
+optional third operand is added before the truncation. `spectral(x)` is Σ_k sine[k−1]·sin(kωx) +
+cosine[k−1]·cos(kωx), ω one turn per 2**`width` ulp, coefficients over 2**`bits`; it is truncated
+and opened as a product is."""
 
 PRODUCTS = ("mul", "matmul", "conv")
 BITS = ("sign", "all")
