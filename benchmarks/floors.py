@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.kernels import median_seconds
 from mpcserve.kernels import linear
 from mpcserve.plan import Plan, bill_of
+from mpcserve.plan.estimate import multiply_adds
 from mpcserve.plan.ops import PRODUCTS
 from mpcserve.serving.keys import init_keys, issue
 
@@ -56,9 +57,7 @@ def work_of(plan: Plan) -> Work:
         if i.id in plan.static:
             continue
         if i.op in PRODUCTS:
-            shape = plan.value(i.inputs[1]).shape
-            inner = {"mul": 1, "matmul": shape[-2:][0], "conv": int(np.prod(shape[1:]))}[i.op]
-            products[32 if i.attrs["ring"] <= 32 else 64] += i.value.size * inner
+            products[32 if i.attrs["ring"] <= 32 else 64] += multiply_adds(plan, i)
         comparisons += i.value.size if i.op == "sign" else 0
     return Work(products, comparisons, bill_of(plan).bytes["alice->bob"])
 

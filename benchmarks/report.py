@@ -13,6 +13,7 @@ Result = Mapping[str, Any]
 
 MEGA = 1e6
 NONE = "–"
+MARKS = ("<!-- results -->", "<!-- /results -->")
 
 
 def machine() -> dict[str, Any]:
@@ -78,6 +79,12 @@ def markdown(results: Result) -> str:
     if problems := list(_problems(results)):
         parts.append("\n".join(f"* {p}" for p in problems))
     return "\n\n".join(parts)
+
+
+def inserted(text: str, results: Result) -> str:
+    """`text` with the report between `<!-- results -->` and `<!-- /results -->`."""
+    before, after = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+    return f"{text[:before]}\n{markdown(results)}\n{text[after:]}"
 
 
 def _problems(results: Result) -> Iterator[str]:

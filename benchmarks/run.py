@@ -2,9 +2,13 @@
 
     python benchmarks/run.py [--only ROW ...] [--runs 5] [--peers] [--json FILE] [--plot FILE]
 
-mpcserve runs as in production: three processes, TLS over loopback. The table is printed as
-Markdown; --json keeps every number with machine, versions and commit; --from makes table and plot
-of such a file again, without measuring.
+mpcserve runs as in production: three processes, TLS over loopback. The tables are printed as
+Markdown; --json keeps every number with machine, versions and commit; --from makes tables and plot
+of such a file again, without measuring. What docs/performance.md shows is written by
+
+    python benchmarks/run.py --peers --json benchmarks/results.json
+    python benchmarks/run.py --from benchmarks/results.json \
+        --plot docs/performance.svg --into docs/performance.md
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ def main() -> None:
     results = json.loads(options.source.read_text()) if options.source else _measure(options)
     results = json.loads(json.dumps(results))  # keys are text, as in a file
     print("\n" + report.markdown(results))
+    if options.into:
+        options.into.write_text(report.inserted(options.into.read_text(), results))
     if options.plot:
         options.plot.write_text(svg.plot(results))
 
@@ -58,6 +64,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as SVG")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="put the tables between its `results` marks"
+    )
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="read results, measure nothing"
     )
@@ -111,7 +120,7 @@ def _measure_row(
             return {"row": row.name, "title": row.title, "group": row.group, "problem": str(e)}
         print(f"  {report.line(result)}", flush=True)
         result["peers"] = {}
-        for peer in peers:
+        for peer in peers if row.group == "table" else []:
             measured = peer.measure(row, folder, options.peer_runs, options.peer_seconds)
             result["peers"][peer.name] = measured
             print(f"  {peer.name}: {report.peer_line(measured)}", flush=True)
