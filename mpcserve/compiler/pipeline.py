@@ -42,6 +42,7 @@ from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan, verify_plan
 from mpcserve.plan.estimate import Line
+from mpcserve.plan.ops import PRODUCTS
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
@@ -158,7 +159,7 @@ def _draft(
     check_draft(draft, "tune_inputs")
     if ring != 32:
         raise_all(graph.name, check_fit(draft, usual))
-    if ring == 64 or (ring == "auto" and frac_bits is not None):
+    if ring == 64 or (ring == "auto" and (frac_bits is not None or _varies(draft))):
         draft, notes = extended(draft), []
     else:
         result = narrowed(draft, lowered, usual, ring == 32, frac_bits is not None)
@@ -166,6 +167,21 @@ def _draft(
         draft, notes = result.draft, [result.note]
     check_draft(draft, "extended")
     return draft, [*notes, *coarse_weights(draft, usual)]
+
+
+def _varies(draft: Draft) -> bool:
+    """Whether rounding may be felt more at some inputs than at the samples: not for 32 bits then.
+
+    So it is where secret values multiply each other or pass through a smooth function, as in a
+    normalisation whose divisor may be small.
+    """
+    varying: set[int] = set()
+    for id, s in enumerate(draft.steps):
+        if s.op == "spectral" or (s.op in PRODUCTS and varying.issuperset(s.inputs[:2])):
+            return True
+        if s.op == "input" or not varying.isdisjoint(s.inputs):
+            varying.add(id)
+    return False
 
 
 def _refuse_options(batch: int, ring: Ring, frac_bits: int | None, margin_bits: int) -> None:
