@@ -209,7 +209,9 @@ def test_check_tells_supported_nodes_from_constant_ones() -> None:
 
 
 def test_check_goes_on_where_shapes_are_open() -> None:
-    model = model_of([node("Acosh", ["x"], ["h"]), node("Relu", ["h"])], {"x": ("N", 3, "height", 6)})
+    model = model_of(
+        [node("Acosh", ["x"], ["h"]), node("Relu", ["h"])], {"x": ("N", 3, "height", 6)}
+    )
     reports = check_model(model)
     assert reports[0].node == "input 'x'"
     assert reports[0].reason == "axis 2 ('height') has no fixed length"

@@ -34,7 +34,7 @@ def test_bundled_models_are_within_two_to_the_minus_ten(model: str, data: str, r
     x = np.load(MODELS / f"{data}_samples.npy")
     low, high = min(samples.min(), x.min()), max(samples.max(), x.max())
     options = {"calibrate": samples} if ranges == "calibrated" else {"input_range": (low, high)}
-    compiled = compile_model(MODELS / f"{model}.onnx", batch=len(x), **options)
+    compiled = compile_model(MODELS / f"{model}.onnx", batch=len(x), ring=64, **options)
     (expected,) = plain(onnx.load(MODELS / f"{model}.onnx"), x)
     (got,) = evaluate_clear(compiled.plan, compiled.weights, [x])
     assert np.abs(got - expected).max() < 2.0**-10

@@ -130,7 +130,7 @@ def test_a_random_network_agrees_with_onnxruntime(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_the_protocol_runs_a_random_network_as_billed(seed: int) -> None:
     model, x = grown(rng_of(seed))
-    compiled = compile_model(model, calibrate=x)
+    compiled = compile_model(model, calibrate=x, ring=64)
     outputs, bill = simulate(compiled.plan, compiled.weights, [x])
     assert bill == bill_of(compiled.plan)
     assert np.abs(outputs[0] - plain(model, x)[0]).max() < 64 * 2.0**-16

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE
+from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE, RING
 from mpcserve.cli.options import FILE
 
 if TYPE_CHECKING:
     from mpcserve.cli.arrays import Array
     from mpcserve.cli.plaintext import Plaintext
+    from mpcserve.compiler import Ring
 
 
 @click.command("bench")
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     metavar="PROFILE",
     help="loopback, lan (0.5 ms, 1 Gbit/s), wan (40 ms, 100 Mbit/s) or RTT_MS,MBIT.",
 )
+@RING
 @FRAC_BITS
 @click.option("--profile", type=FILE, metavar="FILE", help="Write a Chrome trace of a run there.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write the report there too.")
@@ -40,7 +42,8 @@ def bench_command(
     batch: int | None,
     runs: int,
     network: str,
-    frac_bits: int,
+    ring: Ring,
+    frac_bits: int | None,
     profile: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -75,6 +78,7 @@ def bench_command(
             calibrate=calibrate or (None if input_range else inputs),
             input_range=input_range,
             batch=size,
+            ring=ring,
             frac_bits=frac_bits,
             line=line,
         )

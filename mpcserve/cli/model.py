@@ -13,7 +13,7 @@ import click
 from mpcserve.cli.options import FILE, JSON
 
 if TYPE_CHECKING:
-    from mpcserve.compiler import CompiledModel, NodeReport
+    from mpcserve.compiler import CompiledModel, NodeReport, Ring
     from mpcserve.plan import Plan
 
 CALIBRATE = click.option(
@@ -29,12 +29,19 @@ INPUT_RANGE = click.option(
     metavar="LO HI",
     help="Every input value lies in [LO, HI]; else samples tell, else it is assumed.",
 )
+RING = click.option(
+    "--ring",
+    type=click.Choice(("auto", "32", "64")),
+    default="auto",
+    show_default=True,
+    callback=lambda context, option, value: value if value == "auto" else int(value),
+    help="Bits of the products: 32 is fast, 64 exact; auto is 32 where that is accurate enough.",
+)
 FRAC_BITS = click.option(
     "--frac-bits",
     type=click.IntRange(4, 30),
-    default=16,
-    show_default=True,
-    help="Bits after the binary point.",
+    help="The same bits after the binary point everywhere, in 64 bits unless --ring 32 is given; "
+    "default 16, and in 32 bits what each range leaves.",
 )
 
 
@@ -77,6 +84,7 @@ def check_command(model: Path, as_json: bool) -> None:
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Inputs per evaluation."
 )
+@RING
 @FRAC_BITS
 @click.option(
     "--network",
@@ -90,7 +98,8 @@ def compile_command(
     calibrate: Path | None,
     input_range: tuple[float, float] | None,
     batch: int,
-    frac_bits: int,
+    ring: Ring,
+    frac_bits: int | None,
     network: str | None,
     as_json: bool,
 ) -> None:
@@ -115,6 +124,7 @@ def compile_command(
             calibrate=calibrate,
             input_range=input_range,
             batch=batch,
+            ring=ring,
             frac_bits=frac_bits,
             line=line_of(network) if network else None,
         )

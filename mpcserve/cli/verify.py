@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE
+from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE, RING
 from mpcserve.cli.options import FILE, JSON
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpcserve.cli.arrays import Array
+    from mpcserve.compiler import Ring
     from mpcserve.plan import Bill, Plan
 
 MAX_BATCH = 32
@@ -41,6 +42,7 @@ class Evaluated:
 @CALIBRATE
 @INPUT_RANGE
 @click.option("--batch", type=click.IntRange(1), help="Rows per evaluation; default up to 32.")
+@RING
 @FRAC_BITS
 @JSON
 def verify_command(
@@ -50,7 +52,8 @@ def verify_command(
     calibrate: Path | None,
     input_range: tuple[float, float] | None,
     batch: int | None,
-    frac_bits: int,
+    ring: Ring,
+    frac_bits: int | None,
     as_json: bool,
 ) -> None:
     """Compare MODEL on --data: float, fixed-point reference, and the real protocol in one process.
@@ -76,6 +79,7 @@ def verify_command(
             calibrate=calibrate,
             input_range=input_range,
             batch=batch or plaintext.batch or min(rows, MAX_BATCH),
+            ring=ring,
             frac_bits=frac_bits,
         )
     with progress("evaluating"):
@@ -142,6 +146,7 @@ def _report(
         "rounds": got.bill.rounds,
         "bytes": dict(got.bill.bytes),
         "dealt_bytes": got.bill.dealt_bytes,
+        "notes": list(plan.notes),
         "layers": _headroom(plan, got.peaks),
     }
 
@@ -231,6 +236,8 @@ def _print(report: Mapping[str, Any]) -> None:
         f"{report['rounds']} rounds, {human_bytes(online)} each way and {human_bytes(dealt)} dealt "
         f"per {report['batch']} rows"
     )
+    for line in report["notes"]:
+        click.echo(f"note: {line}")
 
 
 def _percent(share: float | None) -> str:

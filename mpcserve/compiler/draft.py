@@ -35,8 +35,8 @@ class Step:
     """One instruction without a width.
 
     `stated`: a range that mathematics gives, `sampled`: one that samples give; both are intersected
-    with what interval arithmetic finds. `power`, `active`: mean square and share of nonzero elements
-    in samples.
+    with what interval arithmetic finds. `power`, `active`: mean square and share of nonzero
+    elements in samples.
     """
 
     op: str

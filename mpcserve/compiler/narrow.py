@@ -1,7 +1,7 @@
 """Draft → draft whose products run mod 2^32: all of them, or those where that is accurate enough.
 
-The graph is lowered twice. The first draft, with the same fraction bits everywhere, tells ranges and
-sensitivities; `rings` chooses scales; the second is lowered with these. Then the weights of the
+The graph is lowered twice. The first draft, with the same fraction bits everywhere, tells ranges
+and sensitivities; `rings` chooses scales; the second is lowered with these. Then the weights of the
 chosen products get the bits that their rings have left.
 """
 
@@ -39,7 +39,10 @@ Lowered = Callable[[Scales], Draft]
 """The same graph, lowered with other scales."""
 
 TOLERANCE = 2.0**-12
-"""Expected error of an output, both as root mean squares; the largest of many is some five times."""
+"""Expected error of an output, both root mean squares; the largest of many is about five times."""
+
+AS_WIDE = 4.0
+"""Variance allowed beside what 64 bits give, where that is more: twice the error."""
 
 ATTEMPTS = 4
 """How often scales are chosen anew where rounding has moved a bound across a power of two."""
@@ -65,11 +68,12 @@ def narrowed(wide: Draft, lowered: Lowered, usual: int, only: bool, fixed: bool)
     """
     noise = noise_of(wide, TOLERANCE)
     problem = allocation_of(wide, noise, demanded_widths(wide), usual, fixed)
+    allowed = max(1.0, AS_WIDE * problem.all_wide().variance) if _seen(wide) else 1.0
     short: dict[Key, int] = {}
     for _ in range(ATTEMPTS):
         if only:
             short = {p.key: bits for p in problem.products if (bits := problem.short(p)) > 0}
-        choice = problem.all_narrow() if only else problem.within(1.0)
+        choice = problem.all_narrow() if only else problem.within(allowed)
         if short or not choice.narrow:
             break
         draft = _coarsened(lowered(_scales(wide, problem, choice)), choice)
@@ -78,8 +82,10 @@ def narrowed(wide: Draft, lowered: Lowered, usual: int, only: bool, fixed: bool)
         if not short:
             return Narrowed(draft, _note(draft))
         problem, short = problem.tightened(short), {}
+    if short:
+        return Narrowed(wide, "", tuple(_problems(wide, short)))
     ready = extended(wide)
-    return Narrowed(ready, _note(ready), tuple(_problems(wide, short)))
+    return Narrowed(ready, _note(ready))
 
 
 def _scales(draft: Draft, problem: Allocation, choice: Choice) -> Scales:
@@ -177,8 +183,16 @@ def _note(draft: Draft) -> str:
     """What was chosen, of a draft that needs no more extends."""
     rings = rings_of(draft)
     narrow = [id for id, bits in rings.items() if bits <= HALF_BITS]
-    scales = [draft.steps[draft.steps[id].inputs[0]].frac_bits for id in narrow]
+    note = f"{len(narrow)} of {len(rings)} products in the ring of 2^32"
+    if narrow:
+        operands = [draft.steps[draft.steps[id].inputs[0]].frac_bits for id in narrow]
+        note += f", their operands with {min(operands)} to {max(operands)} fraction bits"
     error = noise_of(draft, 1.0).variance ** 0.5
-    between = f", operands with {min(scales)} to {max(scales)} fraction bits" if scales else ""
-    expected = f"; expected error 2^{ceil(log2(error))} of an output's size" if error else ""
-    return f"{len(narrow)} of {len(rings)} products in the ring of 2^32{between}{expected}"
+    if error and _seen(draft):
+        note += f"; expected error of an output: 2^{ceil(log2(error))} of its size"
+    return note
+
+
+def _seen(draft: Draft) -> bool:
+    """Whether samples tell how large the outputs are; ranges alone are far too wide."""
+    return all(draft.steps[o.id].power is not None for o in draft.outputs)

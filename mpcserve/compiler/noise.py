@@ -30,7 +30,10 @@ ACTIVE = 0.5
 """Share of a select's elements that are let through, where no samples tell."""
 
 LEAST_POWER = 2.0**-24
-"""Mean square of an output that is taken to be no less: one of nothing but zeros allows no error."""
+"""An output's mean square is taken to be no less: one of nothing but zeros allows no error."""
+
+UNSEEN_POWER = 1.0
+"""Nor more, where no sample has shown the output: ranges are far too wide to tell its size."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,8 @@ class _Gains:
 
     def _allowed(self, id: int) -> float:
         """Gain of an output: one over its squared tolerance."""
-        return 1 / (self.tolerance**2 * max(self.power[id], LEAST_POWER))
+        most = UNSEEN_POWER if self.draft.steps[id].power is None else self.power[id]
+        return 1 / (self.tolerance**2 * max(min(self.power[id], most), LEAST_POWER))
 
 
 def _steepest(step: Step, x: Step) -> float:

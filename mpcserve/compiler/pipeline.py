@@ -57,7 +57,7 @@ DRAFTS: tuple[Callable[[Draft], Draft], ...] = (
 
 
 Ring = Literal["auto", 32, 64]
-"""Where products are computed: mod 2^32, mod up to 2^64, or mod 2^32 where that is accurate enough."""
+"""Products are computed mod 2^32, mod up to 2^64, or mod 2^32 where that is accurate enough."""
 
 USUAL = 16
 """Fraction bits of what has no reason for more or fewer."""

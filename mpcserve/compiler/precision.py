@@ -134,9 +134,8 @@ def fewest_bits(largest: float) -> int:
 
 def significant(draft: Draft, weight: int) -> int:
     """The fewest fraction bits that a weight may have in 32 bits."""
-    return fewest_bits(
-        float(np.abs(draft.arrays[draft.steps[weight].attrs["name"]]).max(initial=0))
-    )
+    values = draft.arrays[draft.steps[weight].attrs["name"]]
+    return fewest_bits(float(np.abs(values).max(initial=0.0)))
 
 
 def _way_out(frac_bits: int) -> str:

@@ -1,15 +1,15 @@
 """Which products run mod 2^32, and how their bits are shared between activations and weights.
 
-A product whose result is below 2^b needs b + f_x + f_w + 1 bits, for f_x fraction bits of its operand
-and f_w of its weights: in 32 bits f_x + f_w ≤ 31 − b, whatever its result keeps of them. Values that
-local steps and selects connect have one scale, they are a *family*; what a family's scale leaves over
-goes to the weights of the products that read it. `noise` tells how far each rounding is felt at the
-outputs, and
+A product whose result is below 2^b needs b + f_x + f_w + 1 bits, for f_x fraction bits of its
+operand and f_w of its weights: in 32 bits f_x + f_w ≤ 31 − b, whatever its result keeps of them.
+Values that local steps and selects connect have one scale: they are a *family*. What a family's
+scale leaves over goes to the weights of the products that read it. `noise` tells how far each
+rounding is felt at the outputs, and
 
     Σ over families f  S·4^−f  +  Σ over products that read it  W·4^−(31 − b − f)
 
-is least at one f per family, whatever the others have. Where that is too much, those products get 64
-bits that buy the most accuracy per multiply-add.
+is least at one f per family, whatever the others have. Where that is too much, those products get
+64 bits that buy the most accuracy per multiply-add.
 """
 
 from __future__ import annotations
@@ -30,17 +30,14 @@ Key = tuple[str, int]
 MOST_DEMANDED = 4
 """Bits beyond a result's own that a sum with others may ask of it; a product would ask for more."""
 
-AS_WIDE = 4.0
-"""Variance that 32 bits may add to what 64 bits give: twice the error, where both are large."""
-
 
 @dataclass(frozen=True, slots=True)
 class Product:
     """`families`: of its operands but the weight that is its own, `result`: of what it makes.
 
-    `room`: f_x + f_w that 32 bits hold. `weight_noise`: at no fraction bits; `wide_weight`: fraction
-    bits in 64. `fewest`: fraction bits of the weight. `coarse`: noise of rounding the operand once
-    more before it is read, None where that is no option. `possible`: in 32 bits without an extend.
+    `room`: f_x + f_w that 32 bits hold. `weight_noise`: at no fraction bits; `wide_weight`: its
+    fraction bits in 64; `fewest`: in 32. `coarse`: noise of rounding the operand once more before
+    it is read, None where that is no option. `possible`: in 32 bits without an extend.
     """
 
     key: Key
@@ -66,8 +63,8 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`frac_bits`: per family. `narrow`: products in 32 bits, each with the bits by which its operand
-    is coarser than the family. `variance`: expected of the outputs, in squared tolerances."""
+    """`frac_bits`: per family. `narrow`: products in 32 bits, each with the bits by which it reads
+    its operand coarser than it is. `variance`: of the outputs, in squared tolerances."""
 
     frac_bits: tuple[int, ...]
     narrow: Mapping[Key, int]
@@ -101,11 +98,14 @@ class Allocation:
         """Every product in 32 bits."""
         return self._choice({p.key for p in self.products})
 
+    def all_wide(self) -> Choice:
+        """No product in 32 bits."""
+        return self._choice(())
+
     def within(self, variance: float) -> Choice:
-        """As much work in 32 bits as `variance` allows, or AS_WIDE times that of 64 bits."""
+        """As much work in 32 bits as `variance` allows."""
         possible = {p.key: p for p in self.products if p.possible and self.short(p) <= 0}
         narrow = set(possible)
-        variance = max(variance, AS_WIDE * self._variance(()))
         while narrow and self._variance(narrow) > variance:
             gain = {k: self._gain(possible[k], narrow) / possible[k].work for k in narrow}
             narrow.remove(max(sorted(narrow), key=gain.__getitem__))

@@ -27,7 +27,7 @@ from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
 
 
 def extended(draft: Draft, ring: int = RING_BITS) -> Draft:
-    """The draft with `extend` steps where a product of at most `ring` bits cannot deliver enough."""
+    """The draft with `extend` steps where a product of `ring` bits cannot deliver enough."""
     while wider := _Needs(draft, ring).wider:
         draft = _insert(draft, wider)
     return draft
