@@ -103,6 +103,7 @@ def compile_model(
             graph, partial(_lowered, graph, ranges, found, group), ring, frac_bits
         ),
         lambda draft, chunk: assign_widths(draft, name, chunk, **about),
+        GROUPS if line else GROUPS[:1],
     )
     plans = [m.plan for m in made]
     best = fastest(plans, line)
@@ -123,11 +124,13 @@ class _Made:
 
 
 def _alternatives(
-    draft_of: Callable[[int], tuple[Draft, list[str]]], widths: Callable[[Draft, int], Plan]
+    draft_of: Callable[[int], tuple[Draft, list[str]]],
+    widths: Callable[[Draft, int], Plan],
+    groups: tuple[int, ...],
 ) -> list[_Made]:
     """A plan of every strategy that makes a difference."""
     made: list[_Made] = []
-    for group in GROUPS:
+    for group in groups:
         draft, notes = draft_of(group)
         if made and len(draft.steps) == len(made[0].draft.steps):
             continue  # no maximum of more than two values in it
