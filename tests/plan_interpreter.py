@@ -66,7 +66,7 @@ class Interpreter:
     def _within(self, i: Instruction, x: Big, spare: int) -> None:
         limit = 1 << (i.value.bound + spare)
         peak = max((abs(v) for v in x.ravel()), default=0)
-        if i.op == "sign":
+        if i.op in ("sign", "all"):
             assert peak <= 1
         else:
             assert peak < limit, f"{i.op} of {i.layer}: |x| = {peak} >= 2^{i.value.bound + spare}"
@@ -162,11 +162,26 @@ class Interpreter:
     def op_sign(self, i: Instruction, xs: Sequence[Big]) -> Big:
         return big(np.asarray(xs[0] < 0))
 
+    def op_all(self, i: Instruction, xs: Sequence[Big]) -> Big:
+        held = [x == w for x, w in zip(xs, i.attrs["when"], strict=True)]
+        return big(np.logical_and.reduce(held))
+
     def op_select(self, i: Instruction, xs: Sequence[Big]) -> Big:
-        chosen = np.where(xs[0] == i.attrs["when"], xs[1], 0)
+        held = [xs[k] == i.attrs["when"] for k in range(0, len(xs), 2)]
+        assert i.attrs.get("many") or np.max(np.sum(held, axis=0)) <= 1
+        chosen = sum(np.where(b, x, 0) for b, x in zip(held, xs[1::2], strict=True))
         if i.attrs["nonnegative"]:
             assert all(v >= 0 for v in chosen.ravel())
         return chosen
+
+    def op_spectral(self, i: Instruction, xs: Sequence[Big]) -> Big:
+        at = i.attrs
+        angle = np.asarray(xs[0] % (1 << at["width"]), np.float64) * (2 * np.pi / 2 ** at["width"])
+        waves = sum(
+            a * np.sin(k * angle) + b * np.cos(k * angle)
+            for k, (a, b) in enumerate(zip(at["sine"], at["cosine"], strict=True), 1)
+        )
+        return big(np.rint(np.ldexp(waves, at["bits"] - at["truncate"])))
 
     def op_extend(self, i: Instruction, xs: Sequence[Big]) -> Big:
         return xs[0]

@@ -7,7 +7,7 @@ import pytest
 
 from mpcserve.plan import bill_of, schedule_of, verify_plan
 from mpcserve.plan.plan import Plan
-from mpcserve.protocol import Together
+from mpcserve.protocol import OUTPUTS, WAITING, Together, drive, share_input
 from tests.plans import PlanWriter, even_chunks
 
 ELEMENTS = 128
@@ -88,3 +88,20 @@ def test_dealt_bits_are_no_more_than_the_published_formulas() -> None:
     ours = sum(2**c - 1 for c in chunks) + 1 + 3 * 2 ** (j - 1) - 3 - 2 * (j - 1)
     assert dealt == ours + 2 * n + 3 * (n - m)
     assert dealt < published
+
+
+def test_a_watch_sees_every_instruction_and_every_round() -> None:
+    p = PlanWriter()
+    plan = p.done(layer(p, p.input((1, 64), 40, bound=20), 20, 40))
+    rng = np.random.default_rng(2)
+    weights = {n: rng.integers(-9, 9, plan.value(i).shape) for n, i in plan.weights.items()}
+    together = Together(plan, weights)
+    alice, bob, _ = together.prepare()
+    x = np.zeros((1, 64))
+    packed = [bytes(share_input(plan, 0, x, alice.input_seeds[0], bob.input_seeds[0]))]
+    seen: list[int] = []
+    steps = together.alice.evaluate(alice, packed, seen.append)
+    drive(steps, together.bob.evaluate(bob, packed))
+    assert seen.count(WAITING) == bill_of(plan).rounds
+    assert seen[-1] == OUTPUTS
+    assert {i.id for i in plan.instructions if i.op in ("matmul", "sign", "select")} <= set(seen)

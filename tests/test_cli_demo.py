@@ -94,3 +94,19 @@ def test_bench_reports_what_it_promises(tmp_path: Path, capsys: Capture) -> None
 def test_bench_refuses_a_network_it_does_not_know(capsys: Capture) -> None:
     assert run(["bench", MODEL, "--network", "carrier pigeon"]) == 2
     assert "expected loopback, lan, wan or RTT_MS,MBIT" in capsys.readouterr().err
+
+
+def test_bench_writes_a_trace_that_shows_every_layer(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    command = [
+        *(sys.executable, "-m", "mpcserve", "bench", "models/breast_cancer_mlp.onnx"),
+        *("--input", "models/breast_cancer_samples.npy", "--runs", "1", "--profile", str(trace)),
+    ]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"alice", "bob"}
+    kinds = {e["cat"] for e in events if e["ph"] == "X"}
+    assert {"matmul", "sign", "select", "wait", "result"} <= kinds

@@ -63,6 +63,8 @@ def test_defaults_are_the_schemas_defaults(entry: Lowering) -> None:
             ours = entry.attributes[name]
             if ours is None or ours is inspect.Parameter.empty:
                 assert default in (None, []), f"{entry.op}.{name}"
+            elif isinstance(ours, tuple):
+                assert list(ours) == default, f"{entry.op}.{name}"
             else:
                 assert (
                     ours == pytest.approx(default) if isinstance(ours, float) else ours == default

@@ -49,7 +49,7 @@ def test_each_output_share_alone_is_random_and_differs_between_requests() -> Non
 
 def test_a_message_of_another_size_is_refused() -> None:
     together = doubled()
-    alice, bob, _ = together.prepare()
+    alice, _, _ = together.prepare()
     with pytest.raises(WireError, match=r"57 bytes.*|.*expected 57"):
         next(together.alice.evaluate(alice, [b"x" * 56]))
     a, b = messages_of(together, np.zeros((3, 5)))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 )
 @RING
 @FRAC_BITS
+@click.option("--profile", type=FILE, metavar="FILE", help="Write a Chrome trace of a run there.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write the report there too.")
 def bench_command(
     model: Path,
@@ -43,6 +44,7 @@ def bench_command(
     network: str,
     ring: Ring,
     frac_bits: int | None,
+    profile: Path | None,
     json_path: Path | None,
 ) -> None:
     """Measure MODEL: three server processes over TLS here, and onnxruntime on one thread.
@@ -55,15 +57,17 @@ def bench_command(
     Example:
       mpcserve bench model.onnx --input test.npy --batch 8 --network lan --json bench.json
     """
+    from mpcserve.cli.layers import line_of
     from mpcserve.cli.measure import measure, print_report, report_of
     from mpcserve.cli.output import note, progress
     from mpcserve.cli.plaintext import Plaintext
     from mpcserve.cli.results import save_json
     from mpcserve.cli.signals import sigterm_interrupts
+    from mpcserve.cli.trace import chrome_trace
     from mpcserve.compiler import compile_model
-    from mpcserve.transport import NetworkProfile
+    from mpcserve.plan.estimate import online_seconds
 
-    NetworkProfile.parse(network)  # wrong ones are refused before anything long begins
+    line = line_of(network)  # wrong ones are refused before anything long begins
     plaintext = Plaintext(model, threads=1)
     size = batch or plaintext.batch or 1
     inputs = _inputs(plaintext, data, size)
@@ -76,6 +80,7 @@ def bench_command(
             batch=size,
             ring=ring,
             frac_bits=frac_bits,
+            line=line,
         )
     with sigterm_interrupts():
         note(f"{runs} inferences with randomness dealt ahead")
@@ -83,7 +88,10 @@ def bench_command(
         note(f"{runs} inferences with randomness dealt on demand")
         empty = measure(compiled, inputs, runs, network, pool_depth=0)
     report = report_of(compiled.plan, plaintext, filled, empty, network)
+    report["estimated_online_seconds"] = online_seconds(compiled.plan, line)
     print_report(report)
+    if profile is not None:
+        save_json(profile, chrome_trace(compiled.plan, filled[-1].report["profile"]))
     if json_path is not None:
         save_json(json_path, report)
 

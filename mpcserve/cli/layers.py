@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpcserve.cli.output import human_bytes, shape_text, table
+import click
+
+from mpcserve.cli.output import human_bytes, human_seconds, shape_text, table
 from mpcserve.plan import Instruction, Plan, bill_of, cost_of
+from mpcserve.plan.estimate import LINES, Line, online_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +113,19 @@ def print_bill(plan: Plan) -> None:
         ((link, human_bytes(n), f"{n:,}") for link, n in bill.bytes.items()),
         title=f"{bill.rounds} rounds, {human_bytes(bill.dealt_bytes)} dealt, per evaluation",
     )
+
+
+def print_notes(plan: Plan) -> None:
+    """Estimated seconds on every named network, and what the compiler has to say."""
+    times = (f"{line.name} {human_seconds(online_seconds(plan, line))}" for line in LINES)
+    click.echo(f"estimated online: {', '.join(times)}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+def line_of(network: str) -> Line:
+    """The network that an option names. Raises: ConfigError."""
+    from mpcserve.transport.network import NetworkProfile
+
+    profile = NetworkProfile.parse(network)
+    return Line(network, profile.rtt_s, profile.bits_per_s)

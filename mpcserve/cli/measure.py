@@ -71,7 +71,7 @@ def measure(
                         f"the pool was not full after {DEADLINE:g} s",
                         "a bundle may be larger than the memory allows: try a smaller --batch",
                     )
-                outputs, report = cluster.client.infer_report(rows)
+                outputs, report = cluster.client.infer_report(rows, profile=True)
             samples.append(Sample(rows, outputs, report))
     return samples[1:]
 
@@ -184,6 +184,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         for name in (title + p,)
     ]
     plain = (report["plaintext_seconds"], *report["plaintext_spread"])
+    rows.append(("online, estimated", human_seconds(report["estimated_online_seconds"]), "", ""))
     rows.append(("onnxruntime, 1 thread", *map(human_seconds, plain)))
     table(("phase", "median", "least", "most"), rows)
     table(

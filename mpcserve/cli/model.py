@@ -86,6 +86,11 @@ def check_command(model: Path, as_json: bool) -> None:
 )
 @RING
 @FRAC_BITS
+@click.option(
+    "--network",
+    metavar="loopback|lan|wan|RTT_MS,MBIT",
+    help="Choose the fastest plan for servers so joined; default: the one of the fewest bytes.",
+)
 @JSON
 def compile_command(
     model: Path,
@@ -95,6 +100,7 @@ def compile_command(
     batch: int,
     ring: Ring,
     frac_bits: int | None,
+    network: str | None,
     as_json: bool,
 ) -> None:
     """Compile MODEL (ONNX) into a public .plan and private .weights beside it.
@@ -106,6 +112,7 @@ def compile_command(
     Example:
       mpcserve compile model.onnx --calibrate samples.npy --batch 8 -o model.plan
     """
+    from mpcserve.cli.layers import line_of
     from mpcserve.cli.output import progress
     from mpcserve.compiler import compile_model
 
@@ -119,6 +126,7 @@ def compile_command(
             batch=batch,
             ring=ring,
             frac_bits=frac_bits,
+            line=line_of(network) if network else None,
         )
     seconds = time.perf_counter() - begin
     weights_path = _save(compiled, plan_path)
@@ -140,7 +148,7 @@ def inspect_command(plan: Path, layers: bool, as_json: bool) -> None:
     Example:
       mpcserve inspect model.plan --json
     """
-    from mpcserve.cli.layers import print_bill, print_layers
+    from mpcserve.cli.layers import print_bill, print_layers, print_notes
     from mpcserve.plan import load_plan, plan_text
 
     loaded = load_plan(plan)
@@ -153,6 +161,7 @@ def inspect_command(plan: Path, layers: bool, as_json: bool) -> None:
     else:
         click.echo(plan_text(loaded))
     print_bill(loaded)
+    print_notes(loaded)
 
 
 def _save(compiled: CompiledModel, path: Path) -> Path:
@@ -181,6 +190,7 @@ def _print_check(reports: Sequence[NodeReport]) -> None:
 def _print_json(plan: Plan, **more: Any) -> None:
     from mpcserve.cli.layers import bill_json, layer_rows
     from mpcserve.cli.output import print_json
+    from mpcserve.plan.estimate import LINES, online_seconds
 
     print_json(
         {
@@ -193,6 +203,7 @@ def _print_json(plan: Plan, **more: Any) -> None:
             "outputs": [asdict(o) for o in plan.outputs],
             "layers": [asdict(r) for r in layer_rows(plan)],
             **bill_json(plan),
+            "estimated_seconds": {line.name: online_seconds(plan, line) for line in LINES},
             "notes": plan.notes,
             **more,
         }
@@ -200,12 +211,11 @@ def _print_json(plan: Plan, **more: Any) -> None:
 
 
 def _print_compiled(plan: Plan, plan_path: Path, weights_path: Path, seconds: float) -> None:
-    from mpcserve.cli.layers import print_layers
+    from mpcserve.cli.layers import print_layers, print_notes
     from mpcserve.cli.output import human_seconds
 
     print_layers(plan)
-    for line in plan.notes:
-        click.echo(f"note: {line}")
+    print_notes(plan)
     click.echo(f"plan     {plan_path} (public), digest {plan.digest[:16]}…")
     click.echo(f"weights  {weights_path} (private)")
     click.echo(f"compiled in {human_seconds(seconds)}")

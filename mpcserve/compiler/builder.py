@@ -41,6 +41,10 @@ class Ref:
         raise TypeError("a secret has no truth value")
 
 
+WAVE_BITS = 20
+"""Bits of sines and coefficients: a dozen of them err by 1e-5 together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What samples showed of a tensor: the hull of its elements, margin included; their mean square
@@ -57,10 +61,14 @@ Operand = Ref | Array
 
 
 class Builder:
-    """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered."""
+    """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered.
 
-    def __init__(self, frac_bits: int, opset: int) -> None:
+    `group`: of how many values a maximum may be found at once (see `strategy`).
+    """
+
+    def __init__(self, frac_bits: int, opset: int, group: int = 2) -> None:
         self.frac_bits = frac_bits
+        self.group = group
         self.opset = opset
         self.layer = ""
         self.n_outputs = 1
@@ -226,10 +234,53 @@ class Builder:
         bits = iv.uniform(0.0, 1.0, len(x.shape))
         return self._emit("sign", (x.id,), {}, x.shape, 0, (bits, "proved"))
 
+    def all(self, bits: Sequence[Ref], when: Sequence[int]) -> Ref:
+        """The bit [every bit equals its `when`]."""
+        return self._emit("all", tuple(x.id for x in bits), {"when": list(when)}, bits[0].shape, 0)
+
+    def choose(self, bits: Sequence[Ref], xs: Sequence[Ref], nonnegative: bool = False) -> Ref:
+        """The x whose bit is set, else 0; at most one bit may be set. One round."""
+        ids = tuple(r.id for pair in zip(bits, xs, strict=True) for r in pair)
+        attrs = {"when": 1, "nonnegative": nonnegative}
+        return self._emit("select", ids, attrs, xs[0].shape, xs[0].frac_bits)
+
     def select(self, bit: Ref, x: Ref, when: int, nonnegative: bool = False) -> Ref:
         """x where bit = `when`, else 0. `nonnegative` promises x ≥ 0 where selected."""
         attrs = {"when": when, "nonnegative": nonnegative}
         return self._emit("select", (bit.id, x.id), attrs, x.shape, x.frac_bits)
+
+    def weighted(self, bits: Sequence[Ref], values: Sequence[float], frac_bits: int) -> Ref:
+        """The sum of the public values whose bits are set, however many. One round."""
+        shape = bits[0].shape
+        terms = [self.expand(self.constant(np.full((1,) * len(shape), v), frac_bits), shape)
+                 for v in values]  # fmt: skip
+        ids = tuple(r.id for pair in zip(bits, terms, strict=True) for r in pair)
+        attrs = {"when": 1, "nonnegative": min(values) >= 0, "many": True}
+        return self._emit("select", ids, attrs, shape, frac_bits)
+
+    def spectral(
+        self,
+        x: Ref,
+        period_bits: int,
+        sine: Sequence[float],
+        cosine: Sequence[float],
+        to: int | None = None,
+        bits: int = WAVE_BITS,
+    ) -> Ref:
+        """Σ_k sine[k]·sin((k + 1)ωx) + cosine[k]·cos((k + 1)ωx), a turn per 2^period_bits ulp.
+
+        `to`: fraction bits of the result; `bits`: of waves and coefficients.
+        """
+        one = 1 << bits
+        to = self.frac_bits if to is None else to
+        attrs = {
+            "width": period_bits,
+            "bits": bits,
+            "truncate": 2 * bits - to,
+            "sine": [round(a * one) for a in sine],
+            "cosine": [round(a * one) for a in cosine],
+        }
+        return self._emit("spectral", (x.id,), attrs, x.shape, to)
 
     # what is known
 

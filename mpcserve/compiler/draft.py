@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.interval import Interval, bound_of
 from mpcserve.errors import PlanError
-from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.ops import BITS, OPS, PRODUCTS
 from mpcserve.plan.plan import InputSpec, OutputSpec
 
 Shape = tuple[int, ...]
@@ -55,7 +55,7 @@ class Step:
     @property
     def bound(self) -> int:
         """|x| < 2^bound ulp."""
-        return 0 if self.op == "sign" else bound_of(self.interval, self.frac_bits)
+        return 0 if self.op in BITS else bound_of(self.interval, self.frac_bits)
 
 
 @dataclass(frozen=True, slots=True)

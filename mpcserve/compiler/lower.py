@@ -35,10 +35,10 @@ class Scales:
 
 
 def lower(
-    graph: Graph, ranges: Ranges, scales: Scales, registry: Registry
+    graph: Graph, ranges: Ranges, scales: Scales, registry: Registry, group: int = 2
 ) -> tuple[Draft, list[Problem]]:
     """The draft of a graph. It is of no use when problems were found."""
-    b = Builder(scales.usual, graph.opset)
+    b = Builder(scales.usual, graph.opset, group)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
     for i in graph.inputs:

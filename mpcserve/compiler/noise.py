@@ -170,6 +170,8 @@ class _Gains:
             return gain * prod(steps[operand].shape) / prod(step.shape)
         if step.op in ("concat", "pad"):
             return gain * min(prod(steps[operand].shape) / prod(step.shape), 1.0)
+        if step.op == "spectral":
+            return gain * _steepest(step, steps[operand]) ** 2
         assert OPS[step.op].local or step.op in (*PRODUCTS, "extend")
         return gain * _factor(self.draft, step) ** 2
 
@@ -192,6 +194,21 @@ class _Gains:
         """Gain of an output: one over its squared tolerance."""
         most = UNSEEN_POWER if self.draft.steps[id].power is None else self.power[id]
         return 1 / (self.tolerance**2 * max(min(self.power[id], most), LEAST_POWER))
+
+
+def _steepest(step: Step, x: Step) -> float:
+    """The steepest slope of a sum of waves on the range of its operand."""
+    at = step.attrs
+    turn = 2 * np.pi / 2.0 ** (at["width"] - x.frac_bits)
+    points = np.linspace(x.interval.least, x.interval.most, SAMPLES)
+    slope = np.zeros(SAMPLES)
+    for k, (a, b) in enumerate(zip(at["sine"], at["cosine"], strict=True), 1):
+        slope += k * turn * (a * np.cos(k * turn * points) - b * np.sin(k * turn * points))
+    return float(np.abs(slope).max() / (1 << at["bits"]))
+
+
+SAMPLES = 513
+"""Points at which the slope of a sum of waves is looked at."""
 
 
 def _compared(steps: tuple[Step, ...], bit: int) -> list[int]:

@@ -8,12 +8,13 @@ ranges    declared, sampled or assumed
 lower     graph → draft
 DRAFTS    draft → draft
 precision fraction bits of weights and inputs; rings of 32 bits, for which it is lowered again
-widths    draft → plan
+widths    draft → plan; of every strategy, and the best on the declared network is kept
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -36,9 +37,12 @@ from mpcserve.compiler.passes.unused import remove_unused
 from mpcserve.compiler.precision import check_fit, coarse_weights, tune_inputs, tune_weights
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import Registry, registry
+from mpcserve.compiler.strategy import CHUNKS, GROUPS, Strategy, describe, fastest
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan, verify_plan
+from mpcserve.plan.estimate import Line
+from mpcserve.plan.ops import PRODUCTS
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
@@ -69,9 +73,11 @@ def compile_model(
     ring: Ring = "auto",
     frac_bits: int | None = None,
     margin_bits: int = 1,
+    line: Line | None = None,
 ) -> CompiledModel:
-    """Compile an ONNX model. Raises: ModelError whose `problems` lists all that is wrong.
+    """Compile an ONNX model, for the fewest bytes or the least time on servers joined by `line`.
 
+    Raises: ModelError whose `problems` lists all that is wrong.
     `frac_bits`: the same for all activations; else 16 in 64 bits, and in 32 bits what each range
     leaves. With `frac_bits` and no `ring`, products have 64 bits.
     """
@@ -87,21 +93,57 @@ def compile_model(
     for run in PASSES:
         graph = run(graph)
     ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits)
-    draft, more = _draft(graph, partial(_lowered, graph, ranges, found), ring, frac_bits)
     about: dict[str, Any] = {
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
         "opset": graph.opset,
         "model_digest": imported.digest,
-        "notes": (*notes, *more),
     }
-    plan = assign_widths(draft, name, **about)
+    made = _alternatives(
+        lambda group: _draft(
+            graph, partial(_lowered, graph, ranges, found, group), ring, frac_bits
+        ),
+        lambda draft, chunk: assign_widths(draft, name, chunk, **about),
+        GROUPS if line else GROUPS[:1],
+    )
+    plans = [m.plan for m in made]
+    best = fastest(plans, line)
+    compared = describe([m.strategy for m in made], plans, best, line)
+    plan = replace(plans[best], notes=(*notes, *made[best].notes, *compared))
     verify_plan(plan)
-    return CompiledModel(plan, encoded_weights(plan, draft))
+    return CompiledModel(plan, encoded_weights(plan, made[best].draft))
 
 
-def _lowered(graph: Graph, ranges: Ranges, found: Registry, scales: Scales) -> Draft:
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One way to evaluate the graph."""
+
+    strategy: Strategy
+    draft: Draft
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def _alternatives(
+    draft_of: Callable[[int], tuple[Draft, list[str]]],
+    widths: Callable[[Draft, int], Plan],
+    groups: tuple[int, ...],
+) -> list[_Made]:
+    """A plan of every strategy that makes a difference."""
+    made: list[_Made] = []
+    for group in groups:
+        draft, notes = draft_of(group)
+        if made and len(draft.steps) == len(made[0].draft.steps):
+            continue  # no maximum of more than two values in it
+        for chunk in CHUNKS:
+            plan = widths(draft, chunk)
+            if all(plan != m.plan for m in made):
+                made.append(_Made(Strategy(group, chunk), draft, plan, tuple(notes)))
+    return made
+
+
+def _lowered(graph: Graph, ranges: Ranges, found: Registry, group: int, scales: Scales) -> Draft:
     """The graph at some scales. Raises: ModelError."""
-    draft, problems = lower(graph, ranges, scales, found)
+    draft, problems = lower(graph, ranges, scales, found, group)
     raise_all(graph.name, problems)
     for step in DRAFTS:
         draft = step(draft)
@@ -120,7 +162,7 @@ def _draft(
     check_draft(draft, "tune_inputs")
     if ring != 32:
         raise_all(graph.name, check_fit(draft, usual))
-    if ring == 64 or (ring == "auto" and frac_bits is not None):
+    if ring == 64 or (ring == "auto" and (frac_bits is not None or _varies(draft))):
         draft, notes = extended(draft), []
     else:
         result = narrowed(draft, lowered, usual, ring == 32, frac_bits is not None)
@@ -128,6 +170,21 @@ def _draft(
         draft, notes = result.draft, [result.note]
     check_draft(draft, "extended")
     return draft, [*notes, *coarse_weights(draft, usual)]
+
+
+def _varies(draft: Draft) -> bool:
+    """Whether rounding may be felt more at some inputs than at the samples: not for 32 bits then.
+
+    So it is where secret values multiply each other or pass through a smooth function, as in a
+    normalisation whose divisor may be small.
+    """
+    varying: set[int] = set()
+    for id, s in enumerate(draft.steps):
+        if s.op == "spectral" or (s.op in PRODUCTS and varying.issuperset(s.inputs[:2])):
+            return True
+        if s.op == "input" or not varying.isdisjoint(s.inputs):
+            varying.add(id)
+    return False
 
 
 def _refuse_options(batch: int, ring: Ring, frac_bits: int | None, margin_bits: int) -> None:

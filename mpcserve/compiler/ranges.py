@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 
@@ -21,6 +22,9 @@ PRODUCT_ULPS = 1.0
 
 SHIFT_ULPS = 1.5
 """A local shift rounds Δ and both mask shares separately: less than one and a half ulps."""
+
+SPECTRAL_ERROR = 2.0**-12
+"""More than the waves' and coefficients' rounding can add up to."""
 
 Rule = Callable[[Step, Sequence[Step]], Interval]
 
@@ -149,10 +153,24 @@ def _concat(step: Step, xs: Sequence[Step]) -> Interval:
 
 
 def _select(step: Step, xs: Sequence[Step]) -> Interval:
-    x = xs[1].interval
-    return iv.hull(
-        Interval(np.maximum(x.low, 0.0), x.high) if step.attrs["nonnegative"] else x, 0.0
-    )
+    found = xs[1].interval
+    if step.attrs.get("many"):
+        return reduce(iv.add, (iv.hull(x.interval, 0.0) for x in xs[1::2]))
+    for x in xs[3::2]:
+        found = Interval(
+            np.minimum(found.low, x.interval.low), np.maximum(found.high, x.interval.high)
+        )
+    if step.attrs["nonnegative"]:
+        found = Interval(np.maximum(found.low, 0.0), found.high)
+    return iv.hull(found, 0.0)
+
+
+def _spectral(step: Step, xs: Sequence[Step]) -> Interval:
+    """No more than its coefficients together, whatever x is."""
+    at = step.attrs
+    most = sum(float(np.hypot(a, b)) for a, b in zip(at["sine"], at["cosine"], strict=True))
+    most = most * 2.0 ** -at["bits"] + SPECTRAL_ERROR + _ulp(step)
+    return iv.uniform(-most, most, len(step.shape))
 
 
 RULES: Mapping[str, Rule] = {
@@ -173,6 +191,8 @@ RULES: Mapping[str, Rule] = {
     "matmul": _product(_matmul),
     "conv": _product(_conv),
     "sign": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
+    "all": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
     "select": _select,
     "extend": lambda s, xs: xs[0].interval,
+    "spectral": _spectral,
 }

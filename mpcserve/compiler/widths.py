@@ -20,9 +20,9 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from mpcserve.compiler.chunks import sign_chunks
+from mpcserve.compiler.chunks import CHUNK_BITS, sign_chunks
 from mpcserve.compiler.draft import Draft, Step
-from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.ops import BITS, OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
 
 
@@ -46,12 +46,12 @@ def rings_of(draft: Draft) -> dict[int, int]:
     }
 
 
-def assign_widths(draft: Draft, name: str, **about: Any) -> Plan:
-    """The plan of a draft that needs no more `extend`."""
+def assign_widths(draft: Draft, name: str, chunk: int = CHUNK_BITS, **about: Any) -> Plan:
+    """The plan of a draft that needs no more `extend`. `chunk`: most bits compared at once."""
     needs = _Needs(draft, RING_BITS)
     assert not needs.wider, "insert the extends first"
     instructions = tuple(
-        _instruction(id, step, needs.width, draft) for id, step in enumerate(draft.steps)
+        _instruction(id, step, needs.width, draft, chunk) for id, step in enumerate(draft.steps)
     )
     return Plan(name, instructions, draft.inputs, draft.outputs, **about)
 
@@ -59,13 +59,16 @@ def assign_widths(draft: Draft, name: str, **about: Any) -> Plan:
 TOO_MANY = 1 << 62
 """More elements than any tensor has."""
 
+TRUNCATING = (*PRODUCTS, "spectral")
+"""Instructions that open a truncated share: they deliver at most 64 − t bits."""
+
 OUTPUT = -1
 """Stands for the data owner among the readers of a value."""
 
 
 def least_width(step: Step) -> int:
     """The narrowest width that holds the value."""
-    return 1 if step.op == "sign" else max(step.bound + 1, 2)
+    return 1 if step.op in BITS else max(step.bound + 1, 2)
 
 
 @dataclass
@@ -122,8 +125,10 @@ def _caps(steps: tuple[Step, ...], ring: int) -> list[int]:
     """The widest that each value can be without an extend."""
     caps: list[int] = []
     for s in steps:
-        if s.op in PRODUCTS:
-            caps.append(ring - s.attrs["truncate"])
+        if s.op in TRUNCATING:
+            # Waves keep their own scale, whatever ring the products are to fit.
+            widest = ring if s.op in PRODUCTS else RING_BITS
+            caps.append(widest - s.attrs["truncate"])
         elif OPS[s.op].local and s.inputs:
             spare = s.attrs["bits"] if s.op == "shift" else 0
             caps.append(min(caps[j] for j in s.inputs) - spare)
@@ -139,13 +144,17 @@ def ring_of(step: Step, width: int) -> int:
 
 def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple[int, int]]:
     """(operand, width) for each operand of a step whose value has `width` bits."""
+    if step.op == "spectral":
+        return [(step.inputs[0], step.attrs["width"])]
     if step.op in PRODUCTS:
         return [(j, ring_of(step, width)) for j in step.inputs]
     if step.op == "select":
-        bit, x = step.inputs
-        return [(bit, 1), (x, _read_width(step, steps[x]))]
+        read = _read_width(step, steps)
+        return [(j, read if k % 2 else 1) for k, j in enumerate(step.inputs)]
+    if step.op == "all":
+        return [(j, 1) for j in step.inputs]
     if step.op in ("sign", "extend"):
-        return [(step.inputs[0], _read_width(step, steps[step.inputs[0]]))]
+        return [(step.inputs[0], _read_width(step, steps))]
     spare = step.attrs["bits"] if step.op == "shift" else 0
     return [(j, width + spare) for j in step.inputs]
 
@@ -153,14 +162,15 @@ def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple
 def _own_width(step: Step, steps: tuple[Step, ...]) -> int:
     """The narrowest value that the step can make: a select writes no fewer bits than it reads."""
     if step.op in ("select", "extend"):
-        return max(least_width(step), _read_width(step, steps[step.inputs[-1]]))
+        return max(least_width(step), _read_width(step, steps))
     return least_width(step)
 
 
-def _read_width(step: Step, x: Step) -> int:
-    """The bits of its operand that a sign, select or extend reads."""
+def _read_width(step: Step, steps: tuple[Step, ...]) -> int:
+    """The bits of its operands that a sign, select or extend reads."""
     tight = step.op == "sign" or (step.op == "select" and step.attrs["nonnegative"])
-    return max(x.bound, 1) + (1 if tight else 2)
+    read = step.inputs[1::2] if step.op == "select" else step.inputs
+    return max(1, *(steps[j].bound for j in read)) + (1 if tight else 2)
 
 
 def _insert(draft: Draft, wider: dict[int, dict[int, int]]) -> Draft:
@@ -179,16 +189,16 @@ def _insert(draft: Draft, wider: dict[int, dict[int, int]]) -> Draft:
     return draft.renumbered(steps, number)
 
 
-def _instruction(id: int, step: Step, widths: list[int], draft: Draft) -> Instruction:
+def _instruction(id: int, step: Step, widths: list[int], draft: Draft, chunk: int) -> Instruction:
     width = widths[id]
-    bound = 0 if step.op == "sign" else step.bound
+    bound = 0 if step.op in BITS else step.bound
     value = Value(step.shape, width, step.frac_bits, bound, step.known)
     attrs = dict(step.attrs)
-    if step.op in PRODUCTS:
+    if step.op in TRUNCATING:
         attrs["ring"] = ring_of(step, width)
     elif step.op == "sign":
-        x = draft.steps[step.inputs[0]]
-        attrs["chunks"], attrs["groups"] = sign_chunks(_read_width(step, x))
+        read = _read_width(step, draft.steps)
+        attrs["chunks"], attrs["groups"] = sign_chunks(read, chunk)
     elif step.op in ("select", "extend"):
-        attrs["width"] = _read_width(step, draft.steps[step.inputs[-1]])
+        attrs["width"] = _read_width(step, draft.steps)
     return Instruction(id, step.op, step.inputs, value, MappingProxyType(attrs), step.layer)

@@ -239,6 +239,12 @@ MANY = 1 << 20
 MAX_ALL = 8
 """Bits that one `all` joins: it deals 2^8 − 9 products of their masks."""
 
+
+def _spectral_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
+    waves = 2 * len(attrs["sine"])
+    return Cost((packed_bytes(size, width),), packed_bytes(waves * size, attrs["ring"]))
+
+
 _PRODUCT = ("ring", "truncate")
 
 OPS: Mapping[str, OpSpec] = {
@@ -270,14 +276,22 @@ OPS: Mapping[str, OpSpec] = {
     "all": OpSpec((2, MAX_ALL), _all, ("when",), cost=_all_cost),
     "select": OpSpec((2, MANY), _choose, ("when", "nonnegative", "width"), cost=_select_cost),
     "extend": OpSpec((1, 1), _same, ("width",), cost=_extend_cost),
+    "spectral": OpSpec(
+        (1, 1),
+        _same,
+        ("width", "ring", "truncate", "bits", "sine", "cosine"),
+        cost=_spectral_cost,
+    ),
 }
 """`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, in all working width − 1;
 `groups`: how many consecutive chunks merge at the first level. `all(bits…)` is the bit [every bit
 equals its `when`]. `select(bit, x, …)` is the sum of the x where bit = `when`, of which at most one
-may hold; `nonnegative` promises x ≥ 0 where selected. `extend` and `select` read x mod 2**`width`
-and write it mod 2**value.width. Products are computed mod 2**`ring`, divided by 2**`truncate` with
-stochastic rounding, and opened at value.width ≤ ring − truncate; an optional third operand is added
-before the truncation."""
+may hold, or any number if `many`; `nonnegative` promises x ≥ 0 where selected. `extend` and
+`select` read x mod 2**`width` and write it mod 2**value.width. Products are computed mod 2**`ring`,
+divided by 2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an
+optional third operand is added before the truncation. `spectral(x)` is Σ_k sine[k−1]·sin(kωx) +
+cosine[k−1]·cos(kωx), ω one turn per 2**`width` ulp, coefficients over 2**`bits`; it is truncated
+and opened as a product is."""
 
 PRODUCTS = ("mul", "matmul", "conv")
 BITS = ("sign", "all")

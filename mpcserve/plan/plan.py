@@ -126,6 +126,26 @@ class Plan:
         return frozenset(known)
 
     @cached_property
+    def fixed(self) -> dict[int, int]:
+        """Product id → which of its operands is static: prepared once for all evaluations."""
+        return {
+            i.id: 1 if i.inputs[1] in self.static else 0
+            for i in self.instructions
+            if i.op in ("mul", "matmul", "conv") and not self.static.isdisjoint(i.inputs[:2])
+        }
+
+    @cached_property
+    def static_reads(self) -> frozenset[int]:
+        """Static values that evaluations read as such: not only as a product's fixed operand."""
+        return frozenset(
+            j
+            for i in self.instructions
+            if i.id not in self.static
+            for k, j in enumerate(i.inputs)
+            if j in self.static and self.fixed.get(i.id) != k
+        ) | {o.id for o in self.outputs if o.id in self.static}
+
+    @cached_property
     def last_use(self) -> dict[int, int]:
         """Value id → id of the last instruction that reads it (outputs live to the end)."""
         last = {i.id: i.id for i in self.instructions}

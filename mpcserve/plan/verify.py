@@ -15,6 +15,11 @@ KNOWN = ("exact", "proved", "calibrated", "assumed")
 MAX_CHUNK = 8
 """2^8 − 1 dealt bits for a chunk of eight: more is never cheaper than one more chunk."""
 
+MIN_PERIOD, MAX_PERIOD = 11, 26
+"""Bits of a spectral function's period: more than the coarse table has, few enough for the fine."""
+
+MAX_HARMONICS, MAX_WAVE_BITS = 64, 24
+
 
 def verify_plan(plan: Plan) -> None:
     """Check the whole law; collect every breach. Raises: PlanError listing all of them."""
@@ -90,6 +95,8 @@ def _instruction(plan: Plan, i: Instruction) -> Iterator[str]:
 def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
     if i.op in PRODUCTS:
         yield from _product(i, v, xs)
+    elif i.op == "spectral":
+        yield from _spectral(i, v, xs[0])
     elif i.op == "sign":
         m, (x,) = sum(i.attrs["chunks"]) + 1, xs
         if m > x.width or x.bound > m - 1:
@@ -117,6 +124,23 @@ def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
         keeps = i.op not in ("scale", "shift")
         if keeps and any(v.frac_bits != x.frac_bits for x in xs):
             yield f"frac_bits {v.frac_bits} from {[x.frac_bits for x in xs]}"
+
+
+def _spectral(i: Instruction, v: Value, x: Value) -> Iterator[str]:
+    at = i.attrs
+    if not MIN_PERIOD <= at["width"] <= min(x.width, MAX_PERIOD):
+        yield f"a period of {at['width']} bits, of an operand of {x.width}"
+    if len(at["sine"]) != len(at["cosine"]) or not 1 <= len(at["sine"]) <= MAX_HARMONICS:
+        yield f"{len(at['sine'])} sines and {len(at['cosine'])} cosines"
+    if not 1 <= at["bits"] <= MAX_WAVE_BITS:
+        yield f"waves of {at['bits']} bits"
+    if any(abs(c) >> (at["bits"] + 8) for c in (*at["sine"], *at["cosine"])):
+        yield "a coefficient of 256 or more"
+    t, ring = at["truncate"], at["ring"]
+    if not 0 <= t < ring <= RING_BITS or v.width > ring - t or v.bound + t > ring - 1:
+        yield f"width {v.width}, bound 2^{v.bound} from ring {ring} - truncate {t}"
+    if v.frac_bits != 2 * at["bits"] - t:
+        yield f"frac_bits {v.frac_bits}, expected {2 * at['bits'] - t}"
 
 
 def _product(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:

@@ -3,11 +3,20 @@
 from mpcserve.protocol.dealer import Dealer
 from mpcserve.protocol.owners import reveal, share_input, share_weights, unpack_weight
 from mpcserve.protocol.parties import Round, Steps
-from mpcserve.protocol.server import OUTPUTS, Bundle, Materials, ServerProgram, size_of
+from mpcserve.protocol.server import (
+    OUTPUTS,
+    WAITING,
+    Bundle,
+    Materials,
+    ServerProgram,
+    Watch,
+    size_of,
+)
 from mpcserve.protocol.together import Together, Transcript, drive, simulate
 
 __all__ = [
     "OUTPUTS",
+    "WAITING",
     "Bundle",
     "Dealer",
     "Materials",
@@ -16,6 +25,7 @@ __all__ = [
     "Steps",
     "Together",
     "Transcript",
+    "Watch",
     "drive",
     "reveal",
     "share_input",

@@ -90,6 +90,16 @@ def _slice(i: Instruction, xs: Sequence[Int]) -> Int:
     return xs[0][tuple(map(slice, at["starts"], at["stops"], at["steps"]))]
 
 
+def _spectral(i: Instruction, xs: Sequence[Int]) -> Int:
+    at = i.attrs
+    angle = xs[0] * (2 * np.pi / 2.0 ** at["width"])
+    total = np.zeros(i.value.shape)
+    for k, (a, b) in enumerate(zip(at["sine"], at["cosine"], strict=True), 1):
+        total += a * np.sin(k * angle) + b * np.cos(k * angle)
+    rounded: Int = np.rint(np.ldexp(total, at["bits"] - at["truncate"])).astype(np.int64)
+    return rounded
+
+
 _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
     "constant": lambda i, xs: np.array(i.attrs["values"], np.int64).reshape(i.value.shape),
     "add": lambda i, xs: xs[0] + xs[1],
@@ -119,4 +129,5 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
         )
     ),
     "extend": lambda i, xs: xs[0],
+    "spectral": _spectral,
 }

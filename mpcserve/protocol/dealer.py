@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
+
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.protocol.parties import DealIO, Mask
-from mpcserve.protocol.primitives import join, product, select, sign
+from mpcserve.protocol.primitives import join, product, select, sign, spectral
 from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
+
+_NOTHING = Mask(np.empty(0, np.uint64), np.empty(0, np.uint64))
+"""Stands for a product's fixed operand, which is not read again."""
 
 
 class Dealer:
@@ -28,9 +33,11 @@ class Dealer:
                 self._static[i.id] = self._static_mask(i)
         self._fixed: dict[int, tuple[int, product.Operand]] = {}
         for i in plan.instructions:
-            if i.op in PRODUCTS and (index := product.fixed_index(i, plan.static)) is not None:
+            if (index := plan.fixed.get(i.id)) is not None:
                 lam = self._static[i.inputs[index]].total(i.attrs["ring"])
                 self._fixed[i.id] = (index, product.ready(i, index, lam))
+        for id in self._static.keys() - plan.static_reads:
+            del self._static[id]
 
     def __repr__(self) -> str:
         return f"Dealer({self.plan.name!r})"
@@ -48,9 +55,9 @@ class Dealer:
         masks = dict(self._static)
         uses = Counter(j for i in self.plan.instructions for j in i.inputs)
         for i in self.plan.instructions:
-            if i.id in masks:
+            if i.id in self.plan.static:
                 continue
-            operands = [masks[j] for j in i.inputs]
+            operands = [masks.get(j, _NOTHING) for j in i.inputs]
             if OPS[i.op].local:
                 masks[i.id] = _local_mask(i, operands)
             else:
@@ -71,6 +78,8 @@ class Dealer:
             return sign.deal(io, i, operands)
         if i.op == "all":
             return join.deal(io, i, operands)
+        if i.op == "spectral":
+            return spectral.deal(io, i, operands)
         if i.op == "select":
             return select.deal_select(io, i, operands)
         assert i.op == "extend"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hmac
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Protocol
+
+import numpy as np
 
 from mpcserve.errors import Refused, WireError
 from mpcserve.kernels import bits
@@ -19,13 +20,23 @@ from mpcserve.plan.ops import OPS, PRODUCTS, packed_bytes
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.schedule import schedule_of
 from mpcserve.protocol.parties import Buffer, Material, PrepareIO, Round, Side, Steps
-from mpcserve.protocol.primitives import join, product, select, sign
+from mpcserve.protocol.primitives import join, product, select, sign, spectral
 from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 from mpcserve.ring import Words, reduce
 
+NOTHING: Words = np.empty(0, np.uint64)
+"""Stands for a product's fixed operand, which is not read again."""
+
 OUTPUTS = -1
 """The key under which a bundle holds this side's mask shares of the outputs."""
+
+
+WAITING = -2
+"""What a watch is told when a round is sent and its answer awaited."""
+
+Watch = Callable[[int], None]
+"""Called with an instruction's id, WAITING or OUTPUTS when the work that follows is its."""
 
 
 class Materials(Protocol):
@@ -103,9 +114,13 @@ class ServerProgram:
                 self._fix_value(i, weights)
         self._fixed: dict[int, product.Fixed] = {}
         for i in plan.instructions:
-            if i.op in PRODUCTS and (index := product.fixed_index(i, plan.static)) is not None:
+            if (index := plan.fixed.get(i.id)) is not None:
                 w = i.inputs[index]
                 self._fixed[i.id] = product.fix(role, i, index, self._known[w], self._halves[w])
+        # A large model's weights would otherwise lie in memory twice.
+        for held in (self._known, self._halves):
+            for id in held.keys() - plan.static_reads:
+                del held[id]
 
     def __repr__(self) -> str:
         return f"ServerProgram({self.plan.name!r}, {self.role})"
@@ -151,9 +166,9 @@ class ServerProgram:
         halves = dict(self._halves)
         uses = _uses(self.plan)
         for i in self.plan.instructions:
-            if i.id in halves:
+            if i.id in self.plan.static:
                 continue
-            mine = [halves[j] for j in i.inputs]
+            mine = [halves.get(j, NOTHING) for j in i.inputs]
             if OPS[i.op].local:
                 halves[i.id] = apply_local(i, mine, False)
             elif i.op == "input":
@@ -165,7 +180,7 @@ class ServerProgram:
                 yield i.id, material
             for j in _finished(i, uses):
                 if j not in self._halves:
-                    del halves[j]
+                    halves.pop(j, None)
         yield OUTPUTS, tuple(halves[o.id] for o in self.plan.outputs)
 
     def _prepare(
@@ -177,6 +192,8 @@ class ServerProgram:
             return sign.prepare(io, i)
         if i.op == "all":
             return join.prepare(io, i, halves)
+        if i.op == "spectral":
+            return spectral.prepare(io, i, halves)
         if i.op == "select":
             return select.prepare_select(io, i, halves)
         assert i.op == "extend"
@@ -184,11 +201,13 @@ class ServerProgram:
 
     # -- online -------------------------------------------------------------------------------
 
-    def evaluate(self, bundle: Bundle, inputs: Sequence[Buffer]) -> Steps[bytes]:
+    def evaluate(
+        self, bundle: Bundle, inputs: Sequence[Buffer], watch: Watch = lambda id: None
+    ) -> Steps[bytes]:
         """Packed Δx of every plan input → this server's message to the data owner.
 
-        Yields one `Round` per round of the bill. Raises: Refused when the bundle is spent,
-        WireError when an input has the wrong size.
+        Yields one `Round` per round of the bill. `watch` is told whose work begins: a profile.
+        Raises: Refused when the bundle is spent, WireError when an input has the wrong size.
         """
         materials = bundle.spend()
         values = dict(self._known)
@@ -199,17 +218,19 @@ class ServerProgram:
         for level in self._schedule.levels:
             for id in level:
                 i = self.plan[id]
-                if id not in values:
-                    deltas = [values[j] for j in i.inputs]
+                if id not in values and id not in self.plan.static:
+                    watch(id)
+                    deltas = [values.get(j, NOTHING) for j in i.inputs]
                     if OPS[i.op].local:
                         values[id] = apply_local(i, deltas, True)
                     else:
                         steps = self._evaluate(i, materials.take(id), deltas)
                         waiting.append((id, steps, next(steps)))
                 for j in _finished(i, uses):
-                    del values[j]
+                    values.pop(j, None)
             if waiting:
-                waiting = yield from _exchange(waiting, values)
+                waiting = yield from _exchange(waiting, values, watch)
+        watch(OUTPUTS)
         return self._output_message(bundle.id, values, materials.take(OUTPUTS))
 
     def _evaluate(self, i: Instruction, material: Material, deltas: list[Words]) -> Steps[Words]:
@@ -220,6 +241,8 @@ class ServerProgram:
             return sign.evaluate(self.role, i, material, deltas[0])
         if i.op == "all":
             return join.evaluate(self.role, i, material, deltas)
+        if i.op == "spectral":
+            return spectral.evaluate(self.role, i, material, deltas[0])
         if i.op == "select":
             return select.evaluate_select(self.role, i, material, deltas)
         assert i.op == "extend"
@@ -248,13 +271,20 @@ class ServerProgram:
 
 
 def _exchange(
-    waiting: list[tuple[int, Steps[Words], Round]], values: dict[int, Words]
+    waiting: list[tuple[int, Steps[Words], Round]], values: dict[int, Words], watch: Watch
 ) -> Steps[list[tuple[int, Steps[Words], Round]]]:
     """One round for all that wait; returns those that wait again."""
-    pieces: Iterator[Buffer] = chain.from_iterable(r.pieces for _, _, r in waiting)
-    received = memoryview((yield Round(pieces, sum(r.expect for _, _, r in waiting))))
+
+    def pieces() -> Iterator[Buffer]:
+        for id, _, r in waiting:
+            watch(id)
+            yield from r.pieces
+        watch(WAITING)
+
+    received = memoryview((yield Round(pieces(), sum(r.expect for _, _, r in waiting))))
     again, at = [], 0
     for id, steps, r in waiting:
+        watch(id)
         try:
             again.append((id, steps, steps.send(received[at : at + r.expect])))
         except StopIteration as done:

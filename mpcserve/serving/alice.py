@@ -124,7 +124,13 @@ class Alice(OnlineServer):
                     }
                 )
                 took = evaluate(
-                    live, prepared, request.channel, bob, request.deadline, self.deadlines.round
+                    live,
+                    prepared,
+                    request.channel,
+                    bob,
+                    request.deadline,
+                    self.deadlines.round,
+                    request.message.optional_flag("profile"),
                 )
             finally:
                 self.ledger.spend(prepared.bundle.id)

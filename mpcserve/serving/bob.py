@@ -83,7 +83,15 @@ class Bob(OnlineServer):
             meter = Meter(alice.link)
             try:
                 prepared.start()
-                took = evaluate(live, prepared, asked.channel, alice, request.deadline, timeout)
+                took = evaluate(
+                    live,
+                    prepared,
+                    asked.channel,
+                    alice,
+                    request.deadline,
+                    timeout,
+                    asked.message.optional_flag("profile"),
+                )
                 facts = merged(took, meter.sent("bob->alice", alice))
                 asked.channel.send_message(server_report(self.role, facts))
             except Exception:

@@ -131,13 +131,17 @@ class Client:
         *,
         model: str | None = None,
         on_range: OnRange = "error",
+        profile: bool = False,
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Name → output, and what it cost: rounds, bytes of every link, seconds, memory."""
+        """Name → output, and what it cost: rounds, bytes of every link, seconds, memory.
+
+        `profile`: and what alice and bob did when, of the last batch (see `serving.profile`).
+        """
         name, plan = self._plan_of(model)
         parts, reports = [], []
         for count, rows in batches(plan, check_inputs(plan, x, on_range)):
             try:
-                outputs, report = self._evaluate(name, plan, rows)
+                outputs, report = self._evaluate(name, plan, rows, profile)
             except Refused:
                 self._forget(model)
                 raise
@@ -173,13 +177,14 @@ class Client:
         self.close()
 
     def _evaluate(
-        self, name: str, plan: Plan, rows: Sequence[NDArray[np.floating[Any]]]
+        self, name: str, plan: Plan, rows: Sequence[NDArray[np.floating[Any]]], profile: bool
     ) -> tuple[list[Array], dict[str, Any]]:
         began, timeout = time.perf_counter(), self._config.deadlines.request
         size = bill_of(plan).bytes["alice->client"] - SEED_BYTES * len(plan.inputs)
         with self._request("data-owner") as both:
             meters = [Meter(c.link) for c in both.channels]
-            both.send_message({"type": "infer", "model": name, "digest": plan.digest})
+            request = {"type": "infer", "model": name, "digest": plan.digest, "profile": profile}
+            both.send_message(request)
             length = SEED_BYTES * len(plan.inputs)
             seeds = both.ask(lambda c: _seeds(c, "ready", length, "a bundle", timeout))
             ready = time.perf_counter()

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mpcserve.errors import PeerError, Refused
-from mpcserve.plan.ops import packed_bytes
+from mpcserve.plan.ops import OPS, packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.schedule import schedule_of
 from mpcserve.protocol import Round, ServerProgram, Steps, unpack_weight
 from mpcserve.serving.deployment import Deployment, Store
 from mpcserve.serving.preparing import Preparation, Timer
+from mpcserve.serving.profile import Profile
 from mpcserve.serving.report import merged
 from mpcserve.serving.request import Deadline, receive_message
 from mpcserve.transport import Channel
@@ -69,7 +70,7 @@ def round_names(plan: Plan) -> Iterator[str]:
         yield f"round {r + 1} of {schedule.rounds}, instruction {busy.id} {busy.op}{layer}"
 
 
-_SPEAKING = ("mul", "matmul", "conv", "sign", "select", "extend")
+_SPEAKING = frozenset(op for op, spec in OPS.items() if spec.arity[0] and not spec.local)
 
 
 def evaluate(
@@ -79,6 +80,7 @@ def evaluate(
     peer: Channel,
     deadline: Deadline,
     round_timeout: float,
+    profiled: bool = False,
 ) -> dict[str, Any]:
     """Serve the data owner on `client`, exchanging rounds on `peer`; what it took.
 
@@ -98,7 +100,8 @@ def evaluate(
     timer = Timer.start()
     mine = digest_of(inputs)
     peer.send_message({"type": "inputs", "sha256": mine})
-    steps = live.program.evaluate(prepared.bundle, inputs)
+    profile = Profile() if profiled else None
+    steps = live.program.evaluate(prepared.bundle, inputs, profile or _unwatched)
     result, rounds = drive(
         steps,
         peer,
@@ -109,7 +112,12 @@ def evaluate(
     client.send(result)
     wall, cpu = timer.seconds()
     took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
-    return merged(prepared.facts(), took)
+    profiles = {"profile": profile.switches()} if profile else {}
+    return merged(prepared.facts(), took, profiles)
+
+
+def _unwatched(id: int) -> None:
+    """The watch of an evaluation that nobody profiles."""
 
 
 def in_blocks(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:

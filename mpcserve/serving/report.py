@@ -73,6 +73,7 @@ def client_report(
         {"bytes": dict.fromkeys(DIRECTIONS, 0), "overhead_bytes": dict.fromkeys(DIRECTIONS, 0)},
         *({k: r.get(k, {}) for k in ("bytes", "overhead_bytes")} for r in (alice, bob, client)),
     )
+    profiles = {r["role"]: r["profile"] for r in (alice, bob) if "profile" in r}
     return {
         "model": model,
         "plan_digest": plan.digest,
@@ -80,6 +81,7 @@ def client_report(
         "batch": plan.batch,
         "evaluations": 1,
         "rounds": alice["rounds"],
+        **({"profile": profiles} if profiles else {}),
         **measured,
         "dealt_bytes": bob["dealt_bytes"],
         "seconds": {
@@ -115,7 +117,7 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in part.items():
             if isinstance(value, Mapping):
                 total[key] = merged(total.get(key, {}), value)
-            elif isinstance(value, str):
+            elif isinstance(value, str | list):
                 total[key] = value
             else:
                 total[key] = total.get(key, 0) + value

@@ -41,6 +41,10 @@ class Message:
         """True or false."""
         return self._typed(key, bool)
 
+    def optional_flag(self, key: str) -> bool:
+        """True or false; false where it is not said."""
+        return self._fields.get(key) is not None and self.flag(key)
+
     def size(self, key: str, most: int) -> int:
         """A whole number 0 … `most`."""
         value = self._typed(key, int)

@@ -11,6 +11,7 @@ from mpcserve.compiler.builder import Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned, secret, times, values_of
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
+from mpcserve.compiler.roots import divide
 
 
 @lowers("Add", since=7)
@@ -33,8 +34,10 @@ def mul(b: Builder, x: Operand, y: Operand, /) -> Ref:
 
 @lowers("Div", since=7)
 def div(b: Builder, x: Operand, y: Operand, /) -> Ref:
-    """x / y by a constant y: one product with the secret 1 / y."""
-    divisor = np.asarray(values_of(y, "divisor"), np.float64)
+    """x / y: one product with the secret 1 / y of a constant; a secret y must have one sign."""
+    if isinstance(y, Ref):
+        return divide(b, secret(b, x), y)
+    divisor = np.asarray(y, np.float64)
     if not np.all(divisor):
         raise Unsupported("divides by a constant that holds zero")
     return b.mul(secret(b, x), b.weight(1.0 / divisor))

@@ -1,13 +1,29 @@
-"""Normalisation by constants."""
+"""Normalisation by constants, and by what the values themselves spread over."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod, sqrt
+from typing import NamedTuple
+
 import numpy as np
 
+from mpcserve.compiler import roots
 from mpcserve.compiler.builder import Builder, Operand, Ref
-from mpcserve.compiler.functions import values_of
+from mpcserve.compiler.functions import (
+    absolute,
+    aligned,
+    axis_of,
+    secret,
+    times,
+    values_of,
+    with_frac_bits,
+)
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
+
+SPREAD_BITS = 8
+"""Fraction bits, beyond the usual, of a variance and of 1 / √ of it."""
 
 
 @lowers("BatchNormalization", since=7)
@@ -35,3 +51,198 @@ def batch_normalization(
     w = b.weight(slope.reshape(shape))
     c = b.weight((offset - centre * slope).reshape(shape), x.frac_bits + w.frac_bits)
     return b.mul(x, w, c)
+
+
+@lowers("LayerNormalization", since=17)
+def layer_normalization(
+    b: Builder,
+    x: Ref,
+    scale: Operand,
+    bias: Operand | None = None,
+    /,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+) -> Ref:
+    """(x − mean) / √(variance + epsilon) · scale + bias over the last axes. Error: 2e-4."""
+    if b.n_outputs > 1:
+        raise Unsupported("its outputs Mean and InvStdDev are used", "use the first output alone")
+    return _normalized(b, x, axis, scale, bias, epsilon, centred=True)
+
+
+@lowers("RMSNormalization", since=23)
+def rms_normalization(
+    b: Builder,
+    x: Ref,
+    scale: Operand,
+    /,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+) -> Ref:
+    """x / √(mean of squares + epsilon) · scale over the last axes. Error: 2e-4."""
+    return _normalized(b, x, axis, scale, None, epsilon, centred=False)
+
+
+@lowers("InstanceNormalization", since=6)
+def instance_normalization(
+    b: Builder, x: Ref, scale: Operand, bias: Operand, /, *, epsilon: float = 1e-5
+) -> Ref:
+    """(x − mean) / √(variance + epsilon) · scale + bias per channel. Error: 2e-4."""
+    return _grouped(b, x, x.shape[1], scale, bias, epsilon)
+
+
+@lowers("GroupNormalization", since=21)
+def group_normalization(
+    b: Builder,
+    x: Ref,
+    scale: Operand,
+    bias: Operand,
+    /,
+    *,
+    epsilon: float = 1e-5,
+    num_groups: int,
+    stash_type: int = 1,
+) -> Ref:
+    """(x − mean) / √(variance + epsilon) per group of channels, · scale + bias. Error: 2e-4."""
+    return _grouped(b, x, num_groups, scale, bias, epsilon)
+
+
+@lowers("GroupNormalization", since=18)
+def group_normalization_by_group(
+    b: Builder,
+    x: Ref,
+    scale: Operand,
+    bias: Operand,
+    /,
+    *,
+    epsilon: float = 1e-5,
+    num_groups: int,
+) -> Ref:
+    """As the newer form, with a scale and a bias per group."""
+    each = x.shape[1] // num_groups
+    scale, bias = _repeated(b, scale, each), _repeated(b, bias, each)
+    return _grouped(b, x, num_groups, scale, bias, epsilon)
+
+
+@lowers("MeanVarianceNormalization", since=9)
+def mean_variance_normalization(b: Builder, x: Ref, /, *, axes: Sequence[int] = (0, 2, 3)) -> Ref:
+    """(x − mean) / deviation over axes. Error: 2e-4."""
+    rank = len(x.shape)
+    over = sorted(axis_of(a, rank) for a in axes)
+    order = [*(a for a in range(rank) if a not in over), *over]
+    moved = b.transpose(x, order)
+    found = _unscaled(b, _rows(b, moved, rank - len(over)), 0.0, centred=True)
+    y = b.mul(found.values, found.inverse)
+    return b.transpose(b.reshape(y, moved.shape), np.argsort(order).tolist())
+
+
+@lowers("LpNormalization", since=1)
+def lp_normalization(b: Builder, x: Ref, /, *, axis: int = -1, p: int = 2) -> Ref:
+    """x over the sum of its absolute values, or over √ of the sum of its squares. Error: 2e-4."""
+    x = with_frac_bits(b, x, b.frac_bits)
+    axis = axis_of(axis, len(x.shape))
+    if p == 1:
+        total = b.sum(absolute(b, x), [axis])
+        return roots.divide(b, x, b.reshape(total, _kept(x, axis)), ratio=1.0)
+    order = [*(a for a in range(len(x.shape)) if a != axis), axis]
+    moved = b.transpose(x, order)
+    found = _unscaled(b, _rows(b, moved, len(order) - 1), 0.0, centred=False)
+    y = times(b, b.mul(found.values, found.inverse), 1.0 / sqrt(x.shape[axis]))
+    y = b.within(y, -1.0 - 2.0**-8, 1.0 + 2.0**-8)
+    return b.transpose(b.reshape(y, moved.shape), np.argsort(order).tolist())
+
+
+class _Unscaled(NamedTuple):
+    """Rows before normalisation, and 1 / √(their mean square + epsilon)."""
+
+    values: Ref
+    inverse: Ref
+
+
+def _rows(b: Builder, x: Ref, axis: int) -> Ref:
+    """All axes from `axis` on as one, all before as another."""
+    head = prod(x.shape[:axis])
+    return b.reshape(with_frac_bits(b, x, b.frac_bits), (head, prod(x.shape) // head))
+
+
+def _unscaled(b: Builder, rows: Ref, epsilon: float, centred: bool) -> _Unscaled:
+    """Cost: 1 round for the squares, of which only their sum is opened, and an inverse root's."""
+    count = rows.shape[1]
+    held = b.interval(rows)
+    reach = held.magnitude
+    if centred:
+        mean = b.reshape(times(b, b.sum(rows, [1]), 1.0 / count), (rows.shape[0], 1))
+        rows = b.sub(rows, mean)
+        width = held.most - held.least + 4 * 2.0**-b.frac_bits
+        rows = b.within(rows, -width, width)
+        reach = width / 2
+    left = b.reshape(rows, (rows.shape[0], 1, count))
+    right = b.reshape(rows, (rows.shape[0], count, 1))
+    finer = b.frac_bits + SPREAD_BITS
+    total = b.reshape(b.matmul(left, right, to=finer), (rows.shape[0], 1))
+    total = b.within(total, 0.0, count * (reach + 2.0**-b.frac_bits) ** 2 * (1 + 2.0**-20))
+    total = b.offset(total, count * epsilon)
+    return _Unscaled(rows, roots.inverse_root(b, total, finer, sqrt(count)))
+
+
+def _normalized(
+    b: Builder,
+    x: Ref,
+    axis: int,
+    scale: Operand,
+    bias: Operand | None,
+    epsilon: float,
+    centred: bool,
+) -> Ref:
+    axis = axis_of(axis, len(x.shape))
+    rows = _rows(b, x, axis)
+    found = _unscaled(b, rows, epsilon, centred)
+    lead = (1,) * axis
+    scale = _shaped(b, scale, (*lead, *scale.shape)[-len(x.shape) :])
+    if bias is not None:
+        bias = _shaped(b, bias, (*lead, *bias.shape)[-len(x.shape) :])
+    values = b.reshape(found.values, x.shape)
+    inverse = b.reshape(found.inverse, (*x.shape[:axis], *[1] * (len(x.shape) - axis)))
+    return _finished(b, values, inverse, scale, bias, rows.shape[1])
+
+
+def _grouped(b: Builder, x: Ref, groups: int, scale: Operand, bias: Operand, epsilon: float) -> Ref:
+    """Rows are samples and groups of channels; scale and bias are one per channel."""
+    batch, channels = x.shape[:2]
+    rows = b.reshape(_rows(b, x, 1), (batch * groups, prod(x.shape[1:]) // groups))
+    found = _unscaled(b, rows, epsilon, centred=True)
+    shape = (batch, groups, channels // groups, prod(x.shape[2:]))
+    scale, bias = (_shaped(b, v, (1, groups, channels // groups, 1)) for v in (scale, bias))
+    values = b.reshape(found.values, shape)
+    inverse = b.reshape(found.inverse, (batch, groups, 1, 1))
+    return b.reshape(_finished(b, values, inverse, scale, bias, rows.shape[1]), x.shape)
+
+
+def _finished(
+    b: Builder, values: Ref, inverse: Ref, scale: Operand, bias: Operand | None, count: int
+) -> Ref:
+    """values · scale · inverse + bias; the first product runs while the inverse is found."""
+    gain = secret(b, scale)
+    held = b.interval(gain)
+    y = b.mul(b.mul(values, gain), inverse)
+    # No element of a normalised row exceeds √count.
+    reach = 1.01 * sqrt(count) * np.maximum(np.abs(held.low), np.abs(held.high))
+    y = b.within(y, -reach - 0.01, reach + 0.01)
+    return y if bias is None else b.add(*aligned(b, y, bias))
+
+
+def _kept(x: Ref, axis: int) -> list[int]:
+    return [1 if a == axis else d for a, d in enumerate(x.shape)]
+
+
+def _shaped(b: Builder, x: Operand, shape: Sequence[int]) -> Operand:
+    return b.reshape(x, shape) if isinstance(x, Ref) else np.asarray(x, np.float64).reshape(shape)
+
+
+def _repeated(b: Builder, x: Operand, times_each: int) -> Operand:
+    if isinstance(x, np.ndarray):
+        return np.repeat(x, times_each)
+    return b.gather(x, 0, np.repeat(np.arange(x.shape[0]), times_each).tolist())

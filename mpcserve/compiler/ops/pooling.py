@@ -26,7 +26,10 @@ def max_pool(
     storage_order: int = 0,
     strides: Sequence[int] | None = None,
 ) -> Ref:
-    """Maximum of each window: one axis after the other, each a tournament."""
+    """Maximum of each window: one axis after the other, each a tournament.
+
+    A window small enough to be compared all at once is one group instead.
+    """
     if b.n_outputs > 1:
         raise Unsupported("its output Indices is used, supported is the maximum alone")
     axes = len(kernel_shape)
@@ -35,18 +38,25 @@ def max_pool(
     held = b.interval(x)
     # Padding must never win, and must not widen the bound: no element is below −2^bound.
     lowest = 0.0 if held.least >= 0 else -float((1 << b.bound(x)) - 1) * 2.0**-x.frac_bits
+    at_once = 2 < _count(kernel_shape) <= b.group
     for i in reversed(range(axes)):
         axis = i + 2
-        count = pooled_size(
-            x.shape[axis], kernel_shape[i], steps[i], spread[i], (before[i], after[i]), ceil_mode
-        )
-        _refuse_empty(x.shape[axis], count, kernel_shape[i], steps[i], spread[i], before[i])
-        windows = _windows(
-            b, x, axis, count, (kernel_shape[i], steps[i], spread[i]), before[i], lowest
-        )
-        best = reduce_max(b, windows, axis)
-        x = b.reshape(best, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
-    return x
+        window = (kernel_shape[i], steps[i], spread[i])
+        count = pooled_size(x.shape[axis], *window, (before[i], after[i]), ceil_mode)
+        _refuse_empty(x.shape[axis], count, *window, before[i])
+        windows = _windows(b, x, axis, count, window, before[i], lowest)
+        best = windows if at_once else reduce_max(b, windows, axis)
+        x = best if at_once else b.reshape(best, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
+    return _joint_max(b, x, axes) if at_once else x
+
+
+def _joint_max(b: Builder, x: Ref, axes: int) -> Ref:
+    """N × C × (kernel × count per axis) → N × C × counts: the maximum over all kernel axes."""
+    kernels, counts = list(range(2, 2 + 2 * axes, 2)), list(range(3, 3 + 2 * axes, 2))
+    x = b.transpose(x, [0, 1, *kernels, *counts])
+    sizes = x.shape[2 + axes :]
+    x = b.reshape(x, (*x.shape[:2], _count(x.shape[2 : 2 + axes]), *sizes))
+    return b.reshape(reduce_max(b, x, 2), (*x.shape[:2], *sizes))
 
 
 @lowers("GlobalMaxPool", since=1)

@@ -46,11 +46,6 @@ class Material(NamedTuple):
     halves: tuple[Words, Words] | None
 
 
-def fixed_index(i: Instruction, static: frozenset[int]) -> int | None:
-    """Which operand is fixed at deployment; the second where both are."""
-    return 1 if i.inputs[1] in static else 0 if i.inputs[0] in static else None
-
-
 def ready(i: Instruction, index: int, w: Words) -> Operand:
     """Lay a fixed operand out for the kernel, once per deployment, in words of the ring."""
     w = as_words(w, i.attrs["ring"])

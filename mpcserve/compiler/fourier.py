@@ -1,0 +1,211 @@
+"""Smooth functions as sums of waves: least squares on a range inside a longer period.
+
+A function on [low, high] continues in many ways to a period longer than the range, and a smooth
+continuation needs few waves. Least squares finds one; what it does outside the range is free. A
+ridge of the size of the waves' own rounding keeps coefficients, and with them that rounding, small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, floor, frexp, inf, log2, sqrt
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler.problems import Unsupported
+from mpcserve.plan.verify import MAX_HARMONICS, MAX_PERIOD, MIN_PERIOD
+
+Reals = NDArray[np.float64]
+Curve = Callable[..., Reals]
+"""f(x, *args) on arrays."""
+
+ROOM, MOST_ROOM = 1.08, 4.4
+"""A period is this many times the range: a continuation needs room to turn round."""
+
+FACTORS = {1: 0, 3: 2, 5: 3}
+"""x may be multiplied by these before: periods of 2^j, 2^j / 3, 2^j / 5. Bits that it widens x."""
+
+HARMONIC_BITS = 10
+"""What dealing one more harmonic costs, in bits of opening x."""
+
+LARGEST = 200.0
+"""Coefficients stay below; a plan allows 256."""
+
+SIGMAS = 3.0
+"""Standard deviations of the waves' rounding that count as error."""
+
+_FITTED, _CHECKED = 400, 1600
+"""Points of a fit, and of its check."""
+
+
+class Period(NamedTuple):
+    """2^log2 / factor, in reals."""
+
+    log2: int
+    factor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """f(x) ≈ constant + Σ_k sine[k]·sin((k + 1)ωx) + cosine[k]·cos((k + 1)ωx) on the range.
+
+    The period is 2^`period_log2` / `factor` in reals. `low`, `high`: the sum's range over a whole
+    period, constant excluded. `error`: largest on the range, waves' rounding included.
+    """
+
+    period_log2: int
+    factor: int
+    constant: float
+    sine: tuple[float, ...]
+    cosine: tuple[float, ...]
+    low: float
+    high: float
+    error: float
+
+
+@lru_cache(maxsize=256)
+def fitted(
+    f: Curve, args: tuple[float, ...], low: float, high: float, error: float, bits: int, to: int
+) -> Fit:
+    """The fit of fewest waves that errs by at most `error`; else the most exact one.
+
+    `bits`: of waves and coefficients; `to`: fraction bits of the constant.
+    """
+    basis = _parity(f, args, low, high)
+    found: list[tuple[int, Fit]] = []
+    closest: Fit | None = None
+    for factor, widened in FACTORS.items():
+        first = ceil(log2(ROOM * (high - low) * factor))
+        last = floor(log2(MOST_ROOM * (high - low) * factor))
+        for period_log2 in range(first, last + 1):
+            period = Period(period_log2, factor)
+
+            def fit(harmonics: int, period: Period = period) -> Fit:
+                return _fit(f, args, (low, high), period, harmonics, (bits, to), basis)
+
+            best = _fewest(fit, error)
+            if closest is None or best.error < closest.error:
+                closest = best
+            if best.error <= error:
+                cost = HARMONIC_BITS * len(best.sine) + widened + period_log2 - first
+                found.append((cost, best))
+    assert closest is not None
+    return min(found, key=lambda c: c[0])[1] if found else closest
+
+
+def _fewest(fit: Callable[[int], Fit], error: float) -> Fit:
+    """Of the fewest harmonics that suffice; the closest where none do."""
+    few, many, closest = 0, 1, fit(1)
+    while closest.error > error and many < MAX_HARMONICS:
+        few, many = many, min(many + 1 + many // 2, MAX_HARMONICS)
+        closest = min(closest, fit(many), key=lambda c: c.error)
+    while closest.error <= error and many - few > 1:
+        middle = (few + many) // 2
+        tried = fit(middle)
+        if tried.error <= error:
+            many, closest = middle, tried
+        else:
+            few = middle
+    return closest
+
+
+def period_fits(period_log2: int, frac_bits: int) -> int:
+    """By how many bits an operand's scale must rise (negative: fall) for the period to fit."""
+    bits = period_log2 + frac_bits
+    return max(MIN_PERIOD - bits, 0) - max(bits - MAX_PERIOD, 0)
+
+
+def rounded_out(low: float, high: float) -> tuple[float, float]:
+    """A slightly larger range with short ends: a plan then tells little of what samples showed."""
+    step = 2.0 ** (frexp(max(high - low, 2.0**-20))[1] - 6)
+    return float(np.floor(low / step) * step), float(np.ceil(high / step) * step)
+
+
+def image(f: Curve, args: tuple[float, ...], low: float, high: float) -> tuple[float, float]:
+    """Least and largest value on a range, sampled densely."""
+    y = f(np.linspace(low, high, _CHECKED + 1), *args)
+    return float(y.min()), float(y.max())
+
+
+def _parity(f: Curve, args: tuple[float, ...], low: float, high: float) -> tuple[bool, bool]:
+    """(whether cosines are needed, whether sines are)."""
+    if low != -high:
+        return True, True
+    x = np.linspace(low, high, 65)
+    y, mirrored = f(x, *args), f(-x, *args)
+    scale = 2.0**-40 * float(np.abs(y).max())
+    return bool(np.abs(y + mirrored).max() > scale), bool(np.abs(y - mirrored).max() > scale)
+
+
+def _fit(
+    f: Curve,
+    args: tuple[float, ...],
+    ends: tuple[float, float],
+    period: Period,
+    harmonics: int,
+    scales: tuple[int, int],
+    parity: tuple[bool, bool],
+) -> Fit:
+    (low, high), (even, odd) = ends, parity
+    one, unit = 2.0 ** scales[0], 2.0 ** scales[1]
+    angle = 2 * np.pi * 2.0**-period.log2 * period.factor
+    # Chebyshev's points: denser towards the ends, where a fit on even points errs most.
+    turn = np.cos(np.pi * (np.arange(_FITTED) + 0.5) / _FITTED)
+    x = (low + high) / 2 - (high - low) / 2 * turn
+    waves = _waves(x * angle, harmonics, even, odd)
+    count = waves.shape[1]
+    ridge = np.zeros((count, count + 1))
+    ridge[:, 1:] = np.eye(count) * sqrt(_FITTED / 12) / one
+    matrix = np.vstack([np.column_stack([np.ones(len(x)), waves]), ridge])
+    target = np.concatenate([f(x, *args), np.zeros(count)])
+    free = float(np.linalg.lstsq(matrix, target, rcond=None)[0][0])
+    # The constant is rounded to the result's scale; the waves make up for that.
+    constant = float(np.rint(free * unit) / unit)
+    target[: len(x)] -= constant
+    found = np.linalg.lstsq(matrix[:, 1:], target, rcond=None)[0]
+    coefficients = np.rint(found * one) / one
+    x = np.linspace(low, high, _CHECKED + 1)
+    sums = constant + _waves(x * angle, harmonics, even, odd) @ coefficients
+    error = float(np.abs(sums - f(x, *args)).max())
+    error += SIGMAS * sqrt((np.square(coefficients).sum() + 2 * harmonics) / 12) / one
+    if np.abs(coefficients).max() > LARGEST:
+        error = inf
+    turns = np.linspace(0, 2 * np.pi, 64 * harmonics + 1)
+    whole = _waves(turns, harmonics, even, odd) @ coefficients
+    # Between 64 points per shortest wave a sum may exceed them by a little.
+    slack = 0.01 * float(np.abs(whole).max()) + error if error < inf else inf
+    zeros = np.zeros(harmonics)
+    cosine = coefficients[:harmonics] if even else zeros
+    sine = coefficients[-harmonics:] if odd else zeros
+    return Fit(
+        period.log2,
+        period.factor,
+        constant,
+        tuple(map(float, sine)),
+        tuple(map(float, cosine)),
+        float(whole.min()) - slack,
+        float(whole.max()) + slack,
+        error,
+    )
+
+
+def _waves(angles: Reals, harmonics: int, even: bool, odd: bool) -> Reals:
+    """Columns: cosines, then sines, of the harmonics."""
+    turns = np.outer(angles, np.arange(1, harmonics + 1))
+    parts = [np.cos(turns)] if even else []
+    parts += [np.sin(turns)] if odd else []
+    # a function that is both is zero: one column of it does no harm
+    return np.hstack(parts or [np.sin(turns) * 0.0])
+
+
+def refuse_inexact(fit: Fit, error: float) -> None:
+    """Raises: Unsupported where even the closest fit is far from what was asked."""
+    if fit.error > 64 * error:
+        raise Unsupported(
+            "its input has too large a range to be approximated",
+            "calibrate with samples (--calibrate) or narrow --input-range",
+        )

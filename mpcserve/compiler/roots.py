@@ -1,0 +1,252 @@
+"""Functions with a pole or a branch at zero: 1/x, x/y, 1/√x, √x, log x, powers.
+
+A positive x is brought into [1, 4] by a power of four that comparisons find: x is held against
+every threshold t·4^j of its range at once, coarsely, so that both answers are right near a
+threshold; the factor is a weighted sum of those bits. Waves do the rest on [1, 4].
+
+Domain: x must be positive. Where its range is not, but is only assumed or calibrated, x is taken to
+be at least 2^FLOOR_BITS ulp; below that the result is that of a somewhat larger x, never garbage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, floor, frexp, log, log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler.builder import Builder, Ref
+from mpcserve.compiler.fourier import Curve
+from mpcserve.compiler.functions import aligned, times, with_frac_bits
+from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.smooth import exp, spectral, stated
+
+Reals = NDArray[np.float64]
+
+FLOOR_BITS = 2
+"""A value that is not known to be larger is taken to be at least 2^2 ulp."""
+
+STEPS = 16
+"""A threshold is 16 or 17 steps of its comparison: it may be off by an eighth."""
+
+UNIT_LOW, UNIT_HIGH = 15.0 / STEPS, 4 * 18.0 / STEPS
+"""What [1, 4] becomes when thresholds are coarse."""
+
+UNIT_BITS = 20
+"""Fraction bits of a value in [1, 4]."""
+
+PART_BITS = 2
+"""Fraction bits, beyond the result's, of the two factors that make it."""
+
+
+def inverse_curve(x: Reals, scale: float = 1.0) -> Reals:
+    """scale / x."""
+    return np.asarray(scale / x)
+
+
+def inverse_root_curve(x: Reals, scale: float = 1.0) -> Reals:
+    """scale / √x."""
+    return np.asarray(scale / np.sqrt(x))
+
+
+def log_curve(x: Reals, scale: float = 1.0) -> Reals:
+    """log(scale·x)."""
+    return np.log(scale * x)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """x · factor lies in [1, 4], a little wider, for factor = 4^−j / base and j set bits.
+
+    `bits`: [x ≥ base·4^j], j = 1 …; none where one factor does for all x.
+    """
+
+    x: Ref
+    base: float
+    bits: tuple[Ref, ...]
+
+    def weights(self, b: Builder, f: Callable[[float], float], frac_bits: int) -> Ref | float:
+        """Σ over set bits: f(base·4^j) for the largest j whose bit is set. Cost: 1 round."""
+        values = [f(self.base * 4.0**j) for j in range(len(self.bits) + 1)]
+        if not self.bits:
+            return values[0]
+        steps = [after - before for before, after in pairwise(values)]
+        chosen = b.offset(b.weighted(self.bits, steps, frac_bits), values[0])
+        return b.within(chosen, min(values), max(values))
+
+    def times_factor(self, b: Builder, y: Ref, power: float = 1.0, to: int | None = None) -> Ref:
+        """y · factor^power. Cost: 1 round after that of the weights; none for one factor."""
+        smallest = self.base * 4.0 ** len(self.bits)
+        bits = max(ceil(power * log2(smallest)), 0)
+        factor = self.weights(b, lambda t: t**-power, bits)
+        if isinstance(factor, float):
+            return _times_power_of_two(b, y, factor, y.frac_bits if to is None else to)
+        return b.mul(y, factor, to=y.frac_bits if to is None else to)
+
+    def unit(self, b: Builder) -> Ref:
+        """x · factor, within [1, 4]."""
+        found = self.times_factor(b, self.x, to=max(UNIT_BITS, b.frac_bits))
+        return b.within(found, UNIT_LOW, UNIT_HIGH)
+
+
+def _times_power_of_two(b: Builder, y: Ref, factor: float, to: int) -> Ref:
+    """y · 2^k at another scale: local."""
+    k = round(log2(factor))
+    return with_frac_bits(b, b.scale(y, 1, -k) if k else y, to)
+
+
+def scaled(b: Builder, x: Ref, what: str, power: int = 2) -> Scaled:
+    """x with the comparisons that bring it into [1, 4]. Raises: Unsupported where x may be ≤ 0.
+
+    `power`: base is a power of 2^power. Cost: 1 to 3 rounds, where comparisons are needed.
+    """
+    low, high = _positive_range(b, x, what)
+    base = 2.0 ** (power * floor(log2(low / UNIT_LOW) / power))
+    count = max(ceil(log2(high / (base * UNIT_HIGH)) / 2), 0)
+    bits = tuple(_at_least(b, x, base * 4.0 ** (j + 1)) for j in range(count))
+    return Scaled(x, base, bits)
+
+
+def _at_least(b: Builder, x: Ref, threshold: float) -> Ref:
+    """[x ≥ threshold], off by at most an eighth of it."""
+    bits = min(round(log2(STEPS / threshold)), x.frac_bits)
+    coarse = b.shift(x, x.frac_bits - bits)
+    return b.sign(b.offset(b.scale(coarse, -1), threshold))
+
+
+def _positive_range(b: Builder, x: Ref, what: str) -> tuple[float, float]:
+    held, least = b.interval(x), 2.0 ** (FLOOR_BITS - x.frac_bits)
+    if held.most <= least or (held.least < -16 * least and b.known(x) in ("exact", "proved")):
+        raise Unsupported(
+            f"{what} lies in [{held.least:.4g}, {held.most:.4g}], expected to be positive",
+            "calibrate with samples (--calibrate), declare a positive --input-range, or add a "
+            "small constant to it",
+        )
+    return max(held.least, least), held.most
+
+
+def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
+    """1 / x for x of one sign. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6."""
+    if b.interval(x).most <= 0:
+        return b.scale(reciprocal(b, b.scale(x, -1), to), -1)
+    found = scaled(b, x, "its divisor", 1)
+    r = _inverse(b, found, b.frac_bits + PART_BITS)
+    y = found.times_factor(b, r, to=b.frac_bits if to is None else to)
+    return _stated_inverse(b, x, y, inverse_curve)
+
+
+def divide(b: Builder, x: Ref, y: Ref, ratio: float | None = None) -> Ref:
+    """x / y with broadcasting, for y of one sign. Error: 1e-5 relative and 2 ulp. Rounds: 2 to 6.
+
+    x is scaled while y is, so that no small 1 / y is ever rounded. `ratio`: a bound of |x / y| that
+    intervals cannot see.
+    """
+    if b.interval(y).most <= 0:
+        return b.scale(divide(b, x, b.scale(y, -1), ratio), -1)
+    found = scaled(b, y, "its divisor", 1)
+    held, (low, _) = b.interval(x), _positive_range(b, y, "its divisor")
+    top = held.magnitude / low if ratio is None else ratio
+    part = found.times_factor(b, x, to=b.frac_bits + PART_BITS)
+    most = min(top * UNIT_HIGH, b.interval(part).magnitude)
+    b.within(part, -most if held.least < 0 else 0.0, most)
+    z = b.mul(part, _inverse(b, found, b.frac_bits + PART_BITS))
+    slack = 4 * 2.0**-b.frac_bits + top * 2.0**-14
+    return b.within(z, -top - slack if held.least < 0 else -slack, top + slack)
+
+
+def _inverse(b: Builder, found: Scaled, to: int) -> Ref:
+    """1 / (x · factor), within [¼, 1]."""
+    return _of_unit(b, found, inverse_curve, to)
+
+
+def _of_unit(b: Builder, found: Scaled, f: Curve, to: int, scale: float = 1.0) -> Ref:
+    """f(x · factor, scale). Cost: 2 rounds after that of the factor."""
+    unit = found.unit(b)
+    held = b.interval(unit)
+    error, bits = 2.0 ** -(to - 1), to + 2
+    y = spectral(b, unit, f, held.least, held.most, (scale,), error, to, bits)
+    return stated(b, unit, y, f, (scale,))
+
+
+def inverse_root(b: Builder, x: Ref, to: int | None = None, scale: float = 1.0) -> Ref:
+    """scale / √x for x > 0. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6."""
+    to = b.frac_bits if to is None else to
+    mantissa, exponent = frexp(scale)
+    found = scaled(b, x, "its radicand")
+    r = _of_unit(b, found, inverse_root_curve, max(to, b.frac_bits + PART_BITS), mantissa)
+    y = found.times_factor(b, r, 0.5, to + exponent)
+    y = b.scale(y, 1, -exponent) if exponent else y
+    return _stated_inverse(b, x, y, inverse_root_curve, scale)
+
+
+def root(b: Builder, x: Ref, to: int | None = None) -> Ref:
+    """√x for x ≥ 0. Error: 1e-5 relative and 2 ulp; 2^−7 below 4 ulp. Rounds: 2 to 7."""
+    x = with_frac_bits(b, x, max(x.frac_bits, b.frac_bits))
+    found = scaled(b, x, "its radicand")
+    # √x = (x·√factor) · 1/√(x·factor): x is scaled while the waves are made.
+    part = found.times_factor(b, x, 0.5, b.frac_bits + PART_BITS)
+    most = b.interval(x).most ** 0.5
+    b.within(part, b.interval(part).least, 2.2 * most)
+    r = _of_unit(b, found, inverse_root_curve, b.frac_bits + PART_BITS)
+    y = b.mul(part, r, to=b.frac_bits if to is None else to)
+    slack = 4 * 2.0**-y.frac_bits
+    low = max(b.interval(x).least, 0.0) ** 0.5
+    return b.within(y, low - slack if low else -slack, most * (1 + 2.0**-12) + slack)
+
+
+def logarithm(b: Builder, x: Ref) -> Ref:
+    """log x for x > 0. Error: 4e-5. Rounds: 1 to 5."""
+    found = scaled(b, x, "its argument")
+    unit = found.unit(b)
+    held, (low, high) = b.interval(unit), _positive_range(b, x, "its argument")
+    y = spectral(b, unit, log_curve, held.least, held.most)
+    whole = found.weights(b, log, b.frac_bits)
+    y = b.offset(y, whole) if isinstance(whole, float) else b.add(y, whole)
+    slack = 8 * 2.0**-b.frac_bits
+    return b.within(y, log(low) - 0.5 - slack, log(high) + slack)
+
+
+def _stated_inverse(b: Builder, x: Ref, y: Ref, f: Curve, scale: float = 1.0) -> Ref:
+    low, high = _positive_range(b, x, "its argument")
+    ends = f(np.array([high, low]), scale)
+    slack = 4 * 2.0**-y.frac_bits
+    return b.within(y, float(ends[0]) * (1 - 2.0**-12) - slack, float(ends[1]) * 1.25 + slack)
+
+
+def power(b: Builder, x: Ref, exponent: float) -> Ref:
+    """x^exponent: products for whole numbers, roots for ±½, else e^(exponent · log x) for x > 0."""
+    if exponent == 0.5:
+        return root(b, x)
+    if exponent == -0.5:
+        return inverse_root(b, x)
+    if float(exponent).is_integer() and abs(exponent) <= 64:
+        y = whole_power(b, x, int(abs(exponent)))
+        return y if exponent >= 0 else reciprocal(b, y)
+    return exp(b, times(b, logarithm(b, x), exponent))
+
+
+def whole_power(b: Builder, x: Ref, n: int) -> Ref:
+    """x^n by repeated squaring: about log2 n rounds. Error: n ulp of the intermediate values."""
+    x = with_frac_bits(b, x, b.frac_bits)
+    if n == 0:
+        return b.offset(b.scale(x, 0), 1.0)
+    y: Ref | None = None
+    square = x
+    while True:
+        if n & 1:
+            y = square if y is None else b.mul(y, square)
+        n >>= 1
+        if not n:
+            break
+        square = b.mul(square, square)
+    assert y is not None
+    return y
+
+
+def secret_power(b: Builder, x: Ref, y: Ref) -> Ref:
+    """x^y for a secret exponent and x > 0: e^(y · log x)."""
+    exponent, logs = aligned(b, y, logarithm(b, x))
+    return exp(b, b.mul(exponent, logs))

@@ -1,0 +1,65 @@
+"""What may be traded for rounds: ways to lower the same graph, compared by estimated seconds.
+
+A comparison in larger chunks deals more bits and, for wide values, saves a round. A maximum of
+three or four values at once compares every pair: more bits dealt, but four rounds where a
+tournament takes six.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpcserve.plan import Plan, bill_of
+from mpcserve.plan.estimate import LINES, Line, online_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """`group`: values of which a maximum is found at once; 2 is a tournament of pairs.
+
+    `chunk`: most bits of a comparison's chunk.
+    """
+
+    group: int = 2
+    chunk: int = 5
+
+    def __str__(self) -> str:
+        how = "maxima by pairs" if self.group == 2 else f"maxima of {self.group} at once"
+        return f"{how}, chunks of {self.chunk} bits"
+
+
+GROUPS, CHUNKS = (2, 4), (5, 8)
+"""What is tried, fewest dealt bytes first: of two that take equally long, the earlier is taken."""
+
+CLEARLY = 0.97
+"""A plan with more bytes must be faster by this factor to be preferred."""
+
+
+def fastest(plans: list[Plan], line: Line | None) -> int:
+    """Index of the plan to prefer on `line`; with none declared, of the fewest dealt bytes."""
+    if line is None:
+        return 0
+    seconds = [online_seconds(plan, line) for plan in plans]
+    best = 0
+    for k in range(1, len(plans)):
+        if seconds[k] < CLEARLY * seconds[best]:
+            best = k
+    return best
+
+
+def describe(
+    strategies: list[Strategy], plans: list[Plan], chosen: int, line: Line | None
+) -> list[str]:
+    """A note for each alternative: rounds, bytes and estimated seconds on every named network."""
+    notes = []
+    lines = LINES if line is None or line in LINES else (*LINES, line)
+    reason = f"for {line.name}" if line else "for the fewest bytes; --network chooses by time"
+    for k, (strategy, plan) in enumerate(zip(strategies, plans, strict=True)):
+        bill = bill_of(plan)
+        times = ", ".join(f"{at.name} {online_seconds(plan, at):.3g} s" for at in lines)
+        mark = f"chosen {reason}" if k == chosen else "alternative"
+        notes.append(
+            f"{mark}: {strategy}: {bill.rounds} rounds, {bill.online_bytes} B online,"
+            f" {bill.dealt_bytes} B dealt; estimated {times}"
+        )
+    return notes

@@ -1,0 +1,82 @@
+"""What is traded for rounds: groups of values whose maximum is found at once, and chunk sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from mpcserve.compiler import CompiledModel, compile_model
+from mpcserve.plan import bill_of
+from mpcserve.plan.estimate import LINES, Line, online_seconds
+from mpcserve.protocol import Together
+
+LOOPBACK, LAN, WAN = LINES
+
+
+def pool_model(kernel: list[int], strides: list[int], pads: list[int]) -> bytes:
+    """One max pooling of a 1×2×9×8 image."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 9, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    node = helper.make_node(
+        "MaxPool", ["x"], ["y"], "pool", kernel_shape=kernel, strides=strides, pads=pads
+    )
+    graph = helper.make_graph([node], "pool", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+def agree(model: bytes, compiled: CompiledModel) -> None:
+    """The real protocol, by its bill, against onnxruntime; ties and negative values included."""
+    rng = np.random.default_rng(7)
+    x = np.round(rng.uniform(-3, 3, (1, 2, 9, 8)) * 2).astype(np.float32) / 2
+    (got,), bill = Together(compiled.plan, compiled.weights).infer([x])
+    assert bill == bill_of(compiled.plan)
+    (expected,) = ort.InferenceSession(model).run(None, {"x": x})
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
+@pytest.mark.parametrize(
+    ("kernel", "strides", "pads"),
+    [
+        ([2, 2], [2, 2], [0, 0, 0, 0]),
+        ([1, 3], [1, 2], [0, 1, 0, 1]),
+        ([3, 3], [2, 2], [1, 1, 1, 1]),
+        ([4, 1], [1, 1], [0, 0, 0, 0]),
+        ([5, 2], [1, 1], [0, 0, 0, 0]),
+    ],
+)
+def test_max_pooling_is_exact_however_it_is_grouped(
+    kernel: list[int], strides: list[int], pads: list[int], line: Line
+) -> None:
+    model = pool_model(kernel, strides, pads)
+    agree(model, compile_model(model, input_range=(-3, 3), line=line))
+
+
+def test_a_slow_network_gets_fewer_rounds() -> None:
+    model = pool_model([2, 2], [2, 2], [0, 0, 0, 0])
+    near, far = (bill_of(compile_model(model, line=at).plan) for at in (None, WAN))
+    assert far.rounds == 4
+    assert near.rounds == 6
+    assert far.dealt_bytes > near.dealt_bytes
+
+
+def test_the_plan_says_what_was_compared_and_chosen() -> None:
+    notes = compile_model(pool_model([2, 2], [2, 2], [0, 0, 0, 0]), line=WAN).plan.notes
+    chosen = [n for n in notes if n.startswith("chosen for wan")]
+    others = [n for n in notes if n.startswith("alternative")]
+    assert len(chosen) == 1
+    assert others
+    for note in (*chosen, *others):
+        assert all(f"{line.name} " in note for line in LINES)
+
+
+def test_an_estimate_grows_with_round_trips_and_shrinks_with_bandwidth() -> None:
+    plan = compile_model(pool_model([2, 2], [2, 2], [0, 0, 0, 0])).plan
+    near = online_seconds(plan, LOOPBACK)
+    far = online_seconds(plan, Line("far", rtt=0.1))
+    thin = online_seconds(plan, Line("thin", bits_per_second=1e4))
+    assert far == pytest.approx(near + bill_of(plan).rounds * 0.05)
+    assert thin > near + bill_of(plan).bytes["alice->bob"] * 8 / 1e4 / 2
