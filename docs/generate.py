@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {
     "linear": "linear layers",
     "elementwise": "elementwise",
+    "activation": "smooth functions, as sums of waves in one round",
+    "probability": "softmax",
     "normalization": "normalisation",
     "pooling": "pooling",
     "reduction": "reductions",
