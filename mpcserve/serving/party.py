@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Mapping
 
@@ -16,6 +17,9 @@ from mpcserve.serving.server import Server
 from mpcserve.transport import NetworkProfile
 
 SERVERS: Mapping[str, type[Server]] = {"alice": Alice, "bob": Bob, "carol": Carol}
+
+WAKE_S = 0.5
+"""A signal that comes to another thread may leave the main thread asleep: it looks by itself."""
 
 
 def run_party(
@@ -33,6 +37,7 @@ def run_party(
     """
     start_log(role, config.log_level)
     warm_up()
+    gc.freeze()  # a hundred thousand objects of the imports stay: do not search them for garbage
     wiring = Wiring(config, role, NetworkProfile.parse(network), plaintext)
     server = SERVERS[role](wiring)
     try:
@@ -40,7 +45,8 @@ def run_party(
         if server.links.wait_up(stop):
             on_ready()
             log.info("ready, %d models deployed", len(server.store))
-            stop.wait()
+            while not stop.wait(WAKE_S):
+                pass
             if not server.drain(config.deadlines.drain):
                 log.warning("requests still run after %g s: leaving them", config.deadlines.drain)
     finally:
