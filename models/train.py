@@ -11,6 +11,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ SEED = 0
 SAMPLES = 10
 CALIBRATION_ROWS = {"mnist": 16, "breast_cancer": 64}
 
-EPOCHS = 80
+EPOCHS = {"mnist_mlp": 80, "mnist_cnn": 80, "mnist_resnet20": 20}
 BATCH = 64
 PEAK_RATE = 3e-3
 WEIGHT_DECAY = 1e-4
@@ -134,13 +135,52 @@ def mnist_cnn(split: Split) -> onnx.ModelProto:
     return image_model("mnist_cnn", network, split)
 
 
+class Block(nn.Module):
+    """Two 3×3 convolutions beside a shortcut: a 1×1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.path = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.path(x) + self.shortcut(x))
+
+
+def mnist_resnet20(split: Split) -> onnx.ModelProto:
+    """ResNet-20 (He et al. 2015) on one channel of 28×28: stages of 16, 32 and 64 channels."""
+    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+    network = nn.Sequential(
+        Normalise(split[0]),
+        nn.Conv2d(1, widths[0], 3, 1, 1, bias=False),
+        nn.BatchNorm2d(widths[0]),
+        nn.ReLU(),
+        *(Block(inputs, outputs) for inputs, outputs in pairwise(widths)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(widths[-1], 10),
+    )
+    return image_model("mnist_resnet20", network, split)
+
+
 def image_model(name: str, network: nn.Module, split: Split) -> onnx.ModelProto:
     """Train `network` on distorted images and export it."""
+    epochs = EPOCHS[name]
     images, labels = torch.from_numpy(split[0]), torch.from_numpy(split[1])
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * -(-len(images) // BATCH)
+    steps = epochs * -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE, total_steps=steps)
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         losses = []
         for rows in torch.randperm(len(images)).split(BATCH):
             logits = network(distorted(images[rows]))
@@ -152,7 +192,7 @@ def image_model(name: str, network: nn.Module, split: Split) -> onnx.ModelProto:
             losses.append(loss.item())
         if epoch % 10 == 9:
             print(
-                f"{name}: epoch {epoch + 1}/{EPOCHS}, mean loss {np.mean(losses):.3f}", flush=True
+                f"{name}: epoch {epoch + 1}/{epochs}, mean loss {np.mean(losses):.3f}", flush=True
             )
     return exported(name, network.eval(), images[:1])
 
@@ -188,6 +228,9 @@ def exported(name: str, network: nn.Module, example: Tensor) -> onnx.ModelProto:
             output_names=[LOGITS],
             dynamic_axes={INPUT: {0: "N"}, LOGITS: {0: "N"}},
             opset_version=OPSET,
+            # Keeps the BatchNormalization nodes of a network in evaluation mode as they are.
+            training=torch.onnx.TrainingMode.PRESERVE,
+            do_constant_folding=False,
             dynamo=False,
         )
     model = onnx.load(path)
@@ -202,6 +245,7 @@ TRAINERS: Mapping[str, tuple[str, Callable[[Split], onnx.ModelProto]]] = {
     "breast_cancer_mlp": ("breast_cancer", breast_cancer_mlp),
     "mnist_mlp": ("mnist", mnist_mlp),
     "mnist_cnn": ("mnist", mnist_cnn),
+    "mnist_resnet20": ("mnist", mnist_resnet20),
 }
 
 
