@@ -118,6 +118,7 @@ def test_a_late_server_is_named_with_round_and_seconds(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trio, awake = make_trio(round=0.5), threading.Event()
+    assert trio.client().wait_for_bundles(20.0)  # else the deadline is that of the request
     at_round(monkeypatch, "bob", 2, lambda: bool(awake.wait(20)) and None)
     with pytest.raises(PeerTimeout) as caught:
         trio.client().infer(X)
