@@ -302,8 +302,8 @@ def elu(b: Builder, x: Ref, alpha: float = 1.0, scale: float = 1.0, gain: float 
     return b.within(y, np.minimum.reduce(ends) - slack, np.maximum.reduce(ends) + slack)
 
 
-SMALL_TOP = 4.0
-"""e^4 is made by waves at once; above, a smaller power is squared."""
+DIRECT_TOP, SMALL_TOP = 4.0, 2.0
+"""e^4 is made by waves at once; above, a power up to e^2 is squared: right relatively, too."""
 
 LARGEST_TOP = 22.0
 """e^22 has 32 bits before the point."""
@@ -316,7 +316,7 @@ EXTRA_BITS = 4
 """Fraction bits of intermediate values beyond those of the result."""
 
 
-def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
+def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -> Ref:
     """e^x for x up to the top of its range, 0 far below. Rounds: 1 on [−16, 0], else 2 or more.
 
     Error: 2e-5 up to a top of 0; for a top t > 0, e^t · 1e-6 and 3e-6 · e^x for each squaring.
@@ -325,7 +325,7 @@ def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
     x = with_frac_bits(b, x, max(x.frac_bits, b.frac_bits))
     held = b.interval(x)
     top = max(held.most - NEGLIGIBLE, 0.0)
-    squarings = max(ceil(log2(top / SMALL_TOP)), 0) if top else 0
+    squarings = max(ceil(log2(top / SMALL_TOP)), 0) if top > direct else 0
     if top > LARGEST_TOP:
         raise Unsupported(
             f"the exponential of a value up to {held.most:g} does not fit 64 bits",
