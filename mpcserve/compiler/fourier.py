@@ -38,6 +38,8 @@ LARGEST = 200.0
 SIGMAS = 3.0
 """Standard deviations of the waves' rounding that count as error."""
 
+REFINEMENTS = 3
+
 _FITTED, _CHECKED = 400, 1600
 """Points of a fit, and of its check."""
 
@@ -172,29 +174,47 @@ def _fit(problem: _Problem, period: Period, harmonics: int) -> _Sum:
     # Chebyshev's points: denser towards the ends, where a fit on even points errs most.
     turn = np.cos(np.pi * (np.arange(_FITTED) + 0.5) / _FITTED)
     x = (low + high) / 2 - (high - low) / 2 * turn
-    waves = _waves(problem, x * period.angle, harmonics)
-    count = waves.shape[1]
-    ridge = np.eye(count, count + 1) * sqrt(_FITTED / 12) / one
-    matrix = np.vstack([np.column_stack([waves, np.ones(len(x))]), ridge])
-    q, r = np.linalg.qr(matrix)
-    target = np.concatenate([f(x, *args), np.zeros(count)])
+    rows = np.vstack([np.ones(len(x)), _waves(problem, x * period.angle, harmonics)])
+    ridge = np.full(len(rows), _FITTED / 12 / one**2)
+    ridge[0] = 0.0
+    target = f(x, *args)
     # The constant is rounded to the result's scale; the waves make up for that.
-    constant = float(np.rint((q[:, -1] @ target) / r[-1, -1] * unit) / unit)
-    target[: len(x)] -= constant
-    found = np.linalg.solve(r[:-1, :-1], q[:, :-1].T @ target)
+    constant = float(np.rint(_least_squares(rows, ridge, target)[0] * unit) / unit)
+    found = _least_squares(rows[1:], ridge[1:], target - constant)
     coefficients = np.rint(found * one) / one
     x = np.linspace(low, high, _CHECKED + 1)
-    sums = constant + _waves(problem, x * period.angle, harmonics) @ coefficients
+    sums = constant + _combined(_waves(problem, x * period.angle, harmonics), coefficients)
     error = float(np.abs(sums - f(x, *args)).max())
     error += SIGMAS * sqrt((np.square(coefficients).sum() + 2 * harmonics) / 12) / one
     error = error if np.abs(coefficients).max() <= LARGEST else inf
     return _Sum(period, harmonics, constant, coefficients, error)
 
 
+def _least_squares(rows: Reals, ridge: Reals, target: Reals) -> Reals:
+    """c with least |c @ rows − target|² + Σ ridge·c².
+
+    By the normal equations, refined until their lost digits are back. Sums are einsum's, not a
+    threaded library's: these are many small problems, and threads that wait for each other would
+    make them slow on a busy machine.
+    """
+    normal = np.einsum("in,jn->ij", rows, rows) + np.diag(ridge)
+    inverse = np.linalg.inv(normal)
+    found = np.zeros(len(rows))
+    for _ in range(REFINEMENTS):
+        rest = target - _combined(rows, found)
+        found = found + _combined(inverse, np.einsum("in,n->i", rows, rest) - ridge * found)
+    return found
+
+
+def _combined(rows: Reals, factors: Reals) -> Reals:
+    """Σ factors[i] · rows[i]."""
+    return np.asarray(np.einsum("in,i->n", rows, factors))
+
+
 def _finished(problem: _Problem, found: _Sum) -> Fit:
     count, values = found.harmonics, found.coefficients
     turns = np.linspace(0, 2 * np.pi, 64 * count + 1)
-    whole = _waves(problem, turns, count) @ values
+    whole = _combined(_waves(problem, turns, count), values)
     # Between 64 points per shortest wave a sum may exceed them by a little.
     slack = 0.01 * float(np.abs(whole).max()) + min(found.error, 1.0)
     zeros = np.zeros(count)
@@ -206,11 +226,11 @@ def _finished(problem: _Problem, found: _Sum) -> Fit:
 
 
 def _waves(problem: _Problem, angles: Reals, harmonics: int) -> Reals:
-    """Columns: cosines, then sines, of the harmonics."""
-    turns = np.outer(angles, np.arange(1, harmonics + 1))
+    """Rows: cosines, then sines, of the harmonics."""
+    turns = np.outer(np.arange(1, harmonics + 1), angles)
     parts = [np.cos(turns)] if problem.even or not problem.odd else []
     parts += [np.sin(turns)] if problem.odd else []
-    return np.hstack(parts)
+    return np.vstack(parts)
 
 
 def refuse_inexact(fit: Fit, error: float) -> None:

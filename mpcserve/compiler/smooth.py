@@ -312,7 +312,7 @@ SQUARE_BITS = 58
 
 NEGLIGIBLE = 2.0**-10
 
-EXTRA_BITS = 4
+EXTRA_BITS = 2
 """Fraction bits of intermediate values beyond those of the result."""
 
 
@@ -333,14 +333,17 @@ def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -
         )
     factor = 2.0**-squarings
     scale = ceil(top * factor / log(2.0))
-    inner = to + EXTRA_BITS if squarings else to
+    # A value that is squared must be narrow enough for its square to fit beside its truncation.
+    inner = b.frac_bits + EXTRA_BITS if squarings else to
     # Waves make e^x / 2^scale, at most 1, at a finer scale.
     depth = (inner + 1) * log(2.0) / factor
     low = below(b, x, -depth, nearly=1.4)
     args = (factor, scale * log(2.0))
-    error = 2.0 ** -(inner + scale + 3)
+    error, bits = (2.0**-inner, inner + 2) if squarings else (2.0 ** -(inner + scale + 3), None)
     fine = min(inner + scale, MOST_WAVE_BITS + 2)
-    y = spectral(b, x, exp_curve, low.reach, max(held.most, low.reach + 0.25), args, error, fine)
+    y = spectral(
+        b, x, exp_curve, low.reach, max(held.most, low.reach + 0.25), args, error, fine, bits
+    )
     y = replaced(b, y, [(low, lambda: level(b, y, 0.0))])
     y = b.scale(y, 1, -scale)
     y = stated(b, x, y, exp_curve, (factor,))
@@ -349,7 +352,7 @@ def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -
         # The square, before it is truncated, must fit a ring with room for what reads it.
         most = (SQUARE_BITS - ceil(top * factor / log(2.0))) // 2
         y = with_frac_bits(b, y, min(y.frac_bits, most))
-        y = b.mul(y, y, to=to if k == squarings - 1 else inner)
+        y = b.mul(y, y, to=to if k == squarings - 1 else inner + EXTRA_BITS)
         y = stated(b, x, y, exp_curve, (factor,))
     return y if squarings else with_frac_bits(b, y, to)
 
