@@ -38,6 +38,9 @@ LARGEST = 200.0
 SIGMAS = 3.0
 """Standard deviations of the waves' rounding that count as error."""
 
+SETTLED = 1.25
+"""Where no fit is as exact as asked, the fewest waves that are nearly as exact as any."""
+
 REFINEMENTS = 3
 
 _FITTED, _CHECKED = 400, 1600
@@ -102,7 +105,7 @@ class _Sum(NamedTuple):
 def fitted(
     f: Curve, args: tuple[float, ...], low: float, high: float, error: float, bits: int, to: int
 ) -> Fit:
-    """The fit of fewest waves that errs by at most `error`; else the most exact one.
+    """The fit of fewest waves that errs by at most `error`; else nearly the most exact one.
 
     `bits`: of waves and coefficients; `to`: fraction bits of the constant.
     """
@@ -121,6 +124,8 @@ def fitted(
             if closest is None or found.error < closest.error:
                 closest = found
     assert closest is not None
+    if best is None and error < SETTLED * closest.error < inf:
+        return fitted(f, args, low, high, SETTLED * closest.error, bits, to)
     return _finished(problem, best[1] if best else closest)
 
 
