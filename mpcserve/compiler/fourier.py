@@ -41,7 +41,7 @@ SIGMAS = 3.0
 SETTLED = 1.25
 """Where no fit is as exact as asked, the fewest waves that are nearly as exact as any."""
 
-REFINEMENTS = 3
+REFINEMENTS = 8
 
 _FITTED, _CHECKED = 400, 1600
 """Points of a fit, and of its check."""

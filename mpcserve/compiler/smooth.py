@@ -319,7 +319,7 @@ EXTRA_BITS = 2
 def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -> Ref:
     """e^x for x up to the top of its range, at most 22; 0 far below.
 
-    Error: 2e-5 up to a top of 0, 4e-5 up to 4; above, 1e-3 of e^x at most and 1e-5 of it near the
+    Error: 2e-5 up to a top of 0, 4e-5 up to 4; above, 2e-3 of e^x at most and 5e-5 of it near the
     top. Rounds: 1 on [−16, 0], 2 or 3 farther below; above a top of `direct` 4 and more.
     """
     to = b.frac_bits if to is None else to
