@@ -82,8 +82,9 @@ def test_bench_reports_what_it_promises(tmp_path: Path, capsys: Capture) -> None
     phases = report["bytes_by_phase"]
     assert {**phases["online"], **phases["preprocessing"]} == report["bytes"]
     assert set(report["seconds"]) == {"online", "preprocessing", "total"}
-    # Two ways of half the round-trip time in every round cannot be hidden.
-    assert report["seconds"]["online"] >= report["rounds"] * 0.002
+    # Both servers send at once, so a round costs half the round-trip time: that cannot be hidden,
+    # but for the tenth of a millisecond by which the emulated line may be early.
+    assert report["seconds"]["online"] >= report["rounds"] * (0.001 - 0.0001)
     for key in ("cpu_seconds", "peak_rss_bytes"):
         assert set(report[key]) == {"alice", "bob", "carol"}
         assert min(report[key].values()) > 0

@@ -65,7 +65,6 @@ def bench_command(
     from mpcserve.cli.signals import sigterm_interrupts
     from mpcserve.cli.trace import chrome_trace
     from mpcserve.compiler import compile_model
-    from mpcserve.plan.estimate import online_seconds
 
     line = line_of(network)  # wrong ones are refused before anything long begins
     plaintext = Plaintext(model, threads=1)
@@ -87,8 +86,7 @@ def bench_command(
         filled = measure(compiled, inputs, runs, network, pool_depth=1)
         note(f"{runs} inferences with randomness dealt on demand")
         empty = measure(compiled, inputs, runs, network, pool_depth=0)
-    report = report_of(compiled.plan, plaintext, filled, empty, network)
-    report["estimated_online_seconds"] = online_seconds(compiled.plan, line)
+    report = report_of(compiled.plan, plaintext, filled, empty, network, line)
     print_report(report)
     if profile is not None:
         save_json(profile, chrome_trace(compiled.plan, filled[-1].report["profile"]))

@@ -19,6 +19,7 @@ from mpcserve.cli.plaintext import Plaintext, compare
 from mpcserve.cli.results import print_traffic
 from mpcserve.errors import PeerTimeout
 from mpcserve.plan import Plan, bill_of
+from mpcserve.plan.estimate import Line, online_seconds
 from mpcserve.version import __version__
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def report_of(
     filled: Sequence[Sample],
     empty: Sequence[Sample],
     network: str,
+    line: Line,
 ) -> dict[str, Any]:
     """What `bench --json` writes: medians of the runs with a full pool, and all the rest beside."""
     first = filled[0].report
@@ -100,6 +102,7 @@ def report_of(
         "dealt_bytes": first["dealt_bytes"],
         "bill_holds": _bill_holds(plan, [*filled, *empty]),
         "seconds": _medians(filled, "seconds"),
+        "estimated_online_seconds": online_seconds(plan, line),
         "spread": _spread(filled),
         "empty_pool": {"seconds": _medians(empty, "seconds"), "spread": _spread(empty)},
         "cpu_seconds": _medians(filled, "cpu_seconds"),

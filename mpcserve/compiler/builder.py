@@ -41,6 +41,8 @@ class Ref:
         raise TypeError("a secret has no truth value")
 
 
+SOURCES = ("input", "weight", "constant")
+
 WAVE_BITS = 20
 """Bits of sines and coefficients: a dozen of them err by 1e-5 together."""
 
@@ -295,6 +297,15 @@ class Builder:
     def known(self, x: Ref) -> str:
         """How the bound is known."""
         return self._steps[x.id].known
+
+    def is_tight(self, x: Ref) -> bool:
+        """Whether x takes every value of its interval: it comes from one value by local steps."""
+        step = self._steps[x.id]
+        while step.op not in SOURCES:
+            if not OPS[step.op].local or len(step.inputs) != 1 or step.op == "sum":
+                return False
+            step = self._steps[step.inputs[0]]
+        return True
 
     def within(self, x: Ref, low: Any, high: Any) -> Ref:
         """State a range of x that interval arithmetic cannot see; the same Ref."""

@@ -38,6 +38,11 @@ LARGEST = 200.0
 SIGMAS = 3.0
 """Standard deviations of the waves' rounding that count as error."""
 
+SETTLED = 1.25
+"""Where no fit is as exact as asked, the fewest waves that are nearly as exact as any."""
+
+REFINEMENTS = 8
+
 _FITTED, _CHECKED = 400, 1600
 """Points of a fit, and of its check."""
 
@@ -47,6 +52,11 @@ class Period(NamedTuple):
 
     log2: int
     factor: int
+
+    @property
+    def angle(self) -> float:
+        """Of one unit of x."""
+        return 2 * np.pi * 2.0**-self.log2 * self.factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,45 +77,67 @@ class Fit:
     error: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """What to fit. `even`, `odd`: whether cosines are needed, and sines; scales as in `fitted`."""
+
+    f: Curve
+    args: tuple[float, ...]
+    low: float
+    high: float
+    bits: int
+    to: int
+    even: bool
+    odd: bool
+
+
+class _Sum(NamedTuple):
+    """A constant and coefficients, cosines first, with their largest error."""
+
+    period: Period
+    harmonics: int
+    constant: float
+    coefficients: Reals
+    error: float
+
+
 @lru_cache(maxsize=256)
 def fitted(
     f: Curve, args: tuple[float, ...], low: float, high: float, error: float, bits: int, to: int
 ) -> Fit:
-    """The fit of fewest waves that errs by at most `error`; else the most exact one.
+    """The fit of fewest waves that errs by at most `error`; else nearly the most exact one.
 
     `bits`: of waves and coefficients; `to`: fraction bits of the constant.
     """
-    basis = _parity(f, args, low, high)
-    found: list[tuple[int, Fit]] = []
-    closest: Fit | None = None
+    problem = _Problem(f, args, low, high, bits, to, *_parity(f, args, low, high))
+    best: tuple[float, _Sum] | None = None
+    closest: _Sum | None = None
     for factor, widened in FACTORS.items():
         first = ceil(log2(ROOM * (high - low) * factor))
         last = floor(log2(MOST_ROOM * (high - low) * factor))
         for period_log2 in range(first, last + 1):
-            period = Period(period_log2, factor)
-
-            def fit(harmonics: int, period: Period = period) -> Fit:
-                return _fit(f, args, (low, high), period, harmonics, (bits, to), basis)
-
-            best = _fewest(fit, error)
-            if closest is None or best.error < closest.error:
-                closest = best
-            if best.error <= error:
-                cost = HARMONIC_BITS * len(best.sine) + widened + period_log2 - first
-                found.append((cost, best))
+            most = best[1].harmonics if best else MAX_HARMONICS
+            found = _fewest(problem, Period(period_log2, factor), error, most)
+            cost = HARMONIC_BITS * found.harmonics + widened + period_log2 - first
+            if found.error <= error and (best is None or cost < best[0]):
+                best = cost, found
+            if closest is None or found.error < closest.error:
+                closest = found
     assert closest is not None
-    return min(found, key=lambda c: c[0])[1] if found else closest
+    if best is None and error < SETTLED * closest.error < inf:
+        return fitted(f, args, low, high, SETTLED * closest.error, bits, to)
+    return _finished(problem, best[1] if best else closest)
 
 
-def _fewest(fit: Callable[[int], Fit], error: float) -> Fit:
-    """Of the fewest harmonics that suffice; the closest where none do."""
-    few, many, closest = 0, 1, fit(1)
-    while closest.error > error and many < MAX_HARMONICS:
-        few, many = many, min(many + 1 + many // 2, MAX_HARMONICS)
-        closest = min(closest, fit(many), key=lambda c: c.error)
+def _fewest(problem: _Problem, period: Period, error: float, most: int) -> _Sum:
+    """Of the fewest harmonics that suffice; the closest where none up to `most` do."""
+    few, many, closest = 0, 1, _fit(problem, period, 1)
+    while closest.error > error and many < most:
+        few, many = many, min(many + 1 + many // 2, most)
+        closest = min(closest, _fit(problem, period, many), key=lambda c: c.error)
     while closest.error <= error and many - few > 1:
         middle = (few + many) // 2
-        tried = fit(middle)
+        tried = _fit(problem, period, middle)
         if tried.error <= error:
             many, closest = middle, tried
         else:
@@ -141,65 +173,69 @@ def _parity(f: Curve, args: tuple[float, ...], low: float, high: float) -> tuple
     return bool(np.abs(y + mirrored).max() > scale), bool(np.abs(y - mirrored).max() > scale)
 
 
-def _fit(
-    f: Curve,
-    args: tuple[float, ...],
-    ends: tuple[float, float],
-    period: Period,
-    harmonics: int,
-    scales: tuple[int, int],
-    parity: tuple[bool, bool],
-) -> Fit:
-    (low, high), (even, odd) = ends, parity
-    one, unit = 2.0 ** scales[0], 2.0 ** scales[1]
-    angle = 2 * np.pi * 2.0**-period.log2 * period.factor
+def _fit(problem: _Problem, period: Period, harmonics: int) -> _Sum:
+    f, args, low, high = problem.f, problem.args, problem.low, problem.high
+    one, unit = 2.0**problem.bits, 2.0**problem.to
     # Chebyshev's points: denser towards the ends, where a fit on even points errs most.
     turn = np.cos(np.pi * (np.arange(_FITTED) + 0.5) / _FITTED)
     x = (low + high) / 2 - (high - low) / 2 * turn
-    waves = _waves(x * angle, harmonics, even, odd)
-    count = waves.shape[1]
-    ridge = np.zeros((count, count + 1))
-    ridge[:, 1:] = np.eye(count) * sqrt(_FITTED / 12) / one
-    matrix = np.vstack([np.column_stack([np.ones(len(x)), waves]), ridge])
-    target = np.concatenate([f(x, *args), np.zeros(count)])
-    free = float(np.linalg.lstsq(matrix, target, rcond=None)[0][0])
+    rows = np.vstack([np.ones(len(x)), _waves(problem, x * period.angle, harmonics)])
+    ridge = np.full(len(rows), _FITTED / 12 / one**2)
+    ridge[0] = 0.0
+    target = f(x, *args)
     # The constant is rounded to the result's scale; the waves make up for that.
-    constant = float(np.rint(free * unit) / unit)
-    target[: len(x)] -= constant
-    found = np.linalg.lstsq(matrix[:, 1:], target, rcond=None)[0]
+    constant = float(np.rint(_least_squares(rows, ridge, target)[0] * unit) / unit)
+    found = _least_squares(rows[1:], ridge[1:], target - constant)
     coefficients = np.rint(found * one) / one
     x = np.linspace(low, high, _CHECKED + 1)
-    sums = constant + _waves(x * angle, harmonics, even, odd) @ coefficients
+    sums = constant + _combined(_waves(problem, x * period.angle, harmonics), coefficients)
     error = float(np.abs(sums - f(x, *args)).max())
     error += SIGMAS * sqrt((np.square(coefficients).sum() + 2 * harmonics) / 12) / one
-    if np.abs(coefficients).max() > LARGEST:
-        error = inf
-    turns = np.linspace(0, 2 * np.pi, 64 * harmonics + 1)
-    whole = _waves(turns, harmonics, even, odd) @ coefficients
+    error = error if np.abs(coefficients).max() <= LARGEST else inf
+    return _Sum(period, harmonics, constant, coefficients, error)
+
+
+def _least_squares(rows: Reals, ridge: Reals, target: Reals) -> Reals:
+    """c with least |c @ rows − target|² + Σ ridge·c².
+
+    By the normal equations, refined until their lost digits are back. Sums are einsum's, not a
+    threaded library's: these are many small problems, and threads that wait for each other would
+    make them slow on a busy machine.
+    """
+    normal = np.einsum("in,jn->ij", rows, rows) + np.diag(ridge)
+    inverse = np.linalg.inv(normal)
+    found = np.zeros(len(rows))
+    for _ in range(REFINEMENTS):
+        rest = target - _combined(rows, found)
+        found = found + _combined(inverse, np.einsum("in,n->i", rows, rest) - ridge * found)
+    return found
+
+
+def _combined(rows: Reals, factors: Reals) -> Reals:
+    """Σ factors[i] · rows[i]."""
+    return np.asarray(np.einsum("in,i->n", rows, factors))
+
+
+def _finished(problem: _Problem, found: _Sum) -> Fit:
+    count, values = found.harmonics, found.coefficients
+    turns = np.linspace(0, 2 * np.pi, 64 * count + 1)
+    whole = _combined(_waves(problem, turns, count), values)
     # Between 64 points per shortest wave a sum may exceed them by a little.
-    slack = 0.01 * float(np.abs(whole).max()) + error if error < inf else inf
-    zeros = np.zeros(harmonics)
-    cosine = coefficients[:harmonics] if even else zeros
-    sine = coefficients[-harmonics:] if odd else zeros
-    return Fit(
-        period.log2,
-        period.factor,
-        constant,
-        tuple(map(float, sine)),
-        tuple(map(float, cosine)),
-        float(whole.min()) - slack,
-        float(whole.max()) + slack,
-        error,
-    )
+    slack = 0.01 * float(np.abs(whole).max()) + min(found.error, 1.0)
+    zeros = np.zeros(count)
+    cosine = values[:count] if problem.even else zeros
+    sine = values[-count:] if problem.odd else zeros
+    ends = float(whole.min()) - slack, float(whole.max()) + slack
+    waves = tuple(map(float, sine)), tuple(map(float, cosine))
+    return Fit(*found.period, found.constant, *waves, *ends, found.error)
 
 
-def _waves(angles: Reals, harmonics: int, even: bool, odd: bool) -> Reals:
-    """Columns: cosines, then sines, of the harmonics."""
-    turns = np.outer(angles, np.arange(1, harmonics + 1))
-    parts = [np.cos(turns)] if even else []
-    parts += [np.sin(turns)] if odd else []
-    # a function that is both is zero: one column of it does no harm
-    return np.hstack(parts or [np.sin(turns) * 0.0])
+def _waves(problem: _Problem, angles: Reals, harmonics: int) -> Reals:
+    """Rows: cosines, then sines, of the harmonics."""
+    turns = np.outer(np.arange(1, harmonics + 1), angles)
+    parts = [np.cos(turns)] if problem.even or not problem.odd else []
+    parts += [np.sin(turns)] if problem.odd else []
+    return np.vstack(parts)
 
 
 def refuse_inexact(fit: Fit, error: float) -> None:

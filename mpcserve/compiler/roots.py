@@ -4,8 +4,9 @@ A positive x is brought into [1, 4] by a power of four that comparisons find: x 
 every threshold t·4^j of its range at once, coarsely, so that both answers are right near a
 threshold; the factor is a weighted sum of those bits. Waves do the rest on [1, 4].
 
-Domain: x must be positive. Where its range is not, but is only assumed or calibrated, x is taken to
-be at least 2^FLOOR_BITS ulp; below that the result is that of a somewhat larger x, never garbage.
+Domain: x must be positive. Where its range is not, but is only assumed, calibrated or computed from
+several values that may depend on each other, x is taken to be at least 2^FLOOR_BITS ulp; below that
+the result is as if x were there, within a few times, never garbage.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def _at_least(b: Builder, x: Ref, threshold: float) -> Ref:
 
 def _positive_range(b: Builder, x: Ref, what: str) -> tuple[float, float]:
     held, least = b.interval(x), 2.0 ** (FLOOR_BITS - x.frac_bits)
-    if held.most <= least or (held.least < -16 * least and b.known(x) in ("exact", "proved")):
+    sure = b.known(x) in ("exact", "proved") and b.is_tight(x)
+    if held.most <= least or (held.least < -16 * least and sure):
         raise Unsupported(
             f"{what} lies in [{held.least:.4g}, {held.most:.4g}], expected to be positive",
             "calibrate with samples (--calibrate), declare a positive --input-range, or add a "

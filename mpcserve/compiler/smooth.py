@@ -302,8 +302,8 @@ def elu(b: Builder, x: Ref, alpha: float = 1.0, scale: float = 1.0, gain: float 
     return b.within(y, np.minimum.reduce(ends) - slack, np.maximum.reduce(ends) + slack)
 
 
-SMALL_TOP = 4.0
-"""e^4 is made by waves at once; above, a smaller power is squared."""
+DIRECT_TOP, SMALL_TOP = 4.0, 2.0
+"""e^4 is made by waves at once; above, a power up to e^2 is squared: right relatively, too."""
 
 LARGEST_TOP = 22.0
 """e^22 has 32 bits before the point."""
@@ -312,20 +312,21 @@ SQUARE_BITS = 58
 
 NEGLIGIBLE = 2.0**-10
 
-EXTRA_BITS = 4
+EXTRA_BITS = 2
 """Fraction bits of intermediate values beyond those of the result."""
 
 
-def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
-    """e^x for x up to the top of its range, 0 far below. Rounds: 1 on [−16, 0], else 2 or more.
+def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -> Ref:
+    """e^x for x up to the top of its range, at most 22; 0 far below.
 
-    Error: 2e-5 up to a top of 0; for a top t > 0, e^t · 1e-6 and 3e-6 · e^x for each squaring.
+    Error: 2e-5 up to a top of 0, 4e-5 up to 4; above, 2e-3 of e^x at most and 5e-5 of it near the
+    top. Rounds: 1 on [−16, 0], 2 or 3 farther below; above a top of `direct` 4 and more.
     """
     to = b.frac_bits if to is None else to
     x = with_frac_bits(b, x, max(x.frac_bits, b.frac_bits))
     held = b.interval(x)
     top = max(held.most - NEGLIGIBLE, 0.0)
-    squarings = max(ceil(log2(top / SMALL_TOP)), 0) if top else 0
+    squarings = max(ceil(log2(top / SMALL_TOP)), 0) if top > direct else 0
     if top > LARGEST_TOP:
         raise Unsupported(
             f"the exponential of a value up to {held.most:g} does not fit 64 bits",
@@ -333,14 +334,17 @@ def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
         )
     factor = 2.0**-squarings
     scale = ceil(top * factor / log(2.0))
-    inner = to + EXTRA_BITS if squarings else to
+    # A value that is squared must be narrow enough for its square to fit beside its truncation.
+    inner = b.frac_bits + EXTRA_BITS if squarings else to
     # Waves make e^x / 2^scale, at most 1, at a finer scale.
     depth = (inner + 1) * log(2.0) / factor
     low = below(b, x, -depth, nearly=1.4)
     args = (factor, scale * log(2.0))
-    error = 2.0 ** -(inner + scale + 3)
+    error, bits = (2.0**-inner, inner + 2) if squarings else (2.0 ** -(inner + scale + 3), None)
     fine = min(inner + scale, MOST_WAVE_BITS + 2)
-    y = spectral(b, x, exp_curve, low.reach, max(held.most, low.reach + 0.25), args, error, fine)
+    y = spectral(
+        b, x, exp_curve, low.reach, max(held.most, low.reach + 0.25), args, error, fine, bits
+    )
     y = replaced(b, y, [(low, lambda: level(b, y, 0.0))])
     y = b.scale(y, 1, -scale)
     y = stated(b, x, y, exp_curve, (factor,))
@@ -349,7 +353,7 @@ def exp(b: Builder, x: Ref, to: int | None = None) -> Ref:
         # The square, before it is truncated, must fit a ring with room for what reads it.
         most = (SQUARE_BITS - ceil(top * factor / log(2.0))) // 2
         y = with_frac_bits(b, y, min(y.frac_bits, most))
-        y = b.mul(y, y, to=to if k == squarings - 1 else inner)
+        y = b.mul(y, y, to=to if k == squarings - 1 else inner + EXTRA_BITS)
         y = stated(b, x, y, exp_curve, (factor,))
     return y if squarings else with_frac_bits(b, y, to)
 

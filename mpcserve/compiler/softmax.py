@@ -11,7 +11,7 @@ from math import log
 from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.functions import reduce_max, with_frac_bits
 from mpcserve.compiler.roots import divide, logarithm
-from mpcserve.compiler.smooth import exp
+from mpcserve.compiler.smooth import SMALL_TOP, exp
 
 NARROW = 16.5
 """Ranges up to here need no maximum."""
@@ -51,7 +51,7 @@ def _powers(b: Builder, x: Ref, axis: int) -> tuple[Ref, Ref, Ref]:
     spread = held.most - held.least
     if spread <= NARROW:
         t = b.offset(x, -(held.most + held.least) / 2)
-        powers = exp(b, t, to=max(FINE_BITS, b.frac_bits))
+        powers = exp(b, t, max(FINE_BITS, b.frac_bits), direct=SMALL_TOP)
         return powers, _total(b, powers, axis), t
     highest = reduce_max(b, x, axis)
     t = b.within(b.sub(x, highest), -spread, 0.0)

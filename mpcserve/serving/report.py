@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mpcserve.plan.plan import Plan
@@ -131,5 +132,11 @@ def server_report(role: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def peak_rss_bytes() -> int:
     """The most memory this process ever held."""
+    # On Linux a process inherits ru_maxrss from whoever started it; VmHWM is its own.
+    status = Path("/proc/self/status")
+    if status.exists():
+        peaks = [line.split() for line in status.read_text().splitlines() if "VmHWM:" in line]
+        if peaks:
+            return int(peaks[0][1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

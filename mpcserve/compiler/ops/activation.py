@@ -35,12 +35,6 @@ def gelu(b: Builder, x: Ref, /, *, approximate: str = "none") -> Ref:
     return smooth.gelu(b, x, approximate == "tanh")
 
 
-@lowers("Swish", since=24)
-def swish(b: Builder, x: Ref, /, *, alpha: float = 1.0) -> Ref:
-    """x·sigmoid(alpha·x). Error: 7e-5."""
-    return smooth.swish(b, x, alpha)
-
-
 @lowers("Mish", since=18)
 def mish(b: Builder, x: Ref, /) -> Ref:
     """x·tanh(softplus(x)). Error: 7e-5."""

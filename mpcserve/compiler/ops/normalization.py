@@ -110,23 +110,6 @@ def group_normalization(
     return _grouped(b, x, num_groups, scale, bias, epsilon)
 
 
-@lowers("GroupNormalization", since=18)
-def group_normalization_by_group(
-    b: Builder,
-    x: Ref,
-    scale: Operand,
-    bias: Operand,
-    /,
-    *,
-    epsilon: float = 1e-5,
-    num_groups: int,
-) -> Ref:
-    """As the newer form, with a scale and a bias per group."""
-    each = x.shape[1] // num_groups
-    scale, bias = _repeated(b, scale, each), _repeated(b, bias, each)
-    return _grouped(b, x, num_groups, scale, bias, epsilon)
-
-
 @lowers("MeanVarianceNormalization", since=9)
 def mean_variance_normalization(b: Builder, x: Ref, /, *, axes: Sequence[int] = (0, 2, 3)) -> Ref:
     """(x − mean) / deviation over axes. Error: 2e-4."""
@@ -240,9 +223,3 @@ def _kept(x: Ref, axis: int) -> list[int]:
 
 def _shaped(b: Builder, x: Operand, shape: Sequence[int]) -> Operand:
     return b.reshape(x, shape) if isinstance(x, Ref) else np.asarray(x, np.float64).reshape(shape)
-
-
-def _repeated(b: Builder, x: Operand, times_each: int) -> Operand:
-    if isinstance(x, np.ndarray):
-        return np.repeat(x, times_each)
-    return b.gather(x, 0, np.repeat(np.arange(x.shape[0]), times_each).tolist())
