@@ -18,11 +18,11 @@ import onnx
 
 from benchmarks.floors import Speeds, work_of
 from benchmarks.rows import Row
+from mpcserve.cli.layers import line_of
 from mpcserve.cli.measure import measure, report_of
 from mpcserve.cli.plaintext import Plaintext
 from mpcserve.compiler import compile_model
 from mpcserve.plan import Plan, bill_of
-from mpcserve.plan.estimate import LINES
 
 
 def measure_row(row: Row, folder: Path, runs: int, network: str, speeds: Speeds) -> dict[str, Any]:
@@ -47,7 +47,9 @@ def measure_row(row: Row, folder: Path, runs: int, network: str, speeds: Speeds)
         "load_before": load,
         "compile_seconds": compile_seconds,
         "plan": _facts(compiled.plan, speeds),
-        "mpcserve": report_of(compiled.plan, Plaintext(path, threads=1), filled, empty, network, LINES[0]),
+        "mpcserve": report_of(
+            compiled.plan, Plaintext(path, threads=1), filled, empty, network, line_of(network)
+        ),
     }
 
 
