@@ -343,9 +343,8 @@ def test_threads_end_with_their_servers(tmp_path: Path) -> None:
     client.deploy(MODEL)
     client.infer(some_rows(PLAN, 2))
     trio.close()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(20.0)
-        assert not thread.is_alive(), thread.name
+    # Not by joining: one that was about to connect again may just be starting.
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "x" * 201])
