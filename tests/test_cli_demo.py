@@ -97,6 +97,7 @@ def test_bench_refuses_a_network_it_does_not_know(capsys: Capture) -> None:
     assert "expected loopback, lan, wan or RTT_MS,MBIT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_writes_a_trace_that_shows_every_layer(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     command = [

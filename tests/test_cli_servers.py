@@ -45,6 +45,7 @@ def start(config: Config, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)]
@@ -64,6 +65,7 @@ def test_up_leaves_no_server_behind(number: signal.Signals, status: int, config:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_server_that_dies_takes_the_others_along(config: Config) -> None:
     with start(config, "up") as up:
@@ -78,6 +80,7 @@ def test_a_server_that_dies_takes_the_others_along(config: Config) -> None:
     assert "ended with status" in err
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why(config: Config) -> None:
     (config.keys / "bob.key").unlink()
     with start(config, "up") as up:

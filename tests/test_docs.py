@@ -28,6 +28,7 @@ def test_generated_parts_of_the_readme_are_current() -> None:
     assert generate.filled(README) == README, "run `python docs/generate.py`"
 
 
+@pytest.mark.slow
 def test_the_python_example_runs_and_is_at_most_six_lines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

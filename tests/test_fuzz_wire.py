@@ -113,6 +113,7 @@ def fed(rng: random.Random, session: Session, data: bytes) -> tuple[int, bool]:
     return events, False
 
 
+@pytest.mark.slow
 def test_the_engine_survives_a_hundred_thousand_frames() -> None:
     seed = time.time_ns() % 1_000_000
     print("seed", seed)

@@ -46,6 +46,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.mark.slow
 def test_the_quick_start_works_word_for_word(place: Path) -> None:
     commands = quick_start()
     parties = [c for c in commands if c[0] == "party"]

@@ -72,6 +72,7 @@ def views_of(transcripts: list[Transcript], party: str) -> np.ndarray:
     return np.unpackbits(np.stack(rows), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zeros", "equal", "random"])
 def test_every_received_bit_is_uniform_and_uncorrelated_over_a_thousand_runs(kind: str) -> None:
     rng = np.random.default_rng([3, len(kind)])

@@ -22,6 +22,7 @@ def fixed_streams(plan: Plan) -> int:
     return len(plan.weights)
 
 
+@pytest.mark.slow
 def test_no_stream_of_a_bundle_is_opened_twice_over_retries_crashes_and_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
