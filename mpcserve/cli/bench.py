@@ -49,8 +49,7 @@ def bench_command(
 ) -> None:
     """Measure MODEL: three server processes over TLS here, and onnxruntime on one thread.
 
-    First with the randomness of each inference dealt ahead, then dealt on demand. The servers deal
-    the next while an inference runs: with few cores that slows the first kind of run. Unless
+    First with the randomness of each inference dealt ahead, then dealt while it is used. Unless
     --calibrate or --input-range says otherwise, the inputs themselves calibrate the ranges.
 
     \b
