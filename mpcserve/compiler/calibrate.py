@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import frexp
 from pathlib import Path
@@ -42,9 +42,11 @@ def ranges_of(
         inputs = {i.name: (low, high, "proved") for i in graph.inputs}
         notes.append(f"input range declared: {low:g} to {high:g}")
     values: dict[str, Seen] = {}
+    feed: Mapping[str, Array] = {}
     if samples is not None:
         arrays = _loaded(samples, graph.inputs)
         count = min(len(a) for a in arrays.values())
+        feed = next(iter(_batches(graph.inputs, arrays)))
         values = {k: _with_margin(s, margin_bits) for k, s in seen_in(graph, arrays).items()}
         notes.append(f"calibrated on {count} samples with {margin_bits} margin bits")
         for i in graph.inputs:
@@ -58,7 +60,7 @@ def ranges_of(
         elif i.name not in inputs:
             inputs[i.name] = (-ASSUMED, ASSUMED, "assumed")
             notes.append(f"range of input {i.name!r} assumed: {-ASSUMED:g} to {ASSUMED:g}")
-    return Ranges(inputs, values), notes
+    return Ranges(inputs, values, feed), notes
 
 
 def seen_in(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Seen]:
@@ -90,7 +92,9 @@ def _joined(parts: list[Seen]) -> Seen:
     )
 
 
-def _batches(inputs: tuple[Tensor, ...], samples: Mapping[str, Array]) -> Any:
+def _batches(
+    inputs: tuple[Tensor, ...], samples: Mapping[str, Array]
+) -> Iterator[dict[str, Array]]:
     """Feeds of the graph's batch; the last one repeats its final sample."""
     count = min(len(a) for a in samples.values())
     batch = inputs[0].shape[0] if inputs[0].shape else 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpcserve.compiler.builder import Builder, Operand, Ref, Seen
+from mpcserve.compiler.builder import Array, Builder, Operand, Ref, Seen
 from mpcserve.compiler.draft import Draft
 from mpcserve.compiler.graph import Graph, Node
 from mpcserve.compiler.problems import Problem, Unsupported
@@ -19,10 +19,14 @@ Reach = tuple[float, float, str]
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """`inputs`: declared range per input. `values`: what samples showed of a tensor."""
+    """`inputs`: declared range per input. `values`: what samples showed of a tensor.
+
+    `feed`: one batch of the samples; empty if there are none.
+    """
 
     inputs: Mapping[str, Reach]
     values: Mapping[str, Seen]
+    feed: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from mpcserve.compiler.rings import (
     families_of,
     products_of,
 )
+from mpcserve.compiler.sensitivity import Felt
 from mpcserve.compiler.widths import demanded_widths, extended, rings_of
 from mpcserve.plan.plan import RING_BITS
 from mpcserve.ring import HALF_BITS
@@ -60,13 +61,15 @@ class Narrowed:
     problems: tuple[Problem, ...] = ()
 
 
-def narrowed(wide: Draft, lowered: Lowered, usual: int, only: bool, fixed: bool) -> Narrowed:
+def narrowed(
+    wide: Draft, lowered: Lowered, felt: Felt, usual: int, *, only: bool, fixed: bool
+) -> Narrowed:
     """The draft `wide`, tuned to 64 bits at `usual` fraction bits, with products in 32 bits.
 
     `only`: every product or a problem; else as many as the tolerance allows. `fixed`: activations
     keep their `usual` fraction bits.
     """
-    noise = noise_of(wide, TOLERANCE)
+    noise = noise_of(wide, TOLERANCE, felt)
     problem = allocation_of(wide, noise, demanded_widths(wide), usual, fixed)
     allowed = max(1.0, AS_WIDE * problem.all_wide().variance) if _seen(wide) else 1.0
     short: dict[Key, int] = {}
@@ -80,12 +83,12 @@ def narrowed(wide: Draft, lowered: Lowered, usual: int, only: bool, fixed: bool)
         check_draft(draft, "narrowed")
         draft, short = _fitted(draft, choice, usual, HALF_BITS if only else RING_BITS)
         if not short:
-            return Narrowed(draft, _note(draft))
+            return Narrowed(draft, _note(draft, felt))
         problem, short = problem.tightened(short), {}
     if short:
         return Narrowed(wide, "", tuple(_problems(wide, short)))
     ready = extended(wide)
-    return Narrowed(ready, _note(ready))
+    return Narrowed(ready, _note(ready, felt))
 
 
 def _scales(draft: Draft, problem: Allocation, choice: Choice) -> Scales:
@@ -179,7 +182,7 @@ def _problems(draft: Draft, short: Mapping[Key, int]) -> list[Problem]:
     ]
 
 
-def _note(draft: Draft) -> str:
+def _note(draft: Draft, felt: Felt) -> str:
     """What was chosen, of a draft that needs no more extends."""
     rings = rings_of(draft)
     narrow = [id for id, bits in rings.items() if bits <= HALF_BITS]
@@ -187,7 +190,7 @@ def _note(draft: Draft) -> str:
     if narrow:
         operands = [draft.steps[draft.steps[id].inputs[0]].frac_bits for id in narrow]
         note += f", their operands with {min(operands)} to {max(operands)} fraction bits"
-    error = noise_of(draft, 1.0).variance ** 0.5
+    error = noise_of(draft, 1.0, felt).variance ** 0.5
     if error and _seen(draft):
         note += f"; expected error of an output: 2^{ceil(log2(error))} of its size"
     return note

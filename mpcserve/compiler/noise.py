@@ -8,13 +8,15 @@ elements; samples tell how large and how often active values are, ranges where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import exp, log, prod
 
 import numpy as np
 
 from mpcserve.compiler.draft import Draft, Step
+from mpcserve.compiler.sensitivity import Change, Felt
 from mpcserve.plan.ops import BITS, OPS, PRODUCTS
 
 NEAREST = 1 / 12
@@ -60,10 +62,49 @@ class Noise:
         return sum(self.of_rounding(j) * 4.0**-s.frac_bits for j, s in enumerate(self.draft.steps))
 
 
-def noise_of(draft: Draft, tolerance: float) -> Noise:
-    """Powers forwards, gains backwards. `tolerance`: error of an output, both root mean squares."""
+def noise_of(draft: Draft, tolerance: float, felt: Felt | None = None) -> Noise:
+    """Powers forwards, gains backwards. `tolerance`: error of an output, both root mean squares.
+
+    `felt`: what trials say of inputs and of some layers; layers between those are corrected by what
+    lies between.
+    """
     power = tuple(_powers(draft))
-    return Noise(draft, power, tuple(_Gains(draft, power, tolerance).gain))
+    found = _Gains(draft, power, tolerance)
+    gain, steps = list(found.gain), draft.steps
+
+    def by_trial(changes: Mapping[str, Change], name: str) -> float | None:
+        if name not in changes:
+            return None
+        outputs = zip(draft.outputs, changes[name], strict=True)
+        return sum(found.allowed(o.id) * c for o, c in outputs)
+
+    if felt is not None:
+        products = _single(draft)
+        weights = {j: p for p in products for j in steps[p].inputs[:2] if steps[j].op == "weight"}
+        for i in draft.inputs:
+            gain[i.id] = by_trial(felt.inputs, i.name) or gain[i.id]
+        _correct(gain, {p: by_trial(felt.results, steps[p].layer) for p in products})
+        _correct(gain, {w: by_trial(felt.weights, steps[p].layer) for w, p in weights.items()})
+    return Noise(draft, power, tuple(gain))
+
+
+def _single(draft: Draft) -> list[int]:
+    """Products that are the only one of their node."""
+    products = [id for id, step in enumerate(draft.steps) if step.op in PRODUCTS]
+    count = Counter(draft.steps[p].layer for p in products)
+    return [p for p in products if count[draft.steps[p].layer] == 1]
+
+
+def _correct(gain: list[float], tried: Mapping[int, float | None]) -> None:
+    """Gains as tried, and all between by a factor that lies between, geometrically."""
+    ids = list(tried)
+    factors = {
+        k: log(value / gain[id]) for k, id in enumerate(ids) if (value := tried[id]) and gain[id]
+    }
+    if factors:
+        between = np.interp(range(len(ids)), list(factors), list(factors.values()))
+        for id, factor in zip(ids, between, strict=True):
+            gain[id] *= exp(factor)
 
 
 def inner(step: Step, steps: tuple[Step, ...]) -> int:
@@ -147,7 +188,7 @@ class _Gains:
         steps = self.draft.steps
         self.gain = [0.0] * len(steps)
         for o in self.draft.outputs:
-            self.gain[o.id] += self._allowed(o.id)
+            self.gain[o.id] += self.allowed(o.id)
         for id in reversed(range(len(steps))):
             step = steps[id]
             if (pair := _extremum(step, steps)) is not None:
@@ -188,9 +229,9 @@ class _Gains:
         compared = _compared(steps, step.inputs[position])
         if chosen in compared or not compared:
             return 0.0
-        return max(self._allowed(j) for j in compared)
+        return max(self.allowed(j) for j in compared)
 
-    def _allowed(self, id: int) -> float:
+    def allowed(self, id: int) -> float:
         """Gain of an output: one over its squared tolerance."""
         most = UNSEEN_POWER if self.draft.steps[id].power is None else self.power[id]
         return 1 / (self.tolerance**2 * max(min(self.power[id], most), LEAST_POWER))

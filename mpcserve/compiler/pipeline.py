@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,6 +37,7 @@ from mpcserve.compiler.passes.unused import remove_unused
 from mpcserve.compiler.precision import check_fit, coarse_weights, tune_inputs, tune_weights
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import Registry, registry
+from mpcserve.compiler.sensitivity import Felt, felt_in
 from mpcserve.compiler.strategy import CHUNKS, GROUPS, Strategy, describe, fastest
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ConfigError
@@ -98,9 +99,10 @@ def compile_model(
         "opset": graph.opset,
         "model_digest": imported.digest,
     }
+    felt = cache(partial(felt_in, graph, ranges))
     made = _alternatives(
         lambda group: _draft(
-            graph, partial(_lowered, graph, ranges, found, group), ring, frac_bits
+            graph, partial(_lowered, graph, ranges, found, group), felt, ring, frac_bits
         ),
         lambda draft, chunk: assign_widths(draft, name, chunk, **about),
         GROUPS if line else GROUPS[:1],
@@ -152,7 +154,7 @@ def _lowered(graph: Graph, ranges: Ranges, found: Registry, group: int, scales: 
 
 
 def _draft(
-    graph: Graph, lowered: Lowered, ring: Ring, frac_bits: int | None
+    graph: Graph, lowered: Lowered, felt: Callable[[], Felt], ring: Ring, frac_bits: int | None
 ) -> tuple[Draft, list[str]]:
     """(draft that needs no more extends, notes). Raises: ModelError."""
     usual = frac_bits or USUAL
@@ -165,7 +167,8 @@ def _draft(
     if ring == 64 or (ring == "auto" and (frac_bits is not None or _varies(draft))):
         draft, notes = extended(draft), []
     else:
-        result = narrowed(draft, lowered, usual, ring == 32, frac_bits is not None)
+        fixed = frac_bits is not None
+        result = narrowed(draft, lowered, felt(), usual, only=ring == 32, fixed=fixed)
         raise_all(graph.name, result.problems)
         draft, notes = result.draft, [result.note]
     check_draft(draft, "extended")
