@@ -27,6 +27,9 @@ from mpcserve.ring import HALF_BITS
 Key = tuple[str, int]
 """A product: its node and which of that node's products it is."""
 
+FINEST = 24
+"""Fraction bits that only small values with large weights have any use for."""
+
 MOST_DEMANDED = 4
 """Bits beyond a result's own that a sum with others may ask of it; a product would ask for more."""
 
@@ -163,7 +166,8 @@ class Allocation:
         else:
             most = [p.room for p in self.writers.get(family, ()) if p.key in narrow]
             most += [self._most(p) for p in readers if p.key in narrow]
-            highest = max(min([self.usual, *most]), 0)
+            free = bool(readers) and all(p.key in narrow for p in readers)
+            highest = max(min([FINEST if free else self.usual, *most]), 0)
             choices = range(min(held.fewest, highest), highest + 1)
 
         def variance(bits: int) -> float:
@@ -180,7 +184,7 @@ class Allocation:
     def _most(self, p: Product) -> int:
         """Fraction bits that a narrow product lets an operand have."""
         if p.coarse is not None:
-            return self.usual
+            return FINEST
         return (p.room - p.fewest) // len(p.families)
 
     def _shared(self, p: Product, bits: int) -> tuple[int, float]:
