@@ -316,3 +316,14 @@ def test_the_commands_take_a_ring(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(["verify", path, *data, *samples, "--ring", "32"]) == 0
     out = capsys.readouterr().out
     assert "3 of 3 products in the ring of 2^32" in out and "100.00 %" in out
+
+
+def test_verify_shows_what_32_bits_cost_a_deep_network(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", str(MODELS / "mnist_samples.npy"), "--calibrate", str(CALIBRATION)]
+    arguments += ["--labels", str(MODELS / "mnist_labels.npy"), "--ring", "32", "--json"]
+    assert run(["verify", str(MODELS / "mnist_resnet20.onnx"), *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (output,) = report["outputs"]
+    assert output["protocol"]["max_error"] <= 2.0**-8 and output["protocol"]["top1"] == 1.0
+    assert output["accuracy"] == {"float": 1.0, "reference": 1.0, "protocol": 1.0}
+    assert any("22 of 22 products in the ring of 2^32" in line for line in report["notes"])
