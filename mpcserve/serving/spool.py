@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Spooled:
             self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  outlives this call
         except OSError as e:
             raise _unusable(directory, e) from None
+        # A bundle may be dropped with its link, its shelf or its server: the file goes with it.
+        weakref.finalize(self, self._file.close)
         self._lock = threading.Lock()
 
     def fill(self, size: int, take: Callable[[int], memoryview]) -> None:
