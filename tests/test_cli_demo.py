@@ -19,6 +19,8 @@ from mpcserve.cli.demo import DemoRun, _judge
 from mpcserve.errors import PeerError
 from tests.cli_support import PATIENCE, await_gone, await_true, children_of, needs_proc
 
+pytestmark = pytest.mark.slow
+
 Capture = pytest.CaptureFixture[str]
 MODEL = str(bundled("models", "breast_cancer_mlp.onnx"))
 SAMPLES = str(bundled("models", "breast_cancer_samples.npy"))

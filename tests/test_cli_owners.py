@@ -17,6 +17,8 @@ from mpcserve.cli.plaintext import Plaintext
 from mpcserve.plan import bill_of, load_plan
 from mpcserve.serving import LocalCluster
 
+pytestmark = pytest.mark.slow
+
 MODEL = bundled("models", "breast_cancer_mlp.onnx")
 SAMPLES = np.load(bundled("models", "breast_cancer_samples.npy"))
 CALIBRATION = bundled("models", "breast_cancer_calibration.npy")

@@ -14,6 +14,8 @@ from mpcserve.compiler import check_model, compile_model, importing
 from mpcserve.errors import ConfigError, ModelError
 from tests.onnx_cases import NEWEST, Array, agree, model_of, node, ops_of, rng_of
 
+pytestmark = pytest.mark.slow
+
 SHAPE = ("N", 2, 6, 6)
 
 

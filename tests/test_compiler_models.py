@@ -16,6 +16,8 @@ from mpcserve.protocol.together import simulate
 from tests.onnx_cases import agree, model_of, node, plain, rng_of
 from tests.plan_interpreter import Interpreter
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).parent.parent / "models"
 
 

@@ -13,6 +13,8 @@ from mpcserve.plan import bill_of
 from mpcserve.protocol.together import simulate
 from tests.onnx_cases import agree, model_of, node, plain, rng_of
 
+pytestmark = pytest.mark.slow
+
 
 class Net:
     """Grows a network node by node; `shapes` holds what may be read."""

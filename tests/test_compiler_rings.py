@@ -23,6 +23,8 @@ from tests.onnx_cases import model_of, node, ops_of, plain, rng_of
 from tests.plan_interpreter import Interpreter
 from tests.test_compiler_random import grown
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).parent.parent / "models"
 CALIBRATION = MODELS / "mnist_calibration.npy"
 

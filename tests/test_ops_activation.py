@@ -14,6 +14,8 @@ from mpcserve.plan import bill_of
 from mpcserve.protocol import Together
 from tests.onnx_cases import NEWEST, Array, model_of, node, on_grid, plain, rng_of
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 50)
 
 

@@ -12,6 +12,8 @@ from mpcserve.compiler import compile_model
 from mpcserve.errors import ModelError
 from tests.onnx_cases import NEWEST, Array, agree, model_of, node, ops_of, rng_of
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 4)
 
 

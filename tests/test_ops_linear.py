@@ -13,6 +13,8 @@ import pytest
 
 from tests.onnx_cases import Array, agree, model_of, node, ops_of, rng_of
 
+pytestmark = pytest.mark.slow
+
 ULPS = 2.0
 
 

@@ -14,6 +14,8 @@ from tests.onnx_cases import Array, model_of, node, rng_of
 from tests.plan_interpreter import Interpreter
 from tests.test_ops_activation import close
 
+pytestmark = pytest.mark.slow
+
 
 def values(rng: np.random.Generator, *shape: int, size: float = 1.0) -> Array:
     return np.clip(rng.normal(0.3 * size, size, shape), -8, 8).astype(np.float32)

@@ -11,6 +11,8 @@ from mpcserve.compiler import compile_model
 from mpcserve.errors import ModelError
 from tests.onnx_cases import Array, agree, model_of, node, ops_of, rng_of
 
+pytestmark = pytest.mark.slow
+
 WINDOWS: list[dict[str, Any]] = [
     {"kernel_shape": [2, 2], "strides": [2, 2]},
     {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]},

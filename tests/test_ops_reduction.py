@@ -10,6 +10,8 @@ import pytest
 
 from tests.onnx_cases import NEWEST, agree, model_of, node, ops_of, rng_of
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 5)
 
 

@@ -12,6 +12,8 @@ from mpcserve.errors import ModelError
 from mpcserve.plan import bill_of
 from tests.onnx_cases import NEWEST, agree, model_of, node, rng_of
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 1, 4)
 
 

@@ -19,6 +19,8 @@ from mpcserve.plan import bill_of
 from mpcserve.serving.cluster import LocalCluster
 from tests.serving_support import as_model, dense_relu, dense_relu_plan, dense_weights, some_rows
 
+pytestmark = pytest.mark.slow
+
 PLAN = dense_relu_plan()
 WEIGHTS = dense_weights(PLAN)
 MODEL = as_model(PLAN, WEIGHTS)

@@ -29,6 +29,8 @@ from tests.serving_support import (
     until,
 )
 
+pytestmark = pytest.mark.slow
+
 PLAN = dense_relu_plan()
 WEIGHTS = dense_weights(PLAN)
 MODEL = as_model(PLAN, WEIGHTS)

@@ -14,6 +14,8 @@ from mpcserve.compiler.problems import Unsupported
 from mpcserve.plan.ops import BITS
 from tests.smooth_support import ULP, Array, compiled, on_grid, points
 
+pytestmark = pytest.mark.slow
+
 COUNT = 100_000
 
 

@@ -37,6 +37,8 @@ from tests.transport_support import (
     plain_listener,
 )
 
+pytestmark = pytest.mark.slow
+
 HEADER = 24
 MAX_DATA = 256 << 10
 

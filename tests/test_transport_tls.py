@@ -20,6 +20,8 @@ from mpcserve.transport.options import Counters, Hooks
 from mpcserve.transport.tls import codecs
 from tests.transport_support import WAIT, Authority, Log, new_id
 
+pytestmark = pytest.mark.slow
+
 DAY = timedelta(days=1)
 
 
