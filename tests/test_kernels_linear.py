@@ -415,7 +415,6 @@ OTHER_MACHINE = """
 import numpy as np
 from mpcserve.kernels import linear, linear_micro
 
-pytestmark = pytest.mark.slow
 assert not linear_micro.NATIVE
 rng = np.random.default_rng(5)
 edges = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**32 - 1, 2**32, 2**31], np.uint64)
