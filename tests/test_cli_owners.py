@@ -117,7 +117,7 @@ def test_the_report_tells_rounds_bytes_and_seconds(
     assert report["rounds"] == evaluations * bill.rounds
     assert report["bytes"] == {link: evaluations * n for link, n in bill.bytes.items()}
     assert report["dealt_bytes"] == evaluations * bill.dealt_bytes
-    assert set(report["seconds"]) == {"online", "preprocessing", "total"}
+    assert set(report["seconds"]) == {"online", "evaluation", "preprocessing", "total"}
     assert set(report["cpu_seconds"]) == set(report["peak_rss_bytes"]) == {"alice", "bob", "carol"}
     assert report["plaintext_seconds"] is None
 

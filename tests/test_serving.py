@@ -72,7 +72,8 @@ def test_a_report_says_what_is_promised(client: Client) -> None:
     _, report = client.infer_report(some_rows(PLAN, PLAN.batch))
     assert report["model"] == "dense" and report["plan_digest"] == PLAN.digest
     assert (report["ring_bits"], report["batch"], report["evaluations"]) == (40, 2, 1)
-    assert 0 < report["seconds"]["online"] <= report["seconds"]["total"]
+    seconds = report["seconds"]
+    assert 0 < seconds["evaluation"] < seconds["online"] <= seconds["total"]
     assert report["seconds"]["preprocessing"] > 0
     for role in ("alice", "bob", "carol"):
         assert report["cpu_seconds"][role] > 0 and report["peak_rss_bytes"][role] > 1 << 20

@@ -25,7 +25,10 @@ from mpcserve.version import __version__
 if TYPE_CHECKING:
     from mpcserve.compiler import CompiledModel
 
-PHASES = ("online", "preprocessing", "total")
+PHASES = ("online", "evaluation", "preprocessing", "total")
+"""`online` is what the data owner waits for, `evaluation` the part of it on alice and bob, from
+masked inputs to shares of the result."""
+
 DEADLINE = 3600.0
 """Seconds for one inference, or for dealing its randomness: a large network on a slow line."""
 

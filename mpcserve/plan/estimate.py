@@ -1,9 +1,10 @@
 """Estimated seconds of one online evaluation, from the plan alone.
 
-A round takes the time of its arithmetic or of its bytes on the line, whichever is longer (a tile is
-sent while the next one computes), then half a round trip: both servers send at once. The rates are
-those of one core of a common server, measured with `benchmarks/`; a slower machine scales them. An
-estimate says which of two plans is faster and by how much, not what a stopwatch will show.
+The data owner masks its input and sends it to both servers; every round takes the time of its
+arithmetic or of its bytes on the line, whichever is longer (a tile is sent while the next one
+computes), then half a round trip: both servers send at once; and the shares of the result travel
+back. All lines are alike. The rates are those of one core of a common server, measured by
+`benchmarks/estimates.py`; another machine scales them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf, prod
 
+from mpcserve.plan.bill import bill_of
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.schedule import cost_of_instruction, schedule_of
@@ -30,7 +32,11 @@ LINES = (Line("loopback"), Line("lan", 0.0005, 1e9), Line("wan", 0.04, 1e8))
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Seconds of one core: per ring multiply-add, per element, per byte, per step of Python."""
+    """Seconds of one core: per ring multiply-add, per element, per byte, per step of Python.
+
+    `turn`: of a round beside its arithmetic; `owned`: per element that the data owner masks or
+    unmasks; `hello`: of the two exchanges between it and the servers.
+    """
 
     product32: float = 1 / 30e9
     product64: float = 1 / 13e9
@@ -42,6 +48,8 @@ class Rates:
     step: float = 40e-6
     local_step: float = 8e-6
     turn: float = 150e-6
+    owned: float = 15e-9
+    hello: float = 1e-3
 
 
 RATES = Rates()
@@ -81,7 +89,7 @@ def compute_seconds(plan: Plan, i: Instruction, rates: Rates = RATES) -> float:
 
 
 def online_seconds(plan: Plan, line: Line, rates: Rates = RATES) -> float:
-    """Seconds between the input's arrival and the result, on servers joined by `line`."""
+    """Seconds that the data owner waits for a result, if all parties are joined by `line`."""
     schedule = schedule_of(plan)
     compute = [0.0] * (schedule.rounds + 1)
     sent = [0] * (schedule.rounds + 1)
@@ -91,4 +99,14 @@ def online_seconds(plan: Plan, line: Line, rates: Rates = RATES) -> float:
         for r, size in enumerate(cost_of_instruction(plan, i.id).rounds):
             sent[start + r] += size
     rounds = sum(max(c, 8 * b / line.bits_per_second) for c, b in zip(compute, sent, strict=True))
-    return rounds + schedule.rounds * (line.rtt / 2 + rates.turn)
+    turns = schedule.rounds * (line.rtt / 2 + rates.turn)
+    return rounds + turns + owner_seconds(plan, line, rates)
+
+
+def owner_seconds(plan: Plan, line: Line, rates: Rates = RATES) -> float:
+    """Of these the data owner's: masking, upload, download and unmasking."""
+    sizes = bill_of(plan).bytes
+    sent = 8 * (sizes["client->alice"] + sizes["alice->client"]) / line.bits_per_second
+    ends = (*plan.inputs, *plan.outputs)
+    elements = sum(plan.value(spec.id).size for spec in ends)
+    return rates.hello + line.rtt + sent + rates.owned * elements

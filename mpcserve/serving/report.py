@@ -87,6 +87,7 @@ def client_report(
         "dealt_bytes": bob["dealt_bytes"],
         "seconds": {
             "online": client["online_seconds"],
+            "evaluation": max(r["online_seconds"] for r in (alice, bob)),
             "preprocessing": max(r["preprocessing_seconds"] for r in (alice, bob)),
             "total": client["total_seconds"],
         },
