@@ -107,6 +107,6 @@ def owner_seconds(plan: Plan, line: Line, rates: Rates = RATES) -> float:
     """Of these the data owner's: masking, upload, download and unmasking."""
     sizes = bill_of(plan).bytes
     sent = 8 * (sizes["client->alice"] + sizes["alice->client"]) / line.bits_per_second
-    ends = (*plan.inputs, *plan.outputs)
-    elements = sum(plan.value(spec.id).size for spec in ends)
+    ends = [spec.id for spec in plan.inputs] + [spec.id for spec in plan.outputs]
+    elements = sum(plan.value(id).size for id in ends)
     return rates.hello + line.rtt + sent + rates.owned * elements
