@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, Refused, WireError
 from mpcserve.transport.channel import Channel
+from mpcserve.transport.network import Intake
 from mpcserve.transport.options import Counters, Hooks, LinkOptions
 from mpcserve.transport.sender import Sender
 from mpcserve.transport.streams import Streams
@@ -249,24 +250,20 @@ class Link:
 
     def _read(self) -> None:
         """Read until the link has ended and the peer has closed its half."""
-        sock = self._made_of.sock
-        view = memoryview(bytearray(READ_BYTES))
         tick = min(0.5, self.options.ping_every / 2, self.options.dead_after / 4)
-        sock.settimeout(tick)
+        intake = Intake(self._made_of.sock, self.options.network, READ_BYTES, tick)
         looked_at = time.monotonic()
-        self._take(view[:0])  # the handshake may have read more than its own bytes
+        self._take(memoryview(b""))  # the handshake may have read more than its own bytes
         while True:
-            try:
-                got = sock.recv_into(view)
-            except TimeoutError:
-                got = -1
+            got = intake.read()
             now = time.monotonic()
-            if got > 0:
+            if got:
                 self._heard_at = now
-                self._take(view[:got])
-            if self._reason is not None and (got == 0 or self._is_over(now)):
+                self._take(got)
+            ended = got is not None and not got
+            if self._reason is not None and (ended or self._is_over(now)):
                 return
-            if got == 0:
+            if ended:
                 raise ConnectionResetError("it closed the connection without a goodbye")
             if now - looked_at >= tick:
                 looked_at = now

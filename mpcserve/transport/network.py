@@ -5,12 +5,16 @@ A batch of bytes handed to the line at `now` has left it at
     free = max(now, free of the batch before) + 8·bytes / bits_per_s     (one at a time)
 
 and arrives at free + rtt/2. Batches in flight overlap, so a long line delays without costing
-throughput. Applied where bytes are sent, below TLS: what is counted is what the wire would carry.
+throughput. Applied where bytes are received, below TLS: a sender's socket is taken from no faster
+than the line allows, no thread is added, and what is counted is what the wire would carry.
 """
 
 from __future__ import annotations
 
 import math
+import select
+import socket
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -101,3 +105,45 @@ class Line:
         if more:
             times.append(self._free_at - _AHEAD_S)
         return max(0.0, min(times) - now) if times else None
+
+
+class Intake:
+    """What a socket brings, at the time at which it would come over such a network."""
+
+    def __init__(self, sock: socket.socket, profile: NetworkProfile, size: int, tick: float):
+        """`size`: bytes taken at once; `tick`: seconds after which a read returns without any."""
+        self._sock = sock
+        self._view = memoryview(bytearray(size))
+        self._line = None if profile.is_real else Line(profile)
+        self._tick = tick
+        self._ended = False
+        sock.settimeout(tick)
+
+    def read(self) -> memoryview | None:
+        """Bytes, valid until the next call; none at the end; None after a tick. Raises: OSError."""
+        if self._line is not None:
+            return self._read_late(self._line)
+        try:
+            return self._view[: self._sock.recv_into(self._view)]
+        except TimeoutError:
+            return None
+
+    def _read_late(self, line: Line) -> memoryview | None:
+        give_up = time.monotonic() + self._tick
+        while (now := time.monotonic()) < give_up:
+            batch = line.pop(now)
+            if batch is not None:
+                return memoryview(batch)
+            if self._ended and line.empty:
+                return self._view[:0]
+            takes = line.takes(now) and not self._ended
+            pause = line.wait(now, not takes)
+            pause = give_up - now if pause is None else min(pause, give_up - now)
+            if not takes:
+                time.sleep(pause)
+            elif select.select([self._sock], [], [], pause)[0]:
+                got = self._sock.recv_into(self._view)
+                self._ended = got == 0
+                if got:
+                    line.push(time.monotonic(), bytes(self._view[:got]))
+        return None

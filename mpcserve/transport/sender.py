@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from mpcserve.errors import MpcError
-from mpcserve.transport.network import Line
 from mpcserve.transport.options import Counters, LinkOptions
 from mpcserve.transport.tls import Codec
 from mpcserve.wire import MAX_DATA, Buffer
@@ -69,7 +68,6 @@ class Sender:
         self._options = options
         self._counters = counters
         self._on_lost = on_lost
-        self._line = None if options.network.is_real else Line(options.network)
         # One file, two timeouts: a socket object's timeout is its own, not the descriptor's.
         self._patient = sock.dup()
         self._patient.settimeout(_TICK_S)
@@ -254,7 +252,7 @@ class Sender:
 
     def _send_now(self, out: Outbox, header: bytes, payload: Buffer) -> bool:
         """Send in this thread if nothing is before us; False if it has to be queued."""
-        if self._line is not None or not self._turn.acquire(blocking=False):
+        if not self._turn.acquire(blocking=False):
             return False
         try:
             if out.error is not None or self._held or self._more or self._rest:
@@ -317,41 +315,21 @@ class Sender:
         """Sleep until there is something to do; False when all is done."""
         with self._lock:
             while True:
-                now = time.monotonic()
-                pause = self._pause(now)
-                if pause == 0:
+                if self._rest or self._more:
                     return True
                 if self._stopping is not None:
-                    if pause is None or now > self._stopping:
-                        return False
-                    pause = min(pause, self._stopping - now)
-                self._work.wait(pause)
-
-    def _pause(self, now: float) -> float | None:
-        """Seconds until there is something to do, None if nothing is waiting."""
-        if self._line is not None:
-            return self._line.wait(now, self._more)
-        return 0 if self._rest or self._more else None
+                    return False
+                self._work.wait()
 
     def _step(self) -> None:
         if self._rest:
             self._write(self._rest)
             self._rest = memoryview(b"")
             return
-        now = time.monotonic()
-        line = self._line
-        arrived = line.pop(now) if line is not None else None
-        if arrived is not None:
-            self._write(memoryview(arrived))
-        elif line is None or line.takes(now):
-            with self._lock:
-                self._answer = False
-                frames = self._pick()
-            batch = self._encode(frames)
-            if line is None:
-                self._write(memoryview(batch))
-            elif batch:
-                line.push(now, batch)
+        with self._lock:
+            self._answer = False
+            frames = self._pick()
+        self._write(memoryview(self._encode(frames)))
 
     def _write(self, batch: memoryview) -> None:
         """Write all of it. Raises: OSError, also when the link was told to end and it stalls."""
