@@ -69,6 +69,8 @@ def decode(x: Words, frac_bits: int, width: int) -> NDArray[np.float64]:
 
 def words_of(values: Sequence[int], shape: tuple[int, ...], width: int) -> Words:
     """Public Python integers (any sign) as words mod 2^width."""
-    m = (1 << width) - 1
-    words: Words = np.array([v & m for v in values], word_type(width))
-    return words.reshape(shape)
+    try:
+        integers = np.asarray(values, np.int64)
+    except OverflowError:  # beyond ±2^63, as factors of a ring of 64 bits may be
+        integers = np.array([v & ((1 << WORD_BITS) - 1) for v in values], np.uint64)
+    return reduce(integers.view(np.uint64), width).reshape(shape)

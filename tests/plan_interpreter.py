@@ -131,7 +131,18 @@ class Interpreter:
         return np.broadcast_to(xs[0], i.attrs["shape"])
 
     def op_gather(self, i: Instruction, xs: Sequence[Big]) -> Big:
-        return np.take(xs[0], i.attrs["indices"], i.attrs["axis"])
+        return np.take(xs[0], np.asarray(i.attrs["indices"]), i.attrs["axis"])
+
+    def op_combine(self, i: Instruction, xs: Sequence[Big]) -> Big:
+        axis, x = i.attrs["axis"], np.moveaxis(xs[0], i.attrs["axis"], -1)
+        tables = (
+            np.reshape(list(i.attrs[k]), (i.attrs["taps"], -1)) for k in ("indices", "factors")
+        )
+        matrix = np.zeros((x.shape[-1], i.value.shape[axis]), object)
+        for index, factor in zip(*tables, strict=True):
+            for k, (row, value) in enumerate(zip(index, factor, strict=True)):
+                matrix[row, k] += int(value)
+        return np.moveaxis(x @ matrix, -1, axis)
 
     def op_sum(self, i: Instruction, xs: Sequence[Big]) -> Big:
         return np.sum(xs[0], axis=tuple(i.attrs["axes"]))

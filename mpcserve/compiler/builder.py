@@ -22,6 +22,7 @@ from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.ranges import encoded, settle
 from mpcserve.plan.ops import OPS
 from mpcserve.plan.plan import InputSpec, OutputSpec
+from mpcserve.plan.table import listed
 
 Array = NDArray[Any]
 
@@ -106,8 +107,8 @@ class Builder:
     def constant(self, values: Array, frac_bits: int = 0) -> Ref:
         """A public tensor that the plan itself shows: structure, never a weight."""
         array = np.asarray(values, np.float64)
-        words = [int(v) for v in np.rint(np.ldexp(array, frac_bits)).ravel()]
-        attrs = {"shape": list(array.shape), "values": words}
+        words = np.rint(np.ldexp(array, frac_bits)).astype(np.int64)
+        attrs = {"shape": list(array.shape), "values": listed(words.ravel())}
         held = iv.exactly(encoded(array, frac_bits))
         return self._emit("constant", (), attrs, array.shape, frac_bits, (held, "exact"))
 
@@ -183,13 +184,19 @@ class Builder:
         new = tuple(map(int, shape))
         return x if new == x.shape else self._local("expand", [x], new, shape=list(new))
 
-    def gather(self, x: Ref, axis: int, indices: Sequence[int]) -> Ref:
+    def gather(self, x: Ref, axis: int, indices: Sequence[int] | Array) -> Ref:
         """Elements at public indices along an axis."""
-        indices = [int(i) for i in indices]
-        if indices == list(range(x.shape[axis])):
+        where = np.asarray(indices, np.int64)
+        if np.array_equal(where, np.arange(x.shape[axis])):
             return x
-        shape = (*x.shape[:axis], len(indices), *x.shape[axis + 1 :])
-        return self._local("gather", [x], shape, axis=axis, indices=indices)
+        shape = (*x.shape[:axis], len(where), *x.shape[axis + 1 :])
+        return self._local("gather", [x], shape, axis=axis, indices=listed(where))
+
+    def combine(self, x: Ref, axis: int, indices: Array, factors: Array) -> Ref:
+        """Σ_t factors[t, k] · x[indices[t, k]] along an axis, whole numbers both: local."""
+        shape = (*x.shape[:axis], indices.shape[1], *x.shape[axis + 1 :])
+        tables = {"indices": listed(indices.ravel()), "factors": listed(factors.ravel())}
+        return self._local("combine", [x], shape, axis=axis, taps=len(indices), **tables)
 
     def sum(self, x: Ref, axes: Sequence[int]) -> Ref:
         """Sum over `axes`, which are dropped."""

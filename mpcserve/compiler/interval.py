@@ -95,10 +95,10 @@ def sub(x: Interval, y: Interval) -> Interval:
     return _rounded(x.low - y.high, x.high - y.low)
 
 
-def scale(x: Interval, factor: float) -> Interval:
+def scale(x: Interval, factor: float | Reals) -> Interval:
     """x · factor."""
     ends = (x.low * factor, x.high * factor)
-    return Interval(*ends) if factor >= 0 else Interval(ends[1], ends[0])
+    return Interval(np.minimum(*ends), np.maximum(*ends))
 
 
 def mul(x: Interval, y: Interval) -> Interval:
@@ -141,12 +141,30 @@ def pad(x: Interval, before: Sequence[int], after: Sequence[int], value: float) 
     return hull(Interval(low, high), value) if grown else Interval(low, high)
 
 
-def take(x: Interval, axis: int, indices: Sequence[int] | slice) -> Interval:
+def take(x: Interval, axis: int, indices: NDArray[np.int64] | slice) -> Interval:
     """Elements along an axis; a compact axis stays compact."""
     if x.low.shape[axis] == 1:
         return x
-    index = (slice(None),) * axis + (indices if isinstance(indices, slice) else list(indices),)
+    index = (slice(None),) * axis + (indices,)
     return Interval(x.low[index], x.high[index])
+
+
+def combine(x: Interval, axis: int, indices: NDArray[np.int64], factors: Reals) -> Interval:
+    """Σ_t factors[t, k]·x[indices[t, k]] along an axis; a compact axis takes one hull of all k."""
+    if x.low.shape[axis] == 1:
+        up, down = (np.clip(f, 0, None).sum(axis=0) for f in (factors, -factors))
+        rank = x.low.ndim
+        raised, lowered = (mul(x, uniform(s.min(), s.max(), rank)) for s in (up, down))
+        found = Interval(raised.low - lowered.high, raised.high - lowered.low)
+    else:
+        along = (-1, *[1] * (x.low.ndim - 1 - axis))
+        shape = (*x.low.shape[:axis], indices.shape[1], *x.low.shape[axis + 1 :])
+        found = Interval(np.zeros(shape), np.zeros(shape))
+        for index, factor in zip(indices, factors, strict=True):
+            part = scale(take(x, axis, index), factor.reshape(along))
+            found = Interval(found.low + part.low, found.high + part.high)
+    most = float(np.abs(factors).sum(axis=0).max(initial=0.0))
+    return widen(found, (len(factors) + 4) * EPSILON * most * x.magnitude)
 
 
 def concat(xs: Sequence[Interval], sizes: Sequence[int], axis: int) -> Interval:

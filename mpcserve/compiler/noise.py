@@ -16,6 +16,7 @@ from math import exp, log, prod
 import numpy as np
 
 from mpcserve.compiler.draft import Draft, Step
+from mpcserve.compiler.ranges import combination
 from mpcserve.compiler.sensitivity import Change, Felt
 from mpcserve.plan.ops import BITS, OPS, PRODUCTS
 
@@ -154,9 +155,17 @@ def _combined(draft: Draft, step: Step, xs: list[float]) -> float:
         return _let_through(step) * sum(xs[1::2])
     if step.op == "sum":
         return xs[0] * prod(draft.steps[step.inputs[0]].shape) / prod(step.shape)
+    if step.op == "combine":
+        return xs[0] * _squares(step)
     if step.op in ("add", "sub"):
         return xs[0] + xs[1]
     return max(xs) * _factor(draft, step) ** 2
+
+
+def _squares(step: Step) -> float:
+    """Mean over the elements of a `combine` of their squared factors' sum."""
+    factors = combination(step)[1]
+    return float(np.square(factors).sum() / factors.shape[1])
 
 
 def _let_through(step: Step) -> float:
@@ -209,6 +218,8 @@ class _Gains:
             return gain
         if step.op == "sum":
             return gain * prod(steps[operand].shape) / prod(step.shape)
+        if step.op == "combine":
+            return gain * _squares(step)
         if step.op in ("concat", "pad"):
             return gain * min(prod(steps[operand].shape) / prod(step.shape), 1.0)
         if step.op == "spectral":

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import reduce
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpcserve.compiler import interval as iv
 from mpcserve.compiler.draft import Draft, Step, weakest
@@ -152,6 +153,18 @@ def _concat(step: Step, xs: Sequence[Step]) -> Interval:
     return iv.concat([x.interval for x in xs], [x.shape[axis] for x in xs], axis)
 
 
+def _combine(step: Step, xs: Sequence[Step]) -> Interval:
+    indices, factors = combination(step)
+    return iv.combine(xs[0].interval, step.attrs["axis"], indices, factors)
+
+
+def combination(step: Step) -> tuple[NDArray[np.int64], iv.Reals]:
+    """Indices and factors of a `combine`, taps × elements."""
+    tables = (step.attrs[name] for name in ("indices", "factors"))
+    indices, factors = (np.asarray(t).reshape(step.attrs["taps"], -1) for t in tables)
+    return indices, factors.astype(np.float64)
+
+
 def _select(step: Step, xs: Sequence[Step]) -> Interval:
     found = xs[1].interval
     if step.attrs.get("many"):
@@ -185,7 +198,10 @@ RULES: Mapping[str, Rule] = {
     "concat": _concat,
     "pad": _pad,
     "expand": lambda s, xs: _aligned(s, xs)[0],
-    "gather": lambda s, xs: iv.take(xs[0].interval, s.attrs["axis"], s.attrs["indices"]),
+    "gather": lambda s, xs: iv.take(
+        xs[0].interval, s.attrs["axis"], np.asarray(s.attrs["indices"])
+    ),
+    "combine": _combine,
     "sum": lambda s, xs: iv.total(xs[0].interval, xs[0].shape, s.attrs["axes"]),
     "mul": _product(_mul),
     "matmul": _product(_matmul),

@@ -73,7 +73,7 @@ def compute_seconds(plan: Plan, i: Instruction, rates: Rates = RATES) -> float:
     if i.id in plan.static or i.op == "input":
         return 0.0
     if OPS[i.op].local:
-        moves = 0 if i.op == "reshape" else size
+        moves = 0 if i.op == "reshape" else size * i.attrs.get("taps", 1)
         return rates.local_step + rates.moved * moves
     sent = sum(cost_of_instruction(plan, i.id).rounds)
     seconds = rates.step + 2 * rates.byte * sent

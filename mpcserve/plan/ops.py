@@ -113,9 +113,26 @@ def _expand(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
 
 def _gather(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     (shape,), axis, indices = shapes, attrs["axis"], attrs["indices"]
-    if any(not 0 <= i < shape[axis] for i in indices):
-        raise ValueError(f"gather index outside axis {axis} of {shape}")
+    _within(indices, axis, shape)
     return (*shape[:axis], len(indices), *shape[axis + 1 :])
+
+
+def _combine(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    (shape,), axis, taps = shapes, attrs["axis"], attrs["taps"]
+    if not 1 <= taps <= len(attrs["indices"]) or len(attrs["indices"]) % taps:
+        raise ValueError(f"{len(attrs['indices'])} indices for {taps} taps")
+    if len(attrs["factors"]) != len(attrs["indices"]):
+        raise ValueError(f"{len(attrs['factors'])} factors for {len(attrs['indices'])} indices")
+    _within(attrs["indices"], axis, shape)
+    return (*shape[:axis], len(attrs["indices"]) // taps, *shape[axis + 1 :])
+
+
+def _within(indices: Sequence[int], axis: int, shape: Shape) -> None:
+    if not 0 <= axis < len(shape):
+        raise ValueError(f"no axis {axis} in {shape}")
+    array = np.asarray(indices)
+    if array.size and (array.min() < 0 or array.max() >= shape[axis]):
+        raise ValueError(f"index outside axis {axis} of {shape}")
 
 
 def _sum(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
@@ -263,6 +280,7 @@ OPS: Mapping[str, OpSpec] = {
     "pad": OpSpec((1, 1), _pad, ("before", "after", "value"), local=True),
     "expand": OpSpec((1, 1), _expand, ("shape",), local=True),
     "gather": OpSpec((1, 1), _gather, ("axis", "indices"), local=True),
+    "combine": OpSpec((1, 1), _combine, ("axis", "taps", "indices", "factors"), local=True),
     "sum": OpSpec((1, 1), _sum, ("axes",), local=True),
     "mul": OpSpec((2, 3), _with_addend(_broadcast), _PRODUCT, cost=_product_cost),
     "matmul": OpSpec((2, 3), _with_addend(_matmul), _PRODUCT, cost=_product_cost),
@@ -291,7 +309,11 @@ may hold, or any number if `many`; `nonnegative` promises x ≥ 0 where selected
 divided by 2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an
 optional third operand is added before the truncation. `spectral(x)` is Σ_k sine[k−1]·sin(kωx) +
 cosine[k−1]·cos(kωx), ω one turn per 2**`width` ulp, coefficients over 2**`bits`; it is truncated
-and opened as a product is."""
+and opened as a product is. `combine(x)` is a product by a public matrix along `axis`: element k is
+Σ_t `factors`[t, k]·x[`indices`[t, k]], of both tables `taps` rows."""
+
+MOVES = ("reshape", "transpose", "slice", "concat", "pad", "expand", "gather")
+"""Local ops that only put words elsewhere."""
 
 PRODUCTS = ("mul", "matmul", "conv")
 BITS = ("sign", "all")

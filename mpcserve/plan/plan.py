@@ -17,6 +17,8 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
+from mpcserve.plan.table import read, written
+
 FORMAT = 1
 """Version of the plan file and of what the instructions mean; servers refuse any other."""
 
@@ -126,6 +128,17 @@ class Plan:
         return frozenset(known)
 
     @cached_property
+    def moves(self) -> frozenset[int]:
+        """Ids of steps that put words elsewhere as they are: nothing need be reduced again."""
+        from mpcserve.plan.ops import MOVES
+
+        return frozenset(
+            i.id
+            for i in self.instructions
+            if i.op in MOVES and all(x.width == i.value.width for x in self.operands(i))
+        )
+
+    @cached_property
     def fixed(self) -> dict[int, int]:
         """Product id → which of its operands is static: prepared once for all evaluations."""
         return {
@@ -173,7 +186,7 @@ class Plan:
                 [
                     i.op,
                     list(i.inputs),
-                    dict(i.attrs),
+                    {k: written(v) for k, v in i.attrs.items()},
                     [
                         list(i.value.shape),
                         i.value.width,
@@ -209,7 +222,7 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
                 str(op),
                 tuple(map(int, inputs)),
                 value,
-                MappingProxyType(dict(attrs)),
+                MappingProxyType({k: read(v) for k, v in attrs.items()}),
                 str(layer),
             )
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mpcserve.plan.bill import cost_of
 from mpcserve.plan.plan import Instruction, Plan
 
-_HIDDEN = frozenset({"shape", "values", "indices"})
+_HIDDEN = frozenset({"shape", "values", "indices", "factors"})
 """Attributes that repeat the value's shape or may be long."""
 
 

@@ -100,6 +100,18 @@ def _spectral(i: Instruction, xs: Sequence[Int]) -> Int:
     return rounded
 
 
+def _combine(i: Instruction, xs: Sequence[Int]) -> Int:
+    at, (x,) = i.attrs, xs
+    indices, factors = (np.asarray(at[k], np.int64).reshape(at["taps"], -1) for k in _COMBINED)
+    along = (-1, *[1] * (x.ndim - 1 - at["axis"]))
+    total = np.zeros(i.value.shape, np.int64)
+    for index, factor in zip(indices, factors, strict=True):
+        total += np.take(x, index, axis=at["axis"]) * factor.reshape(along)
+    return total
+
+
+_COMBINED = ("indices", "factors")
+
 _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
     "constant": lambda i, xs: np.array(i.attrs["values"], np.int64).reshape(i.value.shape),
     "add": lambda i, xs: xs[0] + xs[1],
@@ -113,7 +125,8 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
     "concat": lambda i, xs: np.concatenate(xs, axis=i.attrs["axis"]),
     "pad": _pad,
     "expand": lambda i, xs: np.broadcast_to(xs[0], i.value.shape),
-    "gather": lambda i, xs: np.take(xs[0], i.attrs["indices"], axis=i.attrs["axis"]),
+    "gather": lambda i, xs: np.take(xs[0], np.asarray(i.attrs["indices"]), axis=i.attrs["axis"]),
+    "combine": _combine,
     "sum": lambda i, xs: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=np.int64),
     "mul": lambda i, xs: _product(i, xs[0] * xs[1], xs),
     "matmul": lambda i, xs: _product(i, xs[0] @ xs[1], xs),

@@ -47,7 +47,7 @@ class Dealer:
             keys = [derive(weights_key(k, self.plan.digest), i.id) for k in self._keys]
             return Mask(*(Stream(k).masks(i.value.shape, i.value.width) for k in keys))
         operands = [self._static[j] for j in i.inputs]
-        return _local_mask(i, operands)
+        return _local_mask(self.plan, i, operands)
 
     def deal(self, bundle_id: bytes) -> Iterator[memoryview]:
         """Bob's corrections of one bundle, in plan order; their lengths sum to the bill's."""
@@ -59,7 +59,7 @@ class Dealer:
                 continue
             operands = [masks.get(j, _NOTHING) for j in i.inputs]
             if OPS[i.op].local:
-                masks[i.id] = _local_mask(i, operands)
+                masks[i.id] = _local_mask(self.plan, i, operands)
             else:
                 io = DealIO(alice, bob, i.id)
                 masks[i.id] = self._deal(io, i, operands)
@@ -86,6 +86,6 @@ class Dealer:
         return select.deal_extend(io, i, operands)
 
 
-def _local_mask(i: Instruction, operands: list[Mask]) -> Mask:
-    a = apply_local(i, [m.a for m in operands], False)
-    return Mask(a, apply_local(i, [m.b for m in operands], False))
+def _local_mask(plan: Plan, i: Instruction, operands: list[Mask]) -> Mask:
+    a = apply_local(plan, i, [m.a for m in operands], False)
+    return Mask(a, apply_local(plan, i, [m.b for m in operands], False))

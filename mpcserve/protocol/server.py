@@ -136,8 +136,10 @@ class ServerProgram:
             self._known[i.id] = weights[i.attrs["name"]]
             self._halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
         else:
-            self._known[i.id] = apply_local(i, [self._known[j] for j in i.inputs], True)
-            self._halves[i.id] = apply_local(i, [self._halves[j] for j in i.inputs], False)
+            self._known[i.id] = apply_local(self.plan, i, [self._known[j] for j in i.inputs], True)
+            self._halves[i.id] = apply_local(
+                self.plan, i, [self._halves[j] for j in i.inputs], False
+            )
 
     # -- before the input ---------------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class ServerProgram:
                 continue
             mine = [halves.get(j, NOTHING) for j in i.inputs]
             if OPS[i.op].local:
-                halves[i.id] = apply_local(i, mine, False)
+                halves[i.id] = apply_local(self.plan, i, mine, False)
             elif i.op == "input":
                 seed = derive(key, i.id)
                 halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
@@ -222,7 +224,7 @@ class ServerProgram:
                     watch(id)
                     deltas = [values.get(j, NOTHING) for j in i.inputs]
                     if OPS[i.op].local:
-                        values[id] = apply_local(i, deltas, True)
+                        values[id] = apply_local(self.plan, i, deltas, True)
                     else:
                         steps = self._evaluate(i, materials.take(id), deltas)
                         waiting.append((id, steps, next(steps)))

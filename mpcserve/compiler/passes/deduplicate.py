@@ -7,6 +7,7 @@ import json
 from collections.abc import Hashable
 
 from mpcserve.compiler.draft import Draft, Step
+from mpcserve.plan.table import written
 
 
 def deduplicate(draft: Draft) -> Draft:
@@ -26,5 +27,5 @@ def _key(draft: Draft, step: Step, same: dict[int, int]) -> Hashable:
     if step.op == "weight":
         content = hashlib.sha256(draft.arrays[step.attrs["name"]].tobytes()).digest()
         return step.op, step.shape, step.frac_bits, content
-    attrs = json.dumps(dict(step.attrs), sort_keys=True)
+    attrs = json.dumps({k: written(v) for k, v in step.attrs.items()}, sort_keys=True)
     return step.op, inputs, attrs, step.shape, step.frac_bits

@@ -10,15 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mpcserve.plan.plan import Instruction
+from mpcserve.kernels import linear
+from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.ring import Words, as_words, reduce, word_type, words_of
 
 Apply = Callable[[Instruction, Sequence[Words], bool], Words]
 
 
-def apply_local(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    """The op on Δ (`is_delta`) or on one share of λ, reduced to the value's width."""
+def apply_local(plan: Plan, i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
+    """The op on Δ (`is_delta`) or on one share of λ, reduced to the value's width.
+
+    What only moves words may return a view of its operand.
+    """
+    if i.id in plan.moves:
+        return np.asarray(_TABLE[i.op](i, xs, is_delta))
     if i.op != "shift":
         xs = [as_words(x, i.value.width) for x in xs]
     # asarray: NumPy turns arrays without axes into scalars, whose arithmetic warns when it wraps
@@ -56,6 +63,34 @@ def _constant(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
     return np.zeros(i.value.shape, word_type(i.value.width))
 
 
+DENSE = 8
+"""A matrix with an eighth of its elements set is faster multiplied than gathered."""
+
+
+def _combine(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
+    (x,), at = xs, i.attrs
+    indices = np.asarray(at["indices"]).reshape(at["taps"], -1)
+    factors = words_of(at["factors"], indices.shape, i.value.width)
+    if DENSE * len(indices) >= x.shape[at["axis"]]:
+        return _multiplied(x, at["axis"], indices, factors)
+    along = (-1, *[1] * (x.ndim - 1 - at["axis"]))
+    total = np.zeros(i.value.shape, x.dtype)
+    for index, factor in zip(indices, factors, strict=True):
+        part = np.take(x, index, axis=at["axis"])
+        part *= factor.reshape(along)
+        total += part
+    return total
+
+
+def _multiplied(x: Words, axis: int, indices: NDArray[np.int64], factors: Words) -> Words:
+    """The same as one product by a matrix."""
+    matrix = np.zeros((x.shape[axis], indices.shape[1]), x.dtype)
+    np.add.at(matrix, (indices, np.arange(indices.shape[1])), factors)
+    last = np.ascontiguousarray(np.moveaxis(x, axis, -1))
+    product = linear.matmul(last.reshape(-1, x.shape[axis]), matrix)
+    return np.moveaxis(product.reshape((*last.shape[:-1], -1)), -1, axis)
+
+
 _TABLE: Mapping[str, Apply] = {
     "constant": _constant,
     "add": lambda i, xs, d: xs[0] + xs[1],
@@ -69,6 +104,7 @@ _TABLE: Mapping[str, Apply] = {
     "concat": lambda i, xs, d: np.concatenate(xs, axis=i.attrs["axis"]),
     "pad": _pad,
     "expand": lambda i, xs, d: np.broadcast_to(xs[0], i.value.shape),
-    "gather": lambda i, xs, d: np.take(xs[0], i.attrs["indices"], axis=i.attrs["axis"]),
+    "gather": lambda i, xs, d: np.take(xs[0], np.asarray(i.attrs["indices"]), axis=i.attrs["axis"]),
+    "combine": _combine,
     "sum": lambda i, xs, d: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=xs[0].dtype),
 }
