@@ -17,7 +17,7 @@ from mpcserve.compiler import compile_model, narrow
 from mpcserve.compiler.rings import Allocation, Family, Product
 from mpcserve.errors import ConfigError, ModelError
 from mpcserve.plan import Instruction, Plan, bill_of
-from mpcserve.protocol.clear import evaluate_clear
+from mpcserve.reference import evaluate_clear
 from mpcserve.protocol.together import simulate
 from tests.onnx_cases import model_of, node, ops_of, plain, rng_of
 from tests.plan_interpreter import Interpreter

@@ -22,14 +22,16 @@ IMPORTS = {
     "config": {"errors"},
     "ring": {"errors"},
     "plan": LOW,
-    "compiler": LOW | {"plan"},
+    "reference": LOW | {"plan"},
+    "compiler": LOW | {"plan", "reference"},
     "kernels": LOW,
     "randomness": LOW | {"kernels"},
     "protocol": LOW | {"kernels", "plan", "randomness"},
     "wire": {"errors", "version"},
     "transport": {"config", "errors", "wire"},
     "serving": LOW | {"config", "plan", "protocol", "randomness", "transport", "wire"},
-    "cli": LOW | {"bundled", "compiler", "config", "plan", "protocol", "serving", "transport"},
+    "cli": LOW
+    | {"bundled", "compiler", "config", "plan", "protocol", "reference", "serving", "transport"},
     "__main__": {"cli"},
     "__init__": LOW | {"bundled", "compiler", "config", "plan", "protocol", "serving"},
 }

@@ -8,7 +8,7 @@ import pytest
 from mpcserve.plan import bill_of, verify_plan
 from mpcserve.plan.plan import Plan
 from mpcserve.protocol import Together
-from mpcserve.protocol.clear import evaluate_clear
+from mpcserve.reference import evaluate_clear
 from tests.plans import PlanWriter, even_chunks
 
 SEED = 20240611

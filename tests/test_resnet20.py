@@ -13,7 +13,7 @@ from mpcserve.compiler import compile_model
 from mpcserve.plan import bill_of
 from mpcserve.plan.ops import PRODUCTS
 from mpcserve.protocol import Together
-from mpcserve.protocol.clear import evaluate_clear
+from mpcserve.reference import evaluate_clear
 
 MODELS = Path(__file__).parent.parent / "models"
 BATCH = 100
