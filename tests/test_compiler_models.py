@@ -11,8 +11,8 @@ import pytest
 from models import shapes
 from mpcserve.compiler import compile_model
 from mpcserve.plan import bill_of
-from mpcserve.reference import evaluate_clear
 from mpcserve.protocol.together import simulate
+from mpcserve.reference import evaluate_clear
 from tests.onnx_cases import agree, model_of, node, plain, rng_of
 from tests.plan_interpreter import Interpreter
 

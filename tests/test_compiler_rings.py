@@ -17,8 +17,8 @@ from mpcserve.compiler import compile_model, narrow
 from mpcserve.compiler.rings import Allocation, Family, Product
 from mpcserve.errors import ConfigError, ModelError
 from mpcserve.plan import Instruction, Plan, bill_of
-from mpcserve.reference import evaluate_clear
 from mpcserve.protocol.together import simulate
+from mpcserve.reference import evaluate_clear
 from tests.onnx_cases import model_of, node, ops_of, plain, rng_of
 from tests.plan_interpreter import Interpreter
 from tests.test_compiler_random import grown

@@ -13,8 +13,8 @@ from mpcserve.compiler.widths import assign_widths
 from mpcserve.plan import Plan, verify_plan
 from mpcserve.plan.store import plan_bytes, plan_from_bytes
 from mpcserve.plan.table import Table, listed, read, written
-from mpcserve.reference import evaluate_clear
 from mpcserve.protocol.together import Together
+from mpcserve.reference import evaluate_clear
 from tests.onnx_cases import rng_of
 from tests.plan_interpreter import Interpreter
 

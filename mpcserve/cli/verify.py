@@ -96,8 +96,8 @@ def verify_command(
 def _evaluate(
     plan: Plan, weights: Mapping[str, NDArray[np.int64]], inputs: Mapping[str, Array]
 ) -> Evaluated:
-    from mpcserve.reference import evaluate_clear
     from mpcserve.protocol.together import Together
+    from mpcserve.reference import evaluate_clear
     from mpcserve.serving.inputs import batches, check_inputs, join_outputs
 
     peaks: dict[int, int] = {}
