@@ -112,6 +112,11 @@ def _combine(i: Instruction, xs: Sequence[Int]) -> Int:
 
 _COMBINED = ("indices", "factors")
 
+def _wrap(i: Instruction, xs: Sequence[Int]) -> Int:
+    half = np.int64(1 << (i.attrs["bits"] - 1))
+    return ((xs[0] + half) & (2 * half - 1)) - half
+
+
 _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
     "constant": lambda i, xs: np.array(i.attrs["values"], np.int64).reshape(i.value.shape),
     "add": lambda i, xs: xs[0] + xs[1],
@@ -128,6 +133,9 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
     "gather": lambda i, xs: np.take(xs[0], np.asarray(i.attrs["indices"]), axis=i.attrs["axis"]),
     "combine": _combine,
     "sum": lambda i, xs: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=np.int64),
+    "wrap": _wrap,
+    "odd": lambda i, xs: xs[0] & 1,
+    "xor": lambda i, xs: np.bitwise_xor.reduce(xs) ^ np.int64(i.attrs["flip"]),
     "mul": lambda i, xs: _product(i, xs[0] * xs[1], xs),
     "matmul": lambda i, xs: _product(i, xs[0] @ xs[1], xs),
     "conv": lambda i, xs: _product(i, _conv(i, xs[0], xs[1]), xs),
@@ -141,6 +149,7 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
             for b, x in zip(xs[::2], xs[1::2], strict=True)
         )
     ),
+    "tally": lambda i, xs: np.tensordot(np.array(i.attrs["values"], np.int64), xs[0], 1),
     "extend": lambda i, xs: xs[0],
     "spectral": _spectral,
 }

@@ -42,7 +42,7 @@ class PlanWriter:
             assert rule is not None
             shape = rule([self.value(j).shape for j in inputs], attrs)
         bound = width - 1 if bound is None else bound
-        value = Value(shape, width, frac_bits, 0 if op in ("sign", "all") else bound)
+        value = Value(shape, width, frac_bits, 0 if width == 1 else bound)
         self.instructions.append(
             Instruction(id, op, tuple(inputs), value, MappingProxyType(attrs), f"{op}{id}")
         )

@@ -19,7 +19,7 @@ VIEWS = {
 
 
 def every_primitive() -> Plan:
-    """A product by a weight, a two-level and a one-level sign, select, extend, a secret product."""
+    """Products by a weight and of secrets, signs of both kinds, select, extend, tally, a bit."""
     p = PlanWriter()
     x = p.input((8, 4), 48, bound=20)
     w, d = p.weight((4, 8), 48, bound=20), p.weight((8,), 48, bound=30)
@@ -31,7 +31,7 @@ def every_primitive() -> Plan:
     low = p.sign(narrow, 12, even_chunks(12, 5), [3])
     part = p.emit("select", [low, narrow], width=32, bound=11, reads=12, when=1, nonnegative=False)
     out = p.emit("mul", [wide, part], width=30, frac_bits=-16, bound=21, ring=32, truncate=0)
-    return p.done(out)
+    return p.done(out, p.emit("tally", [bit], width=20, bound=10, values=[1] * 8), low)
 
 
 def inputs_of(kind: str, rng: np.random.Generator, bound: int) -> tuple[np.ndarray, ...]:

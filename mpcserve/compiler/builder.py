@@ -20,7 +20,7 @@ from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.ranges import encoded, settle
-from mpcserve.plan.ops import OPS
+from mpcserve.plan.ops import BIT_MOVES, BITS, MAX_ALL, OPS
 from mpcserve.plan.plan import InputSpec, OutputSpec
 from mpcserve.plan.table import listed
 
@@ -205,6 +205,38 @@ class Builder:
         shape = tuple(d for i, d in enumerate(x.shape) if i not in axes)
         return self._local("sum", [x], shape, axes=sorted(int(a) for a in axes))
 
+    # bits: xor and what moves them is local
+
+    def is_bit(self, x: Ref) -> bool:
+        """Whether x is a bit, shared mod 2, and not a number."""
+        return self._steps[x.id].is_bit
+
+    def xor(self, bits: Sequence[Ref], flip: int = 0) -> Ref:
+        """The sum of bits mod 2, and `flip`: local."""
+        shape = np.broadcast_shapes(*(x.shape for x in bits))
+        if len(bits) == 1:
+            step = self._steps[bits[0].id]
+            if step.op == "xor" and len(step.inputs) == 1:
+                bits, flip = [self.ref(step.inputs[0])], flip ^ step.attrs["flip"]
+            if not flip:
+                return bits[0]
+        return self._local("xor", [self.expand(x, shape) for x in bits], shape, flip=flip)
+
+    def flip(self, bit: Ref) -> Ref:
+        """Not `bit`: local."""
+        return self.xor([bit], 1)
+
+    def odd(self, x: Ref) -> Ref:
+        """The lowest bit of an integer, so the bit of a number that is 0 or 1: local."""
+        if x.frac_bits:
+            raise AssertionError("the lowest bit of a number with fraction bits")
+        return self._local("odd", [x], x.shape)
+
+    def wrap(self, x: Ref, bits: int) -> Ref:
+        """x mod 2^bits ulp, as the number next to zero: local. Only signs and promised
+        selects can read it, as it has no bit to spare."""
+        return x if self.bound(x) < bits else self._local("wrap", [x], x.shape, bits=bits)
+
     # interactive: one round or more
 
     def mul(self, x: Ref, y: Ref, addend: Ref | None = None, to: int | None = None) -> Ref:
@@ -244,7 +276,13 @@ class Builder:
         return self._emit("sign", (x.id,), {}, x.shape, 0, (bits, "proved"))
 
     def all(self, bits: Sequence[Ref], when: Sequence[int]) -> Ref:
-        """The bit [every bit equals its `when`]."""
+        """The bit [every bit equals its `when`]: a round for up to 8 bits, two up to 64, …."""
+        while len(bits) > MAX_ALL:
+            parts = [slice(k, k + MAX_ALL) for k in range(0, len(bits), MAX_ALL)]
+            bits = [self.all(bits[p], when[p]) for p in parts]
+            when = [1] * len(bits)
+        if len(bits) == 1:
+            return self.xor(bits, 1 - when[0])
         return self._emit("all", tuple(x.id for x in bits), {"when": list(when)}, bits[0].shape, 0)
 
     def choose(self, bits: Sequence[Ref], xs: Sequence[Ref], nonnegative: bool = False) -> Ref:
@@ -260,12 +298,23 @@ class Builder:
 
     def weighted(self, bits: Sequence[Ref], values: Sequence[float], frac_bits: int) -> Ref:
         """The sum of the public values whose bits are set, however many. One round."""
-        shape = bits[0].shape
-        terms = [self.expand(self.constant(np.full((1,) * len(shape), v), frac_bits), shape)
-                 for v in values]  # fmt: skip
-        ids = tuple(r.id for pair in zip(bits, terms, strict=True) for r in pair)
-        attrs = {"when": 1, "nonnegative": min(values) >= 0, "many": True}
-        return self._emit("select", ids, attrs, shape, frac_bits)
+        rows = [self.reshape(x, (1, *x.shape)) for x in bits]
+        return self.tally(self.concat(rows, 0), values, frac_bits)
+
+    def tally(self, bits: Ref, values: Sequence[float], frac_bits: int = 0) -> Ref:
+        """The sum along the first axis of the public values whose bits are set. One round."""
+        words = [int(v) for v in np.rint(np.ldexp(np.asarray(values, np.float64), frac_bits))]
+        return self._emit("tally", (bits.id,), {"values": words}, bits.shape[1:], frac_bits)
+
+    def number(self, bit: Ref, value: float = 1.0, frac_bits: int = 0) -> Ref:
+        """A public value where the bit is set, else 0. One round."""
+        return self.weighted([bit], [value], frac_bits)
+
+    def pick(self, bits: Sequence[Ref], xs: Sequence[Ref], nonnegative: bool = False) -> Ref:
+        """The sum of the x whose bits are set, however many. One round."""
+        ids = tuple(r.id for pair in zip(bits, xs, strict=True) for r in pair)
+        attrs = {"when": 1, "nonnegative": nonnegative, "many": True}
+        return self._emit("select", ids, attrs, xs[0].shape, xs[0].frac_bits)
 
     def spectral(
         self,
@@ -369,7 +418,7 @@ class Builder:
         return self._emit(op, ids, attrs, shape, full - attrs["truncate"])
 
     def _local(self, op: str, xs: Sequence[Ref], shape: Shape, /, **attrs: Any) -> Ref:
-        frac_bits = {x.frac_bits for x in xs}
+        frac_bits = {0 if op == "odd" else x.frac_bits for x in xs}
         if len(frac_bits) != 1:
             raise AssertionError(f"{op} of values with fraction bits {sorted(frac_bits)}")
         return self._emit(op, tuple(x.id for x in xs), attrs, tuple(shape), frac_bits.pop())
@@ -386,7 +435,11 @@ class Builder:
         if prod(shape) == 0:
             raise Unsupported("a tensor with no elements", "remove the empty branch")
         interval, known = held or (iv.uniform(0.0, 0.0, len(shape)), "exact")
-        step = Step(op, inputs, attrs, tuple(shape), frac_bits, interval, known, self.layer)
+        moved = op in BIT_MOVES and all(self._steps[j].is_bit for j in inputs)
+        step = Step(
+            op, inputs, attrs, tuple(shape), frac_bits, interval, known, self.layer,
+            is_bit=op in BITS or moved,
+        )  # fmt: skip
         self._steps.append(self._settle(step))
         return Ref(len(self._steps) - 1, tuple(shape), frac_bits)
 

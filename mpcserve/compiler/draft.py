@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.interval import Interval, bound_of
 from mpcserve.errors import PlanError
-from mpcserve.plan.ops import BITS, OPS, PRODUCTS
+from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import InputSpec, OutputSpec
 
 Shape = tuple[int, ...]
@@ -36,7 +36,7 @@ class Step:
 
     `stated`: a range that mathematics gives, `sampled`: one that samples give; both are intersected
     with what interval arithmetic finds. `power`, `active`: mean square and share of nonzero
-    elements in samples.
+    elements in samples. `is_bit`: the value is 0 or 1, shared mod 2.
     """
 
     op: str
@@ -51,11 +51,12 @@ class Step:
     sampled: Interval | None = None
     power: float | None = None
     active: float | None = None
+    is_bit: bool = False
 
     @property
     def bound(self) -> int:
         """|x| < 2^bound ulp."""
-        return 0 if self.op in BITS else bound_of(self.interval, self.frac_bits)
+        return 0 if self.is_bit else bound_of(self.interval, self.frac_bits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 from mpcserve.compiler.draft import Draft, Step
 from mpcserve.compiler.ranges import combination
 from mpcserve.compiler.sensitivity import Change, Felt
-from mpcserve.plan.ops import BITS, OPS, PRODUCTS
+from mpcserve.plan.ops import OPS, PRODUCTS
 
 NEAREST = 1 / 12
 """Variance of rounding to the nearest, in ulp²: inputs and weights."""
@@ -147,8 +147,11 @@ def _power(draft: Draft, step: Step, known: list[float]) -> float:
 
 def _combined(draft: Draft, step: Step, xs: list[float]) -> float:
     """Mean square of a step's value, were its operands independent and of mean zero."""
-    if step.op in BITS:
+    if step.is_bit:
         return 0.5
+    if step.op == "tally":
+        values = np.ldexp(np.array(step.attrs["values"], np.float64), -step.frac_bits)
+        return float(np.square(values).sum()) * ACTIVE
     if step.op in PRODUCTS:
         return inner(step, draft.steps) * xs[0] * xs[1] + sum(xs[2:])
     if step.op == "select":
@@ -214,8 +217,10 @@ class _Gains:
             return gain * factor_of(self.draft, id, operand, self.power)
         if step.op == "select":
             return gain * _let_through(step) if position % 2 else self._decides(step, position)
-        if step.op in BITS:
+        if step.is_bit:
             return gain
+        if step.op == "tally":
+            return max((self.allowed(j) for j in _compared(steps, operand)), default=0.0)
         if step.op == "sum":
             return gain * prod(steps[operand].shape) / prod(step.shape)
         if step.op == "combine":
@@ -266,6 +271,8 @@ SAMPLES = 513
 def _compared(steps: tuple[Step, ...], bit: int) -> list[int]:
     """Values whose signs make a bit."""
     step = steps[bit]
+    if not step.is_bit:
+        return []
     if step.op == "sign":
         return [step.inputs[0]]
     return [j for b in step.inputs for j in _compared(steps, b)]

@@ -178,6 +178,23 @@ def _select(step: Step, xs: Sequence[Step]) -> Interval:
     return iv.hull(found, 0.0)
 
 
+def _wrap(step: Step, xs: Sequence[Step]) -> Interval:
+    """A bound of `bits` − 1: the lowest number of all is left out, as no reader minds it."""
+    most = 2.0 ** (step.attrs["bits"] - 1 - step.frac_bits) - _ulp(step)
+    held = xs[0].interval
+    return held if held.magnitude <= most else iv.uniform(-most, most, len(step.shape))
+
+
+def _tally(step: Step, xs: Sequence[Step]) -> Interval:
+    values = np.ldexp(np.array(step.attrs["values"], np.float64), -step.frac_bits)
+    low, high = np.minimum(values, 0.0).sum(), np.maximum(values, 0.0).sum()
+    return iv.uniform(float(low), float(high), len(step.shape))
+
+
+def _bit(step: Step, xs: Sequence[Step]) -> Interval:
+    return iv.uniform(0.0, 1.0, len(step.shape))
+
+
 def _spectral(step: Step, xs: Sequence[Step]) -> Interval:
     """No more than its coefficients together, whatever x is."""
     at = step.attrs
@@ -206,9 +223,13 @@ RULES: Mapping[str, Rule] = {
     "mul": _product(_mul),
     "matmul": _product(_matmul),
     "conv": _product(_conv),
-    "sign": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
-    "all": lambda s, xs: iv.uniform(0.0, 1.0, len(s.shape)),
+    "wrap": _wrap,
+    "odd": _bit,
+    "xor": _bit,
+    "sign": _bit,
+    "all": _bit,
     "select": _select,
+    "tally": _tally,
     "extend": lambda s, xs: xs[0].interval,
     "spectral": _spectral,
 }

@@ -22,7 +22,7 @@ from typing import Any
 
 from mpcserve.compiler.chunks import CHUNK_BITS, sign_chunks
 from mpcserve.compiler.draft import Draft, Step
-from mpcserve.plan.ops import BITS, OPS, PRODUCTS
+from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
 
 
@@ -68,7 +68,7 @@ OUTPUT = -1
 
 def least_width(step: Step) -> int:
     """The narrowest width that holds the value."""
-    return 1 if step.op in BITS else max(step.bound + 1, 2)
+    return 1 if step.is_bit else max(step.bound + 1, 2)
 
 
 @dataclass
@@ -131,7 +131,8 @@ def _caps(steps: tuple[Step, ...], ring: int) -> list[int]:
             caps.append(widest - s.attrs["truncate"])
         elif OPS[s.op].local and s.inputs:
             spare = s.attrs["bits"] if s.op == "shift" else 0
-            caps.append(min(caps[j] for j in s.inputs) - spare)
+            widest = s.attrs["bits"] if s.op == "wrap" else RING_BITS
+            caps.append(min(widest, *(caps[j] for j in s.inputs)) - spare)
         else:
             caps.append(RING_BITS)
     return caps
@@ -151,10 +152,10 @@ def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple
     if step.op == "select":
         read = _read_width(step, steps)
         return [(j, read if k % 2 else 1) for k, j in enumerate(step.inputs)]
-    if step.op == "all":
-        return [(j, 1) for j in step.inputs]
     if step.op in ("sign", "extend"):
         return [(step.inputs[0], _read_width(step, steps))]
+    if step.op == "tally" or step.is_bit:
+        return [(j, 1) for j in step.inputs]
     spare = step.attrs["bits"] if step.op == "shift" else 0
     return [(j, width + spare) for j in step.inputs]
 
@@ -191,8 +192,7 @@ def _insert(draft: Draft, wider: dict[int, dict[int, int]]) -> Draft:
 
 def _instruction(id: int, step: Step, widths: list[int], draft: Draft, chunk: int) -> Instruction:
     width = widths[id]
-    bound = 0 if step.op in BITS else step.bound
-    value = Value(step.shape, width, step.frac_bits, bound, step.known)
+    value = Value(step.shape, width, step.frac_bits, step.bound, step.known)
     attrs = dict(step.attrs)
     if step.op in TRUNCATING:
         attrs["ring"] = ring_of(step, width)

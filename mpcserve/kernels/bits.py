@@ -6,7 +6,10 @@ stay in the first-level cache; LLVM vectorises the innermost loop.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
+from numpy.typing import NDArray
 
 from mpcserve.kernels.jit import kernel
 from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
@@ -74,6 +77,21 @@ def _pack(x: Words, width: int, out: Words) -> None:
             acc = v >> np.uint64(width - fill) if fill else _U0
     if fill:
         out[at] = acc
+
+
+def plane_of(flags: NDArray[np.uint8]) -> Words:
+    """Zeros and ones of any shape → a plane. Shapes: [ceil(N / 64)]."""
+    out = np.zeros((flags.size + 63) // 64, np.uint64)
+    packed = np.packbits(flags.reshape(-1), bitorder="little")
+    out.view(np.uint8)[: packed.size] = packed
+    return out
+
+
+def flags_of(plane: Words, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Inverse of `plane_of`."""
+    count = prod(shape)
+    flags = np.unpackbits(plane.view(np.uint8), count=count, bitorder="little")
+    return flags.reshape(shape)
 
 
 @kernel("void(uint64[::1], int64, uint64[::1])", "void(uint64[::1], int64, uint32[::1])")

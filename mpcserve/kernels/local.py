@@ -153,3 +153,25 @@ def select_share(
         crossed = T(T(dealt[4, k] * p) - dealt[2 + h, k])
         share = T(T(b * plain) + T(T(one - T(b + b)) * crossed))
         out[k] = T(T(out[k] + share) & out_mask)
+
+
+@kernel(*_signatures("void(uint64[::1], int64, W[:, ::1], W[::1], int64, boolean, W[::1])"))
+def tally_share(
+    bit: Words, start: int, dealt: Words, values: Words, width: int, leader: bool, out: Words
+) -> None:
+    """out ← out + share of Σ_k values[k]·b_k (mod 2^width), for elements `start` and on.
+
+    b = δ + (1 − 2δ)·β. Shapes: bit [ceil(K·N / 64)], row after row; dealt [K, N]: shares of β.
+    """
+    T = out.dtype.type
+    mask = T(_ALL >> np.uint64(64 - width))
+    keep = T(1) if leader else T(0)
+    one = T(1)
+    for k in range(values.size):
+        at = k * dealt.shape[1] + start
+        for e in range(out.size):
+            d = T((bit[(at + e) >> 6] >> np.uint64((at + e) & 63)) & np.uint64(1))
+            share = T(T(d * keep) + T(T(one - T(d + d)) * dealt[k, start + e]))
+            out[e] = T(out[e] + T(values[k] * share))
+    for e in range(out.size):
+        out[e] = T(out[e] & mask)

@@ -83,6 +83,8 @@ def compute_seconds(plan: Plan, i: Instruction, rates: Rates = RATES) -> float:
         return seconds + each * multiply_adds(plan, i) + rates.opened * size
     if i.op == "sign":
         return seconds + rates.compared * size
+    if i.op == "tally":
+        return seconds + rates.moved * size * len(i.attrs["values"])
     if i.op == "select":
         return seconds + rates.selected * size * len(i.inputs) / 2
     return seconds + rates.opened * size

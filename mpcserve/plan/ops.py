@@ -4,7 +4,10 @@ Three groups, and nothing else exists in a plan:
 
     sources     input · weight · constant
     local       act on Δ and on each mask share alike: no rounds, no bytes
-    interactive product (mul, matmul, conv) · sign · select · extend: masked values are exchanged
+    interactive product (mul, matmul, conv) · sign · all · select · tally · extend · spectral:
+                masked values are exchanged
+
+A value is a number, or a bit: 0 or 1, shared mod 2. MOVES act on both; `xor` joins bits locally.
 
 An operand wider than an instruction's working width is reduced on the fly: dropping high bits
 is free and exact (mod 2^m' for any m' > bound).
@@ -246,6 +249,22 @@ def _all_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
     return Cost((plane,), ((1 << operands) - 1 - operands) * plane)
 
 
+def _tally(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    if not shapes[0] or len(attrs["values"]) != shapes[0][0]:
+        raise ValueError(f"tally of {shapes[0]} by {len(attrs['values'])} values")
+    return shapes[0][1:]
+
+
+def _tally_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
+    return Cost((packed_bytes(size, width),), packed_bytes(len(attrs["values"]) * size, width))
+
+
+def _alike(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    if len(set(shapes)) != 1:
+        raise ValueError(f"xor needs bits of one shape, got {shapes}")
+    return shapes[0]
+
+
 def _extend_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
     return Cost((packed_bytes(size, width),), 2 * packed_bytes(size, width - attrs["width"]))
 
@@ -282,6 +301,9 @@ OPS: Mapping[str, OpSpec] = {
     "gather": OpSpec((1, 1), _gather, ("axis", "indices"), local=True),
     "combine": OpSpec((1, 1), _combine, ("axis", "taps", "indices", "factors"), local=True),
     "sum": OpSpec((1, 1), _sum, ("axes",), local=True),
+    "wrap": OpSpec((1, 1), _same, ("bits",), local=True),
+    "odd": OpSpec((1, 1), _same, local=True),
+    "xor": OpSpec((1, MANY), _alike, ("flip",), local=True),
     "mul": OpSpec((2, 3), _with_addend(_broadcast), _PRODUCT, cost=_product_cost),
     "matmul": OpSpec((2, 3), _with_addend(_matmul), _PRODUCT, cost=_product_cost),
     "conv": OpSpec(
@@ -293,6 +315,7 @@ OPS: Mapping[str, OpSpec] = {
     "sign": OpSpec((1, 1), _same, ("chunks", "groups"), cost=_sign_cost),
     "all": OpSpec((2, MAX_ALL), _all, ("when",), cost=_all_cost),
     "select": OpSpec((2, MANY), _choose, ("when", "nonnegative", "width"), cost=_select_cost),
+    "tally": OpSpec((1, 1), _tally, ("values",), cost=_tally_cost),
     "extend": OpSpec((1, 1), _same, ("width",), cost=_extend_cost),
     "spectral": OpSpec(
         (1, 1),
@@ -303,7 +326,10 @@ OPS: Mapping[str, OpSpec] = {
 }
 """`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, in all working width − 1;
 `groups`: how many consecutive chunks merge at the first level. `all(bits…)` is the bit [every bit
-equals its `when`]. `select(bit, x, …)` is the sum of the x where bit = `when`, of which at most one
+equals its `when`]. `xor(bits…)` is their sum mod 2, and `flip`. `odd(x)` is the lowest bit of an
+integer, `wrap(x)` the integer y with −2**(`bits` − 1) ≤ y < 2**(`bits` − 1) that equals x mod
+2**`bits`; its bound is `bits` − 1 although −2**bound is possible. `tally(bit)` is the sum of
+the public `values` whose bit is set, along the first axis. `select(bit, x, …)` is the sum of the x where bit = `when`, of which at most one
 may hold, or any number if `many`; `nonnegative` promises x ≥ 0 where selected. `extend` and
 `select` read x mod 2**`width` and write it mod 2**value.width. Products are computed mod 2**`ring`,
 divided by 2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an
@@ -315,5 +341,12 @@ and opened as a product is. `combine(x)` is a product by a public matrix along `
 MOVES = ("reshape", "transpose", "slice", "concat", "pad", "expand", "gather")
 """Local ops that only put words elsewhere."""
 
+MOVES = ("reshape", "transpose", "slice", "concat", "pad", "expand", "gather")
+"""Local ops that only put words elsewhere."""
+
+BIT_MOVES = ("reshape", "transpose", "slice", "concat", "expand", "gather")
+"""Those that move bits as well as numbers."""
+
 PRODUCTS = ("mul", "matmul", "conv")
-BITS = ("sign", "all")
+BITS = ("sign", "all", "xor", "odd")
+"""Ops whose value is a bit, whatever they read."""

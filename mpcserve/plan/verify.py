@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpcserve.errors import PlanError
-from mpcserve.plan.ops import BITS, OPS, PRODUCTS
+from mpcserve.plan.ops import BIT_MOVES, BITS, OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
 
 KNOWN = ("exact", "proved", "calibrated", "assumed")
@@ -77,18 +77,19 @@ def _instruction(plan: Plan, i: Instruction) -> Iterator[str]:
             yield f"shape {v.shape}, expected {shape}"
     if v.known not in KNOWN:
         yield f"bound known by {v.known!r}"
-    if i.op in BITS:
+    if i.op in BITS or (i.op in BIT_MOVES and all(x.width == 1 for x in xs)):
         if (v.width, v.frac_bits, v.bound) != (1, 0, 0):
             yield "a bit has width 1, frac_bits 0 and bound 0"
     elif not 1 < v.width <= RING_BITS:
         yield f"width {v.width} outside 2..{RING_BITS}"
     elif not 0 <= v.bound <= v.width - 1:
         yield f"bound 2^{v.bound} does not fit width {v.width}"
-    bits = {"all": xs, "select": xs[::2]}.get(i.op, [])
+    bits = xs[::2] if i.op == "select" else xs if i.op in ("all", "xor", "tally") else []
     if any(x.width != 1 for x in bits):
         yield "takes something for a bit that is none"
-    if sum(x.width == 1 for x in xs) > len(bits):
-        yield "a bit can only be joined by `all` or selected by"
+    moved = i.op in BIT_MOVES and v.width == 1
+    if not moved and sum(x.width == 1 for x in xs) > len(bits):
+        yield "takes a bit for a number"
     yield from _widths(i, v, xs)
 
 
@@ -121,7 +122,9 @@ def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
         spare = i.attrs["bits"] if i.op == "shift" else 0
         if any(v.width > x.width - spare for x in xs):
             yield f"width {v.width} from operands of {[x.width for x in xs]} less {spare}"
-        keeps = i.op not in ("scale", "shift")
+        if i.op == "wrap" and v.width > i.attrs["bits"]:
+            yield f"width {v.width} of a number mod 2^{i.attrs['bits']}"
+        keeps = i.op not in ("scale", "shift", "odd")
         if keeps and any(v.frac_bits != x.frac_bits for x in xs):
             yield f"frac_bits {v.frac_bits} from {[x.frac_bits for x in xs]}"
 

@@ -13,7 +13,7 @@ import numpy as np
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.protocol.parties import DealIO, Mask
-from mpcserve.protocol.primitives import join, product, select, sign, spectral
+from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
 from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 
@@ -80,6 +80,8 @@ class Dealer:
             return join.deal(io, i, operands)
         if i.op == "spectral":
             return spectral.deal(io, i, operands)
+        if i.op == "tally":
+            return tally.deal(io, i, operands)
         if i.op == "select":
             return select.deal_select(io, i, operands)
         assert i.op == "extend"

@@ -77,6 +77,10 @@ def reveal(
             for m in (from_alice, from_bob)
         ]
         at += size
+        if value.width == 1:
+            flags = bits.flags_of(shares[0] ^ shares[1], value.shape)
+            outputs.append(flags.astype(spec.dtype).reshape(spec.shape))
+            continue
         signed = to_signed(reduce(shares[0] + shares[1], value.width), value.width)
         real = np.ldexp(signed.astype(np.float64), -value.frac_bits) if value.frac_bits else signed
         outputs.append(np.asarray(real).astype(spec.dtype).reshape(spec.shape))

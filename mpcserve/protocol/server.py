@@ -20,7 +20,7 @@ from mpcserve.plan.ops import OPS, PRODUCTS, packed_bytes
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.schedule import schedule_of
 from mpcserve.protocol.parties import Buffer, Material, PrepareIO, Round, Side, Steps
-from mpcserve.protocol.primitives import join, product, select, sign, spectral
+from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
 from mpcserve.protocol.primitives.local_ops import apply_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 from mpcserve.ring import Words, reduce
@@ -196,6 +196,8 @@ class ServerProgram:
             return join.prepare(io, i, halves)
         if i.op == "spectral":
             return spectral.prepare(io, i, halves)
+        if i.op == "tally":
+            return tally.prepare(io, i)
         if i.op == "select":
             return select.prepare_select(io, i, halves)
         assert i.op == "extend"
@@ -245,6 +247,8 @@ class ServerProgram:
             return join.evaluate(self.role, i, material, deltas)
         if i.op == "spectral":
             return spectral.evaluate(self.role, i, material, deltas[0])
+        if i.op == "tally":
+            return tally.evaluate(self.role, i, material, deltas[0])
         if i.op == "select":
             return select.evaluate_select(self.role, i, material, deltas)
         assert i.op == "extend"
@@ -264,8 +268,14 @@ class ServerProgram:
         parts = []
         for spec, half in zip(self.plan.outputs, halves, strict=True):
             value = self.plan.value(spec.id)
-            r = fresh.masks(value.shape, value.width)
             delta = values[spec.id]
+            if value.width == 1:
+                tag.update(bits.pack_planes(delta[None], value.size))
+                share = fresh.planes(1, value.size) ^ half
+                share = share ^ delta if self.role == "alice" else share
+                parts.append(bits.pack_planes(share, value.size))
+                continue
+            r = fresh.masks(value.shape, value.width)
             tag.update(bits.pack(delta, value.width))
             share = delta - half + r if self.role == "alice" else -half - r
             parts.append(bits.pack(reduce(share, value.width), value.width))
@@ -311,7 +321,10 @@ def _finished(i: Instruction, uses: Counter[int]) -> Iterator[int]:
 
 
 def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:
-    """Packed words of value `id` → array of its shape. Raises: WireError on a wrong length."""
+    """Packed words of value `id` → array of its shape, or a bit's plane.
+
+    Raises: WireError on a wrong length.
+    """
     value = plan.value(id)
     expected = packed_bytes(value.size, value.width)
     if len(data) != expected:
@@ -320,4 +333,6 @@ def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:
             f" of {value.width} bits",
             "client and servers must use the same plan",
         )
+    if value.width == 1:
+        return bits.unpack_planes(data, 1, value.size)[0]
     return bits.unpack(data, value.size, value.width).reshape(value.shape)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcserve.kernels import linear
+from mpcserve.kernels import bits, linear
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.ring import Words, as_words, reduce, word_type, words_of
 
@@ -24,12 +24,29 @@ def apply_local(plan: Plan, i: Instruction, xs: Sequence[Words], is_delta: bool)
 
     What only moves words may return a view of its operand.
     """
+    if i.value.width == 1:
+        return _bit(plan, i, xs, is_delta)
     if i.id in plan.moves:
         return np.asarray(_TABLE[i.op](i, xs, is_delta))
     if i.op != "shift":
         xs = [as_words(x, i.value.width) for x in xs]
     # asarray: NumPy turns arrays without axes into scalars, whose arithmetic warns when it wraps
     return np.asarray(reduce(np.asarray(_TABLE[i.op](i, xs, is_delta)), i.value.width))
+
+
+def _bit(plan: Plan, i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
+    """Ops whose value is a bit, on planes."""
+    if i.op == "odd":
+        lowest = np.empty((1, (i.value.size + 63) // 64), np.uint64)
+        bits.slice_bits(np.ascontiguousarray(xs[0]).reshape(-1), 0, 1, lowest)
+        return lowest[0]
+    if i.op == "xor":
+        out: Words = np.asarray(np.bitwise_xor.reduce(xs))
+        return np.bitwise_not(out) if i.attrs["flip"] and is_delta else out
+    if i.op == "reshape":
+        return xs[0]
+    flags = [bits.flags_of(x, v.shape) for x, v in zip(xs, plan.operands(i), strict=True)]
+    return bits.plane_of(np.asarray(_TABLE[i.op](i, flags, is_delta)))
 
 
 def _offset(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
@@ -106,5 +123,6 @@ _TABLE: Mapping[str, Apply] = {
     "expand": lambda i, xs, d: np.broadcast_to(xs[0], i.value.shape),
     "gather": lambda i, xs, d: np.take(xs[0], np.asarray(i.attrs["indices"]), axis=i.attrs["axis"]),
     "combine": _combine,
+    "wrap": lambda i, xs, d: xs[0],
     "sum": lambda i, xs, d: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=xs[0].dtype),
 }
