@@ -112,6 +112,7 @@ def _combine(i: Instruction, xs: Sequence[Int]) -> Int:
 
 _COMBINED = ("indices", "factors")
 
+
 def _wrap(i: Instruction, xs: Sequence[Int]) -> Int:
     half = np.int64(1 << (i.attrs["bits"] - 1))
     return ((xs[0] + half) & (2 * half - 1)) - half
@@ -149,7 +150,7 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
             for b, x in zip(xs[::2], xs[1::2], strict=True)
         )
     ),
-    "tally": lambda i, xs: np.tensordot(np.array(i.attrs["values"], np.int64), xs[0], 1),
+    "tally": lambda i, xs: np.tensordot(np.asarray(i.attrs["values"], np.int64), xs[0], 1),
     "extend": lambda i, xs: xs[0],
     "spectral": _spectral,
 }

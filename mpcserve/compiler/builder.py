@@ -303,8 +303,8 @@ class Builder:
 
     def tally(self, bits: Ref, values: Sequence[float], frac_bits: int = 0) -> Ref:
         """The sum along the first axis of the public values whose bits are set. One round."""
-        words = [int(v) for v in np.rint(np.ldexp(np.asarray(values, np.float64), frac_bits))]
-        return self._emit("tally", (bits.id,), {"values": words}, bits.shape[1:], frac_bits)
+        words = np.rint(np.ldexp(np.asarray(values, np.float64), frac_bits)).astype(np.int64)
+        return self._emit("tally", (bits.id,), {"values": listed(words)}, bits.shape[1:], frac_bits)
 
     def number(self, bit: Ref, value: float = 1.0, frac_bits: int = 0) -> Ref:
         """A public value where the bit is set, else 0. One round."""

@@ -150,7 +150,7 @@ def _combined(draft: Draft, step: Step, xs: list[float]) -> float:
     if step.is_bit:
         return 0.5
     if step.op == "tally":
-        values = np.ldexp(np.array(step.attrs["values"], np.float64), -step.frac_bits)
+        values = np.ldexp(np.asarray(step.attrs["values"], np.float64), -step.frac_bits)
         return float(np.square(values).sum()) * ACTIVE
     if step.op in PRODUCTS:
         return inner(step, draft.steps) * xs[0] * xs[1] + sum(xs[2:])

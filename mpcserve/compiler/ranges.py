@@ -186,7 +186,7 @@ def _wrap(step: Step, xs: Sequence[Step]) -> Interval:
 
 
 def _tally(step: Step, xs: Sequence[Step]) -> Interval:
-    values = np.ldexp(np.array(step.attrs["values"], np.float64), -step.frac_bits)
+    values = np.ldexp(np.asarray(step.attrs["values"], np.float64), -step.frac_bits)
     low, high = np.minimum(values, 0.0).sum(), np.maximum(values, 0.0).sum()
     return iv.uniform(float(low), float(high), len(step.shape))
 

@@ -328,18 +328,16 @@ OPS: Mapping[str, OpSpec] = {
 `groups`: how many consecutive chunks merge at the first level. `all(bits…)` is the bit [every bit
 equals its `when`]. `xor(bits…)` is their sum mod 2, and `flip`. `odd(x)` is the lowest bit of an
 integer, `wrap(x)` the integer y with −2**(`bits` − 1) ≤ y < 2**(`bits` − 1) that equals x mod
-2**`bits`; its bound is `bits` − 1 although −2**bound is possible. `tally(bit)` is the sum of
-the public `values` whose bit is set, along the first axis. `select(bit, x, …)` is the sum of the x where bit = `when`, of which at most one
-may hold, or any number if `many`; `nonnegative` promises x ≥ 0 where selected. `extend` and
-`select` read x mod 2**`width` and write it mod 2**value.width. Products are computed mod 2**`ring`,
+2**`bits`; its bound is `bits` − 1 although −2**bound is possible. `tally(bit)` is the sum of the
+public `values` whose bit is set, along the first axis. `select(bit, x, …)` is the sum of the x
+where bit = `when`, of which at most one may hold, or any number if `many`; `nonnegative` promises
+x ≥ 0 where selected. `extend` and `select` read x mod 2**`width` and write it mod 2**value.width.
+Products are computed mod 2**`ring`,
 divided by 2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an
 optional third operand is added before the truncation. `spectral(x)` is Σ_k sine[k−1]·sin(kωx) +
 cosine[k−1]·cos(kωx), ω one turn per 2**`width` ulp, coefficients over 2**`bits`; it is truncated
 and opened as a product is. `combine(x)` is a product by a public matrix along `axis`: element k is
 Σ_t `factors`[t, k]·x[`indices`[t, k]], of both tables `taps` rows."""
-
-MOVES = ("reshape", "transpose", "slice", "concat", "pad", "expand", "gather")
-"""Local ops that only put words elsewhere."""
 
 MOVES = ("reshape", "transpose", "slice", "concat", "pad", "expand", "gather")
 """Local ops that only put words elsewhere."""

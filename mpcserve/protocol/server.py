@@ -334,5 +334,5 @@ def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:
             "client and servers must use the same plan",
         )
     if value.width == 1:
-        return bits.unpack_planes(data, 1, value.size)[0]
+        return np.asarray(bits.unpack_planes(data, 1, value.size)[0])
     return bits.unpack(data, value.size, value.width).reshape(value.shape)

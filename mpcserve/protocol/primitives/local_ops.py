@@ -39,7 +39,7 @@ def _bit(plan: Plan, i: Instruction, xs: Sequence[Words], is_delta: bool) -> Wor
     if i.op == "odd":
         lowest = np.empty((1, (i.value.size + 63) // 64), np.uint64)
         bits.slice_bits(np.ascontiguousarray(xs[0]).reshape(-1), 0, 1, lowest)
-        return lowest[0]
+        return np.asarray(lowest[0])
     if i.op == "xor":
         out: Words = np.asarray(np.bitwise_xor.reduce(xs))
         return np.bitwise_not(out) if i.attrs["flip"] and is_delta else out

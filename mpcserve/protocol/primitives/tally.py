@@ -53,8 +53,6 @@ def evaluate(side: Side, i: Instruction, material: Material, delta: Words) -> St
 
     def fill(part: slice) -> None:
         out[part] = material.lam[part]
-        local.tally_share(
-            delta, part.start, material.dealt, weights, n, side == "alice", out[part]
-        )
+        local.tally_share(delta, part.start, material.dealt, weights, n, side == "alice", out[part])
 
     return (yield from open_share(out, n, fill)).reshape(i.value.shape)
