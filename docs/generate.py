@@ -21,6 +21,7 @@ FAMILIES = {
     "elementwise": "elementwise",
     "activation": "smooth functions, as sums of waves in one round",
     "probability": "softmax",
+    "attention": "attention",
     "normalization": "normalisation",
     "pooling": "pooling",
     "reduction": "reductions",

@@ -32,7 +32,6 @@ IMPORTS = {
     "serving": LOW | {"config", "plan", "protocol", "randomness", "transport", "wire"},
     "cli": LOW
     | {"bundled", "compiler", "config", "plan", "protocol", "reference", "serving", "transport"},
-    "onnx_backend": LOW | {"compiler", "plan", "protocol"},
     "__main__": {"cli"},
     "__init__": LOW | {"bundled", "compiler", "config", "plan", "protocol", "serving"},
 }
@@ -41,7 +40,7 @@ IMPORTS = {
 ONLY_IN = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
-    "onnx": {"compiler", "cli", "onnx_backend"},
+    "onnx": {"compiler", "cli"},
     "onnxruntime": {"compiler", "cli"},
     "click": {"cli"},
     "rich": {"cli"},

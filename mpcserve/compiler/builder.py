@@ -99,6 +99,10 @@ class Builder:
         """A secret tensor of the model owner. Fraction bits may be tuned later."""
         frac_bits = self.frac_bits if frac_bits is None else frac_bits
         reals = np.asarray(values, np.float64)
+        if not np.isfinite(reals).all():
+            raise Unsupported(
+                "adds or multiplies infinite numbers", "an infinite mask must go into a softmax"
+            )
         name = f"w{len(self._arrays)}"
         self._arrays[name] = reals
         held = iv.exactly(encoded(reals, frac_bits))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx
 
 from mpcserve.compiler import importing
-from mpcserve.compiler.expand import expanded
+from mpcserve.compiler.expand import expanded, kept_functions
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
 from mpcserve.compiler.lower import Ranges, Scales, lower
@@ -60,7 +60,8 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
             model = expanded(importing.inferred(model), found, weights)
         problems += unknown_operators(model, found, weights)
         if not blocking:
-            folded = importing.restored(importing.folded(model), held)
+            kept = kept_functions(model, found, weights)
+            folded = importing.restored(importing.folded(model, kept), held)
             graph = importing.folded_graph(folded, name)
     except ModelError as e:
         # A model with unknown operators need not load; say only what is already known.

@@ -42,6 +42,25 @@ def expanded(
     return result
 
 
+def kept_functions(
+    model: onnx.ModelProto, registry: Registry, held: Collection[str] = ()
+) -> set[str]:
+    """Names of the nodes that ONNX defines as functions, yet are lowered as they are."""
+    opset = opset_of(model)
+    return {
+        n.name
+        for n in secret_nodes(model.graph, held)
+        if registry.find(n.op_type, opset, n.domain) is not None and _is_function(n.op_type, opset)
+    }
+
+
+def _is_function(op: str, opset: int) -> bool:
+    if not defs.has(op):
+        return False
+    schema: Any = defs.get_schema(op, opset, "")
+    return bool(schema.has_function or schema.has_context_dependent_function)
+
+
 def _body(
     node: onnx.NodeProto,
     opset: int,

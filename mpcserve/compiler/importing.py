@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, inliner, numpy_helper, shape_inference, version_converter
 
+from mpcserve.compiler.cut import rejoined, without
 from mpcserve.compiler.graph import Graph, Node, graph_of
 from mpcserve.compiler.load import opset_of
 from mpcserve.compiler.survey import secret_nodes
@@ -148,16 +150,20 @@ def _opened(
         ) from None
 
 
-def folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Constants and Conv/BatchNormalization folded, shapes everywhere."""
+def folded(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
+    """Constants and Conv/BatchNormalization folded, shapes everywhere.
+
+    Nodes named in `kept` stay as they are: onnxruntime would write functions out.
+    """
     model = inferred(model)
+    cut = without(model, kept)
+    if not cut.graph.node or not cut.graph.output:
+        return model
     with tempfile.TemporaryDirectory(prefix="mpcserve-") as folder:
         path = Path(folder) / "optimized.onnx"
-        session(model, path)
+        session(cut, path)
         optimized = onnx.load(path)
-    if any(n.domain not in ("", "ai.onnx") for n in optimized.graph.node):
-        optimized = model
-    return inferred(optimized)
+    return inferred(rejoined(optimized, model, kept))
 
 
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto:

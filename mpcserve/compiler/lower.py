@@ -112,12 +112,12 @@ def _call(
     if unknown:
         raise Unsupported(f"attribute {unknown[0]!r} is not supported")
     for x in operands:
-        if isinstance(x, np.ndarray) and not np.issubdtype(x.dtype, np.number):
+        if isinstance(x, np.ndarray) and x.dtype.kind not in "biuf":
             raise Unsupported(f"a constant input has elements of {x.dtype}")
     try:
         result = entry.function(b, *operands, **node.attrs)
     except (TypeError, ValueError, IndexError) as e:
         raise Unsupported(f"its inputs or attributes do not fit: {e}") from e
     outputs = result if isinstance(result, tuple) else (result,)
-    names = [n for n in node.outputs if n]
-    return dict(zip(names, outputs, strict=False))
+    pairs = zip(node.outputs, outputs, strict=False)
+    return {name: value for name, value in pairs if name and value is not None}

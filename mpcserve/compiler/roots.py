@@ -26,6 +26,7 @@ from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.smooth import exp, spectral, stated
 
 Reals = NDArray[np.float64]
+Spread = Callable[[Builder, Ref], Ref]
 
 FLOOR_BITS = 2
 """A value that is not known to be larger is taken to be at least 2^2 ulp."""
@@ -78,13 +79,21 @@ class Scaled:
         chosen = b.offset(b.weighted(self.bits, steps, frac_bits), values[0])
         return b.within(chosen, min(values), max(values))
 
-    def times_factor(self, b: Builder, y: Ref, power: float = 1.0, to: int | None = None) -> Ref:
+    def times_factor(
+        self,
+        b: Builder,
+        y: Ref,
+        power: float = 1.0,
+        to: int | None = None,
+        spread: Spread | None = None,
+    ) -> Ref:
         """y · factor^power. Cost: 1 round after that of the weights; none for one factor."""
         smallest = self.base * 4.0 ** len(self.bits)
         bits = max(ceil(power * log2(smallest)), 0)
         factor = self.weights(b, lambda t: t**-power, bits)
         if isinstance(factor, float):
             return _times_power_of_two(b, y, factor, y.frac_bits if to is None else to)
+        factor = spread(b, factor) if spread else factor
         return b.mul(y, factor, to=y.frac_bits if to is None else to)
 
     def unit(self, b: Builder) -> Ref:
@@ -140,21 +149,25 @@ def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
     return _stated_inverse(b, x, y, inverse_curve)
 
 
-def divide(b: Builder, x: Ref, y: Ref, ratio: float | None = None) -> Ref:
+def divide(
+    b: Builder, x: Ref, y: Ref, ratio: float | None = None, spread: Spread | None = None
+) -> Ref:
     """x / y with broadcasting, for y of one sign. Error: 1e-5 relative and 2 ulp. Rounds: 2 to 6.
 
     x is scaled while y is, so that no small 1 / y is ever rounded. `ratio`: a bound of |x / y| that
-    intervals cannot see.
+    intervals cannot see. `spread`: brings what is computed per divisor to the shape of x, where
+    that is not by broadcasting.
     """
     if b.interval(y).most <= 0:
-        return b.scale(divide(b, x, b.scale(y, -1), ratio), -1)
+        return b.scale(divide(b, x, b.scale(y, -1), ratio, spread), -1)
     found = scaled(b, y, "its divisor", 1)
     held, (low, _) = b.interval(x), _positive_range(b, y, "its divisor")
     top = held.magnitude / low if ratio is None else ratio
-    part = found.times_factor(b, x, to=b.frac_bits + PART_BITS)
+    part = found.times_factor(b, x, to=b.frac_bits + PART_BITS, spread=spread)
     most = min(top * UNIT_HIGH, b.interval(part).magnitude)
     b.within(part, -most if held.least < 0 else 0.0, most)
-    z = b.mul(part, _inverse(b, found, b.frac_bits + PART_BITS))
+    inverse = _inverse(b, found, b.frac_bits + PART_BITS)
+    z = b.mul(part, spread(b, inverse) if spread else inverse)
     slack = 4 * 2.0**-b.frac_bits + top * 2.0**-14
     return b.within(z, -top - slack if held.least < 0 else -slack, top + slack)
 

@@ -1,68 +1,152 @@
-"""Softmax and its logarithm over one axis.
+"""Softmax and its logarithm over one axis, and attention: softmax times values.
 
-Where the range of x is narrow, no maximum is needed: e^(x − centre) is made by squaring a smaller
-power, so that it is right relatively, however small. Else the maximum is subtracted first.
+Where the range of x is narrow, no maximum is needed: e^(x − centre) is right relatively, however
+small; from a power of e^2 on it is made by squaring a smaller one. Else the maximum is subtracted
+first. What a public mask hides is neither compared nor computed.
 """
 
 from __future__ import annotations
 
-from math import log
+from math import ceil, log, log2
+from typing import NamedTuple
+
+import numpy as np
 
 from mpcserve.compiler.builder import Builder, Ref
-from mpcserve.compiler.functions import reduce_max, with_frac_bits
-from mpcserve.compiler.roots import divide, logarithm
+from mpcserve.compiler.functions import aligned, with_frac_bits
+from mpcserve.compiler.masking import Layout, Mask, Rows, layout_of, no_mask
+from mpcserve.compiler.roots import divide, logarithm, reciprocal
 from mpcserve.compiler.smooth import SMALL_TOP, exp
 
 NARROW = 16.5
 """Ranges up to here need no maximum."""
 
+DIRECT = 6.0
+"""Up to here e^x is made at once, with e^2 at the top; beyond, the range is centred and squared."""
+
 FINE_BITS = 22
 """Fraction bits of e^(x − centre), which may be as small as e^−8."""
 
+SPARE_BITS = 4
+"""Fraction bits that the smallest e^(x − centre) may have fewer than usual, relative to itself."""
 
-def softmax(b: Builder, x: Ref, axis: int) -> Ref:
-    """e^x / Σ e^x. Error: 1e-4. Rounds: 8 to 10 for a narrow range; else 8 and the maximum's."""
-    powers, total, _ = _powers(b, x, axis)
-    return b.within(divide(b, powers, total, ratio=1.0), -(2.0**-12), 1.0 + 2.0**-12)
+WIDEST_SUM = 56
+"""Bits of Σ e^x·v, before truncation, up to which the sum is divided and not each e^x."""
+
+
+class _Powers(NamedTuple):
+    """(e^t of what takes part, Σ e^t per row with parts, t), t = x − centre or x − maximum."""
+
+    parts: Ref
+    total: Ref
+    shifted: Ref
+    by_maximum: bool
+
+
+def softmax(b: Builder, x: Ref, axis: int, mask: Mask | None = None) -> Ref:
+    """e^x / Σ e^x. Error: 1e-4. Rounds: 7 to 10 for a narrow range; else 8 and the maximum's."""
+    moved, layout, rows = _laid_out(b, x, axis, mask)
+    p = _powers(b, moved, rows)
+    y = b.within(divide(b, p.parts, p.total, 1.0, rows.spread), -(2.0**-12), 1.0 + 2.0**-12)
+    y = rows.placed(b, y, rows.fill / rows.kept.shape[1])
+    return _turned(b, layout.back(b, y), axis)
 
 
 def log_softmax(b: Builder, x: Ref, axis: int) -> Ref:
     """x − log Σ e^x. Error: 2e-4. Rounds: 7 to 9 for a narrow range; else 7 and the maximum's."""
-    _, total, shifted = _powers(b, x, axis)
-    y = b.sub(shifted, with_frac_bits(b, logarithm(b, total), shifted.frac_bits))
+    moved, layout, rows = _laid_out(b, x, axis, None)
+    p = _powers(b, moved, rows)
+    logs = with_frac_bits(b, logarithm(b, p.total), p.shifted.frac_bits)
+    y = b.sub(p.shifted, rows.spread(b, logs))
     held = b.interval(x)
-    return b.within(y, -(held.most - held.least) - _log_count(x, axis) - 0.01, 0.01)
+    y = b.within(y, -(held.most - held.least) - log(x.shape[axis]) - 0.01, 0.01)
+    return _turned(b, layout.back(b, y), axis)
 
 
 def log_sum_exp(b: Builder, x: Ref, axis: int) -> Ref:
     """log Σ e^x, the axis kept with length 1. Error: 2e-4. Rounds: as `log_softmax`."""
     x = with_frac_bits(b, x, b.frac_bits)
-    _, total, shifted = _powers(b, x, axis)
-    offset = b.sub(b.slice(x, axis, 0, 1), b.slice(shifted, axis, 0, 1))
+    moved, layout, rows = _laid_out(b, x, axis, None)
+    p = _powers(b, moved, rows)
+    offset = b.sub(b.slice(moved, 1, 0, 1), b.slice(p.shifted, 1, 0, 1))
     held = b.interval(x)
-    y = b.add(logarithm(b, total), offset)
-    return b.within(y, held.least - 0.01, held.most + _log_count(x, axis) + 0.01)
+    y = b.add(logarithm(b, p.total), offset)
+    y = b.within(y, held.least - 0.01, held.most + log(x.shape[axis]) + 0.01)
+    return _turned(b, layout.back(b, y), axis)
 
 
-def _powers(b: Builder, x: Ref, axis: int) -> tuple[Ref, Ref, Ref]:
-    """(e^t, Σ e^t, t) with t = x − centre, or x − its maximum."""
-    x = with_frac_bits(b, x, b.frac_bits)
-    held, count = b.interval(x), x.shape[axis]
+def attend(b: Builder, scores: Ref, values: Ref, mask: Mask | None = None) -> Ref:
+    """softmax(scores) @ values over the last axis; the sum is divided, not each of its terms.
+
+    Error: 1e-4 of the largest value. Rounds: as `softmax`, the product included.
+    Shapes: … × S × L, … × L × D → … × S × D.
+    """
+    moved, layout, rows = _laid_out(b, scores, len(scores.shape) - 1, mask)
+    p = _powers(b, moved, rows)
+    held, count = b.interval(values), scores.shape[-1]
+    widest = log2(max(b.interval(p.parts).most * count * held.magnitude, 1.0))
+    if widest + p.parts.frac_bits + values.frac_bits > WIDEST_SUM:
+        return b.matmul(softmax(b, scores, len(scores.shape) - 1, mask), values)
+    y = b.matmul(layout.back(b, rows.placed(b, p.parts, rows.fill)), values)
+    total = layout.back(b, _every_total(b, p.total, rows))
+    least, most = min(held.least, 0.0), max(held.most, 0.0)
+    if p.by_maximum:
+        inverse = reciprocal(b, total, b.frac_bits + ceil(log2(count)) + 1)
+        y = b.mul(y, inverse)
+    else:
+        y = divide(b, y, total, held.magnitude)
+    slack = 2.0**-10 * max(held.magnitude, 2.0**-4)
+    return b.within(y, least - slack, most + slack)
+
+
+def _laid_out(b: Builder, x: Ref, axis: int, mask: Mask | None) -> tuple[Ref, Layout, Rows]:
+    """x as A × rows·n, with what the mask adds to it."""
+    mask = mask or no_mask()
+    x = with_frac_bits(b, _turned(b, x, axis), b.frac_bits)
+    layout, rows = layout_of(x.shape, mask)
+    if np.any(mask.bias):
+        x = b.add(*aligned(b, x, b.expand(b.weight(mask.bias), x.shape)))
+    return layout.flat(b, x), layout, rows
+
+
+def _turned(b: Builder, x: Ref, axis: int) -> Ref:
+    """The axis swapped with the last one."""
+    order = list(range(len(x.shape)))
+    order[axis], order[-1] = order[-1], order[axis]
+    return b.transpose(x, order)
+
+
+def _powers(b: Builder, x: Ref, rows: Rows) -> _Powers:
+    x = rows.gathered(b, x)
+    held = b.interval(x)
     spread = held.most - held.least
-    if spread <= NARROW:
-        t = b.offset(x, -(held.most + held.least) / 2)
-        powers = exp(b, t, max(FINE_BITS, b.frac_bits), direct=SMALL_TOP)
-        return powers, _total(b, powers, axis), t
-    highest = reduce_max(b, x, axis)
-    t = b.within(b.sub(x, highest), -spread, 0.0)
-    powers = exp(b, t)
-    slack = count * 2.0 ** (2 - b.frac_bits)
-    return powers, b.within(_total(b, powers, axis), 1.0 - slack, count + slack), t
+    narrow = spread <= NARROW
+    if narrow:
+        top = SMALL_TOP if spread <= DIRECT else spread / 2
+        t = b.offset(x, top - held.most)
+        fine = b.frac_bits - SPARE_BITS + ceil((spread - top) / log(2.0))
+        powers = exp(b, t, max(min(fine, FINE_BITS), b.frac_bits), direct=SMALL_TOP)
+    else:
+        t = b.within(b.sub(x, rows.spread(b, rows.maximum(b, x))), -spread, 0.0)
+        powers = exp(b, t)
+    return _Powers(powers, _total(b, powers, rows, not narrow), t, not narrow)
 
 
-def _total(b: Builder, x: Ref, axis: int) -> Ref:
-    return b.reshape(b.sum(x, [axis]), [1 if i == axis else d for i, d in enumerate(x.shape)])
+def _total(b: Builder, powers: Ref, rows: Rows, by_maximum: bool) -> Ref:
+    """Σ e^t of each row with parts. Shapes: A × rows with parts."""
+    count, length = rows.kept.shape
+    dense = rows.placed(b, powers, np.zeros(rows.kept.shape))
+    total = b.sum(b.reshape(dense, (powers.shape[0], count, length)), [2])
+    total = b.gather(total, 1, np.flatnonzero(rows.kept.any(axis=1)).tolist())
+    held, fewest, most = b.interval(powers), min(rows.counts), max(rows.counts)
+    slack = most * 2.0 ** (2 - b.frac_bits)
+    if by_maximum:
+        return b.within(total, 1.0 - slack, most + slack)
+    return b.within(total, fewest * held.least, most * held.most)
 
 
-def _log_count(x: Ref, axis: int) -> float:
-    return log(x.shape[axis])
+def _every_total(b: Builder, total: Ref, rows: Rows) -> Ref:
+    """The same for every row: the length of a uniform one, 1 where nothing takes part."""
+    full = np.where(rows.fill[:, :1] > 0, float(rows.kept.shape[1]), 1.0)
+    parts = np.asarray(rows.kept.any(axis=1, keepdims=True))
+    return Rows(parts, full).placed(b, total, full)

@@ -23,6 +23,13 @@ _FIRST_ONLY = frozenset({"CastLike"})
 """Operators that read only the type of their other inputs."""
 
 
+_MASKING = frozenset(
+    {"Add", "Attention", "Concat", "Expand", "Gather", "Mul", "Reshape", "Slice", "Trilu"}
+    | {"Unsqueeze", "Where"}
+)
+"""Operators of which −∞ may be a constant: it hides scores from a softmax."""
+
+
 def survey(model: onnx.ModelProto) -> list[Problem]:
     """Everything that is wrong with the model's numbers and types."""
     opset = opset_of(model)
@@ -99,20 +106,27 @@ def _types(graph: onnx.GraphProto) -> Iterator[Problem]:
 
 
 def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:
-    readers: dict[str, onnx.NodeProto] = {}
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
-            readers.setdefault(name, node)
+            readers.setdefault(name, []).append(node)
+    called = {
+        f"attribute {a.name!r} of node {n.name!r}": n.output[0]
+        for n in graph.node
+        if n.op_type == "Constant"
+        for a in n.attribute
+    }
     for holder, tensor in tensors_of(graph):
         if uses_external_data(tensor):
             continue
         array = numpy_helper.to_array(tensor)
         if not np.issubdtype(array.dtype, np.inexact):
             continue
-        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-        if bad:
-            reader = readers.get(tensor.name)
-            where = (reader.name, reader.op_type) if reader is not None else ("", "")
+        found = readers.get(called.get(holder, tensor.name), [])
+        masks = bool(found) and all(n.op_type in _MASKING for n in found)
+        allowed = np.isfinite(array) | (np.isneginf(array) if masks else False)
+        if bad := int(array.size - np.count_nonzero(allowed)):
+            where = (found[0].name, found[0].op_type) if found else ("", "")
             reason = f"{holder} holds {bad} numbers that are NaN or infinite"
             yield Problem(*where, reason, "train or export the model again")
 
