@@ -1,7 +1,7 @@
 """The rows of the comparison: models of well-known sizes, and their inputs.
 
-`table` holds the rows of the published table, `light` the architectures of the onnx package's test
-data. A row's model is built when it is measured.
+`table` holds the rows of the published table, `transformers` encoders from embeddings on, `light`
+the architectures of the onnx package's test data. A row's model is built when it is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from benchmarks import light, shapes50
-from models import shapes
+from models import encoders, shapes
 
 IMAGE = (1, 3, 224, 224)
 
@@ -83,6 +83,20 @@ ROWS: tuple[Row, ...] = (
     Row("resnet20", "ResNet-20, 32×32", "table", (1, 3, 32, 32), shapes.resnet20),
     Row("resnet18", "ResNet-18, 224×224", "table", IMAGE, shapes.resnet18),
     Row("resnet50", "ResNet-50, 224×224", "table", IMAGE, shapes50.resnet50),
+    Row(
+        "bert_tiny",
+        "BERT-tiny, 128 tokens",
+        "transformers",
+        (1, 128, 128),
+        partial(encoders.encoder, "bert_tiny", encoders.BERT_TINY),
+    ),
+    Row(
+        "bert_layer",
+        "a layer of BERT-base, 128 tokens",
+        "transformers",
+        (1, 128, 768),
+        partial(encoders.encoder, "bert_layer", encoders.BERT_BASE_LAYER),
+    ),
     *(
         Row(f"light_{name}", f"{name} (onnx), 224×224", "light", IMAGE, partial(light.light, name))
         for name in light.NAMES

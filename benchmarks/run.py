@@ -120,7 +120,7 @@ def _measure_row(
             return {"row": row.name, "title": row.title, "group": row.group, "problem": str(e)}
         print(f"  {report.line(result)}", flush=True)
         result["peers"] = {}
-        for peer in peers if row.group == "table" else []:
+        for peer in peers if row.group != "light" else []:
             measured = peer.measure(row, folder, options.peer_runs, options.peer_seconds)
             result["peers"][peer.name] = measured
             print(f"  {peer.name}: {report.peer_line(measured)}", flush=True)

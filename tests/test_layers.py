@@ -32,6 +32,7 @@ IMPORTS = {
     "serving": LOW | {"config", "plan", "protocol", "randomness", "transport", "wire"},
     "cli": LOW
     | {"bundled", "compiler", "config", "plan", "protocol", "reference", "serving", "transport"},
+    "onnx_backend": LOW | {"compiler", "plan", "protocol"},
     "__main__": {"cli"},
     "__init__": LOW | {"bundled", "compiler", "config", "plan", "protocol", "serving"},
 }
@@ -40,7 +41,7 @@ IMPORTS = {
 ONLY_IN = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
-    "onnx": {"compiler", "cli"},
+    "onnx": {"compiler", "cli", "onnx_backend"},
     "onnxruntime": {"compiler", "cli"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -117,7 +117,27 @@ def conv(step, x, w, bias=None):
     return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
+def reshape(step, x):
+    return x.reshape([x.shape[k] if d == 0 else d for k, d in enumerate(step["shape"])])
+
+
+def gelu(step, x):
+    return x * ((x * (0.5**0.5)).erf() + 1) * 0.5
+
+
+def layer_norm(step, x, gain, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred * (variance + step["epsilon"]).inv_sqrt() * gain + bias
+
+
 OPS = {
+    "Reshape": reshape,
+    "Transpose": lambda step, x: x.permute(*step["perm"]),
+    "Mul": lambda step, x: x * step["factor"],
+    "Softmax": lambda step, x: x.softmax(-1),
+    "Gelu": gelu,
+    "LayerNormalization": layer_norm,
     "Conv": conv,
     "Gemm": lambda step, x, w, b: x.matmul(w) + b,
     "MatMul": lambda step, x, w: x.matmul(w),

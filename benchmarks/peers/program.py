@@ -20,6 +20,9 @@ from onnx import helper, numpy_helper
 
 from benchmarks.rows import Row
 
+PLAIN = ("MatMul", "Relu", "Add", "GlobalAveragePool", "Flatten", "Softmax", "Gelu")
+"""Operators without attributes that matter."""
+
 
 class Unsupported(Exception):
     """The model has an operator that the peers' scripts do not know."""
@@ -73,6 +76,16 @@ def _step(node: onnx.NodeProto, weights: dict[str, NDArray[Any]]) -> dict[str, A
             raise Unsupported(f"{node.op_type} with {at} is not in the peers' scripts")
         step |= {"pad": pads[0], "stride": list(at.get("strides", [1, 1]))}
         step["kernel"] = list(at.get("kernel_shape", ()))
-    elif node.op_type not in ("MatMul", "Relu", "Add", "GlobalAveragePool", "Flatten"):
+    elif node.op_type == "Reshape":
+        step |= {"weights": [], "shape": weights[node.input[1]].tolist()}
+    elif node.op_type == "Mul" and step["weights"] and weights[step["weights"][0]].size == 1:
+        step |= {"weights": [], "factor": float(weights[step["weights"][0]])}
+    elif node.op_type == "Transpose":
+        step["perm"] = at["perm"]
+    elif node.op_type == "LayerNormalization":
+        step["epsilon"] = at.get("epsilon", 1e-5)
+    elif node.op_type not in PLAIN:
         raise Unsupported(f"{node.op_type} is not in the peers' scripts")
+    if node.op_type in ("Softmax", "LayerNormalization") and at.get("axis", -1) != -1:
+        raise Unsupported(f"{node.op_type} along axis {at['axis']} is not in the peers' scripts")
     return step

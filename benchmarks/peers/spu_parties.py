@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import spu.utils.frontend as frontend
@@ -111,10 +112,28 @@ def flatten(step, x):
     return x.reshape(x.shape[0], -1)
 
 
+def reshape(step, x):
+    shape = [x.shape[k] if d == 0 else d for k, d in enumerate(step["shape"])]
+    return x.reshape(shape)
+
+
+def layer_norm(step, x, gain, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * lax.rsqrt(variance + step["epsilon"]) * gain + bias
+
+
 OPS = {
+    "Reshape": reshape,
+    "Transpose": lambda step, x: x.transpose(step["perm"]),
+    "Mul": lambda step, x: x * step["factor"],
+    "Softmax": lambda step, x: jax.nn.softmax(x, axis=-1),
+    # The approximation by tanh, as SPU's own examples use it: erf costs it more.
+    "Gelu": lambda step, x: jax.nn.gelu(x, approximate=True),
+    "LayerNormalization": layer_norm,
     "Conv": conv,
     "Gemm": lambda step, x, w, b: x @ w + b,
-    "MatMul": lambda step, x, w: x @ w,
+    "MatMul": lambda step, a, b: a @ b,
     "Relu": lambda step, x: jnp.maximum(x, 0),
     "Add": lambda step, a, b: a + b,
     "MaxPool": max_pool,

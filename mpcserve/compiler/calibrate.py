@@ -20,6 +20,9 @@ from mpcserve.compiler.lower import Ranges, Reach
 from mpcserve.errors import InputError
 
 Array = NDArray[Any]
+Declared = tuple[float, float] | Mapping[str, tuple[float, float]]
+"""The range of every input, or of those that are named."""
+
 Samples = str | Path | Array | Mapping[str, Array]
 
 ASSUMED = 16.0
@@ -29,18 +32,11 @@ ASSUMED = 16.0
 def ranges_of(
     graph: Graph,
     samples: Samples | None,
-    declared: tuple[float, float] | None,
+    declared: Declared | None,
     margin_bits: int,
 ) -> tuple[Ranges, list[str]]:
     """(ranges, notes that say what they rest on). Raises: InputError on samples that do not fit."""
-    notes = []
-    inputs: dict[str, Reach] = {}
-    if declared is not None:
-        low, high = map(float, declared)
-        if not (np.isfinite([low, high]).all() and low < high):
-            raise InputError(f"input range {low}..{high} is not a range", "give LO < HI")
-        inputs = {i.name: (low, high, "proved") for i in graph.inputs}
-        notes.append(f"input range declared: {low:g} to {high:g}")
+    inputs, notes = _declared(graph, declared)
     values: dict[str, Seen] = {}
     feed: Mapping[str, Array] = {}
     if samples is not None:
@@ -50,10 +46,10 @@ def ranges_of(
         values = {k: _with_margin(s, margin_bits) for k, s in seen_in(graph, arrays).items()}
         notes.append(f"calibrated on {count} samples with {margin_bits} margin bits")
         for i in graph.inputs:
-            if declared is None:
+            if i.name not in inputs:
                 inputs[i.name] = _input_reach(arrays[i.name], margin_bits)
             else:
-                _refuse_outside(i.name, arrays[i.name], declared)
+                _refuse_outside(i.name, arrays[i.name], inputs[i.name][:2])
     for i in graph.inputs:
         if natural := natural_range(i.dtype):
             inputs[i.name] = (*natural, "proved")
@@ -61,6 +57,27 @@ def ranges_of(
             inputs[i.name] = (-ASSUMED, ASSUMED, "assumed")
             notes.append(f"range of input {i.name!r} assumed: {-ASSUMED:g} to {ASSUMED:g}")
     return Ranges(inputs, values, feed), notes
+
+
+def _declared(graph: Graph, declared: Declared | None) -> tuple[dict[str, Reach], list[str]]:
+    """(range per input that has one, notes). Raises: InputError."""
+    names = [i.name for i in graph.inputs]
+    if declared is None:
+        return {}, []
+    if isinstance(declared, Mapping):
+        unknown = sorted(set(declared) - set(names))
+        if unknown:
+            known = ", ".join(names)
+            raise InputError(f"a range of {unknown[0]!r}, which is no input", f"inputs: {known}")
+        each = dict(declared)
+        notes = [f"range of input {k!r} declared: {v[0]:g} to {v[1]:g}" for k, v in each.items()]
+    else:
+        each = dict.fromkeys(names, declared)
+        notes = [f"input range declared: {declared[0]:g} to {declared[1]:g}"]
+    for low, high in each.values():
+        if not (np.isfinite([low, high]).all() and low < high):
+            raise InputError(f"input range {low}..{high} is not a range", "give LO < HI")
+    return {k: (float(low), float(high), "proved") for k, (low, high) in each.items()}, notes
 
 
 def seen_in(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Seen]:

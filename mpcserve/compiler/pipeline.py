@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler import calibrate as samples
 from mpcserve.compiler.artifact import CompiledModel
-from mpcserve.compiler.check import import_model, lowering_problems
+from mpcserve.compiler.check import Imported, import_model, lowering_problems
 from mpcserve.compiler.draft import Draft, check_draft
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source
@@ -69,7 +69,7 @@ def compile_model(
     *,
     name: str | None = None,
     calibrate: samples.Samples | None = None,
-    input_range: tuple[float, float] | None = None,
+    input_range: samples.Declared | None = None,
     batch: int = 1,
     ring: Ring = "auto",
     frac_bits: int | None = None,
@@ -79,25 +79,54 @@ def compile_model(
     """Compile an ONNX model, for the fewest bytes or the least time on servers joined by `line`.
 
     Raises: ModelError whose `problems` lists all that is wrong.
+    `input_range`: of every input, or name → range.
     `frac_bits`: the same for all activations; else 16 in 64 bits, and in 32 bits what each range
     leaves. With `frac_bits` and no `ring`, products have 64 bits.
     """
     _refuse_options(batch, ring, frac_bits, margin_bits)
     found = registry()
     imported = import_model(source, batch, found)
+    graph = sound_graph(imported, found)
+    options = Options(calibrate, input_range, ring, frac_bits, margin_bits, line)
+    return compile_graph(graph, name or graph.name, imported.digest, found, options)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a graph is compiled; see `compile_model`."""
+
+    calibrate: samples.Samples | None = None
+    input_range: samples.Declared | None = None
+    ring: Ring = "auto"
+    frac_bits: int | None = None
+    margin_bits: int = 1
+    line: Line | None = None
+
+
+def sound_graph(imported: Imported, found: Registry) -> Graph:
+    """The graph of a model. Raises: ModelError that lists all that is wrong with it."""
     graph, problems = imported.graph, list(imported.problems)
     if graph is not None and problems:
         problems += lowering_problems(graph, found, problems)
     raise_all(imported.name, problems)
     assert graph is not None
-    name = name or graph.name
+    return graph
+
+
+def compile_graph(
+    graph: Graph, name: str, digest: str, found: Registry, options: Options
+) -> CompiledModel:
+    """The plan and the weights of an imported graph whose outputs all depend on an input."""
+    ring, frac_bits, line = options.ring, options.frac_bits, options.line
     for run in PASSES:
         graph = run(graph)
-    ranges, notes = samples.ranges_of(graph, calibrate, input_range, margin_bits)
+    ranges, notes = samples.ranges_of(
+        graph, options.calibrate, options.input_range, options.margin_bits
+    )
     about: dict[str, Any] = {
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
         "opset": graph.opset,
-        "model_digest": imported.digest,
+        "model_digest": digest,
     }
     felt = cache(partial(felt_in, graph, ranges))
     made = _alternatives(
