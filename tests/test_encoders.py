@@ -27,3 +27,12 @@ def test_bert_tiny_costs_less_than_25_mb_online() -> None:
     bill = bill_of(compile_model(model, calibrate={"input": x}).plan)
     assert bill.online_bytes < 25e6
     assert bill.rounds <= 130
+
+
+def test_an_encoder_needs_no_samples() -> None:
+    model = encoder("small", Sizes(layers=1, hidden=32, heads=2, inner=64, tokens=16))
+    x = np.random.default_rng(3).standard_normal((1, 16, 32)).astype(np.float32)
+    compiled = compile_model(model, input_range=(-5.0, 5.0))
+    (hidden,), _ = simulate(compiled.plan, compiled.weights, [x])
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    np.testing.assert_allclose(hidden, session.run(None, {"input": x})[0], atol=5e-3)

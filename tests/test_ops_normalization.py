@@ -10,7 +10,8 @@ import pytest
 
 from mpcserve.compiler import compile_model
 from mpcserve.plan import bill_of
-from tests.onnx_cases import Array, model_of, node, rng_of
+from mpcserve.protocol.together import simulate
+from tests.onnx_cases import Array, model_of, node, plain, rng_of
 from tests.plan_interpreter import Interpreter
 from tests.test_ops_activation import close
 
@@ -145,3 +146,16 @@ def test_no_value_of_a_normalisation_leaves_its_bound() -> None:
     )
     made = compile_model(model, input_range=(-8.0, 8.0))
     Interpreter(made.plan, made.weights, rng).run(x)
+
+
+@pytest.mark.parametrize("size", [1.0, 3000.0])
+def test_a_wide_range_costs_bits_not_the_compilation(size: float) -> None:
+    rng = rng_of(9)
+    model = model_of(
+        [node("LayerNormalization", ["x", "s", "t"])], {"x": (1, 8, 768)}, scale_and_bias(rng, 768)
+    )
+    x = (size * rng.standard_normal((1, 8, 768))).astype(np.float32)
+    compiled = compile_model(model, input_range=(-(2.0**15), 2.0**15))
+    (y,), _ = simulate(compiled.plan, compiled.weights, [x])
+    (expected,) = plain(model, x)
+    np.testing.assert_allclose(y, expected, atol=2e-3)

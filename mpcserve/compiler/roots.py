@@ -43,6 +43,9 @@ UNIT_BITS = 20
 PART_BITS = 2
 """Fraction bits, beyond the result's, of the two factors that make it."""
 
+FINEST_BITS = 6
+"""Further ones that a finer result may ask of its mantissa: what it adds is its exponent."""
+
 
 def inverse_curve(x: Reals, scale: float = 1.0) -> Reals:
     """scale / x."""
@@ -191,7 +194,8 @@ def inverse_root(b: Builder, x: Ref, to: int | None = None, scale: float = 1.0) 
     to = b.frac_bits if to is None else to
     mantissa, exponent = frexp(scale)
     found = scaled(b, x, "its radicand")
-    r = _of_unit(b, found, inverse_root_curve, max(to, b.frac_bits + PART_BITS), mantissa)
+    finer = b.frac_bits + PART_BITS
+    r = _of_unit(b, found, inverse_root_curve, min(max(to, finer), finer + FINEST_BITS), mantissa)
     y = found.times_factor(b, r, 0.5, to + exponent)
     y = b.scale(y, 1, -exponent) if exponent else y
     return _stated_inverse(b, x, y, inverse_root_curve, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod, sqrt
+from math import ceil, log2, prod, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,12 @@ from mpcserve.compiler.registry import lowers
 
 SPREAD_BITS = 8
 """Fraction bits, beyond the usual, of a variance and of 1 / √ of it."""
+
+INVERSE_BITS = 15
+"""Bits of 1 / √ of a variance that are significant at least."""
+
+TOTAL_BITS = 60
+"""Bits of a sum of squares: a ring of 64 holds it with its sign and what rounding adds."""
 
 
 @lowers("BatchNormalization", since=7)
@@ -162,13 +168,19 @@ def _unscaled(b: Builder, rows: Ref, epsilon: float, centred: bool) -> _Unscaled
         width = held.most - held.least + 4 * 2.0**-b.frac_bits
         rows = b.within(rows, -width, width)
         reach = width / 2
-    left = b.reshape(rows, (rows.shape[0], 1, count))
-    right = b.reshape(rows, (rows.shape[0], count, 1))
-    finer = b.frac_bits + SPREAD_BITS
+    # What bounds cannot exclude must fit: rows that may be large are squared with fewer bits.
+    most = count * (reach + 2.0**-b.frac_bits) ** 2 * (1 + 2.0**-20)
+    spare = TOTAL_BITS - ceil(log2(max(most, 1.0)))
+    coarse = b.shift(rows, max(rows.frac_bits - spare // 2, 0))
+    left = b.reshape(coarse, (rows.shape[0], 1, count))
+    right = b.reshape(coarse, (rows.shape[0], count, 1))
+    finer = min(b.frac_bits + SPREAD_BITS, 2 * coarse.frac_bits)
     total = b.reshape(b.matmul(left, right, to=finer), (rows.shape[0], 1))
-    total = b.within(total, 0.0, count * (reach + 2.0**-b.frac_bits) ** 2 * (1 + 2.0**-20))
+    total = b.within(total, 0.0, most)
     total = b.offset(total, count * epsilon)
-    return _Unscaled(rows, roots.inverse_root(b, total, finer, sqrt(count)))
+    # 1 / √ is as small as rows may be large.
+    fine = max(b.frac_bits + SPREAD_BITS, INVERSE_BITS + ceil(log2(max(reach, 1.0))))
+    return _Unscaled(rows, roots.inverse_root(b, total, fine, sqrt(count)))
 
 
 def _normalized(
