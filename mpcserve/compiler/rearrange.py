@@ -41,13 +41,20 @@ def picked(b: Builder, x: Operand, positions: Ints) -> Operand:
     return taken(b, x, positions)
 
 
-def taken(b: Builder, x: Ref, positions: Ints) -> Ref:
-    """As `picked`, of a secret value."""
-    flat = b.reshape(x, (prod(x.shape),))
-    if positions.min() == NOWHERE:
-        flat = b.pad(flat, [0], [1])
-        positions = np.where(positions == NOWHERE, prod(x.shape), positions)
-    return b.reshape(b.gather(flat, 0, positions.ravel()), positions.shape)
+def taken(b: Builder, x: Ref, positions: Ints, keep: int = 0) -> Ref:
+    """As `picked`, of a secret value: positions in x without its `keep` leading axes."""
+    lead, count = x.shape[:keep], prod(x.shape[keep:])
+    flat = b.reshape(x, (*lead, count))
+    if positions.min(initial=0) == NOWHERE:
+        flat = b.pad(flat, [0] * (keep + 1), [*[0] * keep, 1])
+        positions = np.where(positions == NOWHERE, count, positions)
+    return b.reshape(b.gather(flat, keep, positions.ravel()), (*lead, *positions.shape))
+
+
+def assembled(b: Builder, parts: Sequence[Ref], positions: Ints) -> Ref:
+    """Elements at flat positions in all parts, one behind the other."""
+    flat = b.concat([b.reshape(x, (prod(x.shape),)) for x in parts], 0)
+    return taken(b, flat, positions)
 
 
 def transposed(b: Builder, x: Operand, perm: Sequence[int]) -> Operand:
