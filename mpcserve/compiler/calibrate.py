@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpcserve.compiler.builder import Seen
 from mpcserve.compiler.dtypes import natural_range
 from mpcserve.compiler.graph import Graph, Tensor, to_onnx
-from mpcserve.compiler.importing import session
+from mpcserve.compiler.importing import runner
 from mpcserve.compiler.lower import Ranges, Reach
 from mpcserve.errors import InputError
 
@@ -82,8 +82,8 @@ def _declared(graph: Graph, declared: Declared | None) -> tuple[dict[str, Reach]
 
 def seen_in(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Seen]:
     """What every numeric tensor of the graph holds over all samples, by onnxruntime."""
-    run = session(to_onnx(graph, every_value=True))
-    names = [o.name for o in run.get_outputs()]
+    model = to_onnx(graph, every_value=True)
+    run, names = runner(model), [o.name for o in model.graph.output]
     found: dict[str, list[Seen]] = {}
     for feed in _batches(graph.inputs, samples):
         values = [*feed.items(), *zip(names, run.run(names, feed), strict=True)]

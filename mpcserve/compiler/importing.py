@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -145,9 +145,34 @@ def _opened(
         )
     except Exception as e:  # onnxruntime's own exception classes share no base
         reason = str(e).splitlines()[0].split(" : ")[-1]
-        raise ModelError(
+        kind = (
+            Unimplemented if reason.startswith("Could not find an implementation") else ModelError
+        )
+        raise kind(
             f"onnxruntime cannot load the model: {reason}", "check it with onnx.checker"
         ) from None
+
+
+class Unimplemented(ModelError):
+    """A valid model with an operator, or a version of one, that onnxruntime has no kernel for."""
+
+
+class Runner(Protocol):
+    """What runs a float model."""
+
+    def run(self, names: Any, feed: Any, /) -> Any:
+        """The named outputs."""
+
+
+def runner(model: onnx.ModelProto) -> Runner:
+    """onnxruntime; where it lacks an operator, onnx's own slow reference. Raises: ModelError."""
+    try:
+        found: Runner = session(model)
+    except Unimplemented:
+        from onnx.reference import ReferenceEvaluator
+
+        found = ReferenceEvaluator(model)
+    return found
 
 
 def folded(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
@@ -161,7 +186,10 @@ def folded(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProt
         return model
     with tempfile.TemporaryDirectory(prefix="mpcserve-") as folder:
         path = Path(folder) / "optimized.onnx"
-        session(cut, path)
+        try:
+            session(cut, path)
+        except Unimplemented:
+            return model
         optimized = onnx.load(path)
     return inferred(rejoined(optimized, model, kept))
 

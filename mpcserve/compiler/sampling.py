@@ -26,6 +26,14 @@ class Taps:
     indices: Ints
     weights: Floats
 
+    def repeated(self, count: int) -> Taps:
+        """Every sample `count` times."""
+        return Taps(np.repeat(self.indices, count, axis=1), np.repeat(self.weights, count, axis=1))
+
+    def tiled(self, count: int) -> Taps:
+        """All samples, `count` times over."""
+        return Taps(np.tile(self.indices, (1, count)), np.tile(self.weights, (1, count)))
+
     def matrix(self, size: int) -> Floats:
         """The same as samples × size."""
         matrix = np.zeros((self.indices.shape[1], size))
@@ -152,7 +160,7 @@ def sampled(position: Floats, size: int, mode: str, padding: str, corners: bool)
     x = x.astype(np.float32).astype(np.float64)
     if mode == "nearest":
         x = np.rint(x)
-    if padding == "border":
+    if padding == "border" and mode not in ("cubic", "bicubic"):
         x = np.where((x < ends[0]) | (x > ends[1]), np.clip(x, 0, size - 1), x)
     elif padding == "reflection":
         x = _reflected(x, *ends)

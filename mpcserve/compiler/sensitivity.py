@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from mpcserve.compiler.graph import Graph, Node, Shape, to_onnx
-from mpcserve.compiler.importing import session
+from mpcserve.compiler.importing import runner
 from mpcserve.compiler.lower import Ranges
 
 Array = NDArray[Any]
@@ -103,7 +103,7 @@ class _Trial:
             if tensor.name in self._types:
                 kind = onnx.helper.make_tensor_type_proto(tensor.data_type, None)
                 model.graph.input.append(onnx.ValueInfoProto(name=tensor.name, type=kind))
-        self._run = session(model)
+        self._run = runner(model)
         self._outputs = [o.name for o in graph.outputs]
         self._clean = self._run.run(self._outputs, self._feed)
 

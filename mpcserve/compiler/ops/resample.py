@@ -257,7 +257,8 @@ def _pooled_bins(
         return mapped(b, mapped(b, picture, 2, by_rows), 3, by_columns)
     if mode != "max":
         raise Unsupported(f"mode {mode!r} is unknown")
-    taps = together([rows, columns], (shape[2], shape[3]))
+    crossing = [rows.repeated(bins[1] * across), columns.tiled(bins[0] * down)]
+    taps = together(crossing, (shape[2], shape[3]))
     each = (len(taps.indices), bins[0], down, bins[1], across)
     order = np.arange(taps.indices.size).reshape(each).transpose(0, 2, 4, 1, 3).ravel()
     single = Taps(taps.indices.ravel()[order][None], taps.weights.ravel()[order][None])
