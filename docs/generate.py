@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mpcserve.compiler.ml.rewrite import rewriters
 from mpcserve.compiler.registry import registry
 from mpcserve.plan.ops import OPS, Cost
 
@@ -26,6 +27,8 @@ FAMILIES = {
     "pooling": "pooling",
     "reduction": "reductions",
     "shape": "shape, all local",
+    "ml_trees": "trees of `ai.onnx.ml`",
+    "ml_labels": "labels of `ai.onnx.ml`",
 }
 
 
@@ -33,6 +36,7 @@ def operators() -> str:
     """One row per ONNX operator."""
     rows = ["| operator | from opset | what it does, what it costs |", "|---|---|---|"]
     entries = registry().entries
+    ml = {e.op for e in entries if e.domain}
     families = [*FAMILIES, *sorted({e.family for e in entries} - set(FAMILIES))]
     for family in families:
         rows.append(f"| **{FAMILIES.get(family, family)}** | | |")
@@ -42,7 +46,11 @@ def operators() -> str:
                 first[e.op] = (e.since, e.summary)
         for op, (since, summary) in sorted(first.items()):
             text = summary.replace("|", "\\|")
-            rows.append(f"| `{op}` | {max(since, 7)} | {text} |")
+            oldest = max(since, 7) if op not in ml else f"ml {since}"
+            rows.append(f"| `{op}` | {oldest} | {text} |")
+    rows.append("| **rewritten in standard operators, from `ai.onnx.ml`** | | |")
+    for op, function in sorted(rewriters().items()):
+        rows.append(f"| `{op}` | ml 1 | {(inspect.getdoc(function) or '').partition(chr(10))[0]} |")
     return "\n".join(rows)
 
 

@@ -41,13 +41,11 @@ def evaluate_clear(
             if plan.last_use[j] == i.id:
                 values.pop(j, None)
     return [
-        np.asarray(
+        o.decoded(
             np.ldexp(values[o.id].astype(np.float64), -f)
             if (f := plan.value(o.id).frac_bits)
             else values[o.id]
         )
-        .astype(o.dtype)
-        .reshape(o.shape)
         for o in plan.outputs
     ]
 

@@ -48,7 +48,7 @@ class Interpreter:
             self._within(i, out, 0)
             self.values[i.id] = out
         return [
-            np.asarray(np.ldexp(self.values[o.id].astype(np.float64), -self._frac(o.id)), o.dtype)
+            o.decoded(np.ldexp(self.values[o.id].astype(np.float64), -self._frac(o.id)))
             for o in self.plan.outputs
         ]
 

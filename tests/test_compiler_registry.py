@@ -19,7 +19,8 @@ Squeeze Unsqueeze Concat Split Slice Pad Expand Tile Identity Dropout Cast ArgMa
 
 OLDEST, NEWEST = 7, defs.onnx_opset_version()
 
-SCHEMAS = [s for s in defs.get_all_schemas_with_history() if s.domain == ""]
+EVERY = defs.get_all_schemas_with_history()
+SCHEMAS = [s for s in EVERY if s.domain == ""]
 FIRST = {n: min(s.since_version for s in SCHEMAS if s.name == n) for n in {s.name for s in SCHEMAS}}
 """Operator → the opset that it came with."""
 
@@ -27,6 +28,9 @@ FIRST = {n: min(s.since_version for s in SCHEMAS if s.name == n) for n in {s.nam
 def served(entry: Lowering) -> list[defs.OpSchema]:
     """Every schema version of the operator that the entry lowers."""
     found = registry()
+    if entry.domain:
+        schemas = [s for s in EVERY if (s.domain, s.name) == (entry.domain, entry.op)]
+        return [s for s in schemas if not s.deprecated]
     versions = {
         defs.get_schema(entry.op, opset).since_version: defs.get_schema(entry.op, opset)
         for opset in range(max(OLDEST, entry.since), NEWEST + 1)

@@ -85,7 +85,7 @@ class Plaintext:
 
     def _once(self, feed: Mapping[str, Array]) -> list[NDArray[Any]]:
         try:
-            return [np.asarray(o) for o in self._session.run(None, dict(feed))]
+            return [_matrix(o) for o in self._session.run(None, dict(feed))]
         except Exception as e:  # as above
             shapes = ", ".join(f"{n} {a.shape}" for n, a in feed.items())
             expected = ", ".join(f"{i.name} {i.shape}" for i in self.inputs)
@@ -93,6 +93,12 @@ class Plaintext:
                 f"{self.model}: expected {expected}, got {shapes}: {str(e).splitlines()[0]}",
                 "give inputs of the model's shape, one row per sample",
             ) from None
+
+
+def _matrix(output: Any) -> NDArray[Any]:
+    """An output; maps of probabilities by class become rows, as in a compiled model."""
+    maps = isinstance(output, list) and all(isinstance(row, dict) for row in output)
+    return np.array([list(row.values()) for row in output]) if maps else np.asarray(output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,9 @@ class Comparison:
 
 def compare(got: NDArray[Any], expected: NDArray[Any]) -> Comparison:
     """Absolute errors, and the agreement of the predictions where there are classes."""
+    if expected.dtype.kind in "OU":  # names of classes: wrong or right
+        wrong = (got != expected).astype(np.float64)
+        return Comparison(float(wrong.max(initial=0.0)), float(wrong.mean()), 1 - wrong.mean())
     error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
     mine, theirs = predictions(got), predictions(expected)
     same = None if mine is None or theirs is None else float(np.mean(mine == theirs))
@@ -116,7 +125,7 @@ def compare(got: NDArray[Any], expected: NDArray[Any]) -> Comparison:
 
 def predictions(logits: NDArray[Any]) -> NDArray[np.int64] | None:
     """Class of each row: where its largest value is, or the value itself where it is a label."""
-    if logits.ndim == 0:
+    if logits.ndim == 0 or logits.dtype.kind in "OU":
         return None
     rows = logits.reshape(len(logits), -1)
     if logits.dtype.kind in "iu":

@@ -44,6 +44,8 @@ class Ref:
 
 SOURCES = ("input", "weight", "constant")
 
+REARRANGES = ("reshape", "transpose", "slice", "gather", "expand")
+
 WAVE_BITS = 20
 """Bits of sines and coefficients: a dozen of them err by 1e-5 together."""
 
@@ -79,6 +81,7 @@ class Builder:
         self._arrays: dict[str, NDArray[np.float64]] = {}
         self._inputs: list[InputSpec] = []
         self._outputs: list[OutputSpec] = []
+        self._labels: dict[int, tuple[str, ...]] = {}
 
     # sources
 
@@ -93,7 +96,20 @@ class Builder:
 
     def output(self, name: str, dtype: str, x: Ref) -> None:
         """A result that is revealed to the data owner."""
-        self._outputs.append(OutputSpec(name, x.id, dtype, x.shape))
+        labels = self.labels(x)
+        self._outputs.append(OutputSpec(name, x.id, "str" if labels else dtype, x.shape, labels))
+
+    def labelled(self, x: Ref, labels: Sequence[str]) -> Ref:
+        """x, an index of names that the plan shows to the data owner; the same Ref."""
+        self._labels[x.id] = tuple(labels)
+        return x
+
+    def labels(self, x: Ref) -> tuple[str, ...]:
+        """The names that x, or what it merely rearranges, is an index of; none for a number."""
+        step = self._steps[x.id]
+        if x.id not in self._labels and step.op in REARRANGES:
+            return self.labels(self.ref(step.inputs[0]))
+        return self._labels.get(x.id, ())
 
     def weight(self, values: Array, frac_bits: int | None = None) -> Ref:
         """A secret tensor of the model owner. Fraction bits may be tuned later."""

@@ -11,6 +11,7 @@ from mpcserve.compiler.expand import expanded, kept_functions
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
 from mpcserve.compiler.lower import Ranges, Scales, lower
+from mpcserve.compiler.ml.rewrite import in_standard_operators
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.registry import Registry, registry
 from mpcserve.compiler.survey import fix_batch, secret_nodes, survey, unknown_operators
@@ -55,7 +56,7 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     weights = {t.name for t in held}
     try:
         importing.checked(model)
-        model = importing.converted(model)
+        model = in_standard_operators(importing.converted(model))
         if not blocking:
             model = expanded(importing.inferred(model), found, weights)
         problems += unknown_operators(model, found, weights)
@@ -100,7 +101,7 @@ def lowering_problems(graph: Graph, found: Registry, known: list[Problem]) -> li
     ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
     seen = {(p.node, p.op) for p in known}
     problems = lower(graph, ranges, Scales(16), found)[1]
-    problems = [p for p in problems if found.find(p.op, graph.opset) is not None]
+    problems = [p for p in problems if found.knows(p.op, graph.opset)]
     return [p for p in problems if (p.node, p.op) not in seen]
 
 

@@ -8,7 +8,7 @@ be measured, by running onnxruntime.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A model with a fixed batch."""
+    """A model with a fixed batch. `versions`: of the operators of other domains than ONNX's own."""
 
     name: str
     opset: int
@@ -51,6 +51,7 @@ class Graph:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     shapes: Mapping[str, Shape]
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     def uses(self) -> dict[str, list[Node]]:
         """Name → nodes that read it, in order."""
@@ -83,14 +84,20 @@ def graph_of(model: onnx.ModelProto, name: str) -> Graph:
     nodes = []
     for n in g.node:
         node = Node(
-            n.op_type, tuple(n.input), tuple(n.output), _attrs(n), n.name or n.output[0], n.domain
+            n.op_type,
+            tuple(n.input),
+            tuple(n.output),
+            attributes_of(n),
+            n.name or n.output[0],
+            n.domain,
         )
         nodes.append(node)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
     inputs = tuple(_tensor(i) for i in g.input if i.name not in constants)
-    return Graph(
-        name, opset, tuple(nodes), constants, inputs, tuple(map(_tensor, g.output)), shapes
-    )
+    outputs = tuple(map(_tensor, g.output))
+    used = {n.domain for n in g.node} - {"", "ai.onnx"}
+    versions = {o.domain: o.version for o in model.opset_import if o.domain in used}
+    return Graph(name, opset, tuple(nodes), constants, inputs, outputs, shapes, versions)
 
 
 def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
@@ -120,7 +127,8 @@ def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
     constants = [numpy_helper.from_array(np.asarray(v), k) for k, v in graph.constants.items()]
     proto = helper.make_graph(nodes, graph.name, inputs, outputs, constants)
     opsets = [helper.make_opsetid("", graph.opset)]
-    ir_version = max(helper.find_min_ir_version_for(opsets), 8)
+    opsets += [helper.make_opsetid(*version) for version in graph.versions.items()]
+    ir_version = max(helper.find_min_ir_version_for(opsets, ignore_unknown=True), 8)
     return helper.make_model(proto, opset_imports=opsets, ir_version=ir_version)
 
 
@@ -138,7 +146,8 @@ def _tensor(info: onnx.ValueInfoProto) -> Tensor:
     return Tensor(info.name, str(np.dtype(dtype)), static_shape(info) or ())
 
 
-def _attrs(node: onnx.NodeProto) -> dict[str, Any]:
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """Attributes as Python values: text decoded, tensors as arrays."""
     return {a.name: _plain(helper.get_attribute_value(a)) for a in node.attribute}
 
 
@@ -154,5 +163,7 @@ def _plain(value: Any) -> Any:
 
 def _protos(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v for k, v in attrs.items()
+        k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v
+        for k, v in attrs.items()
+        if not isinstance(v, tuple) or v
     }

@@ -34,9 +34,16 @@ _DISABLED = ["MatMulAddFusion"]
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Local functions inlined, initialisers no longer inputs, every node with a name of its own."""
+    """Local functions inlined, initialisers no longer inputs, every node with a name of its own.
+
+    One version of each domain; no ZipMap: probabilities stay a matrix.
+    """
     if model.functions:
         model = inliner.inline_local_functions(model)
+    versions = {o.domain: o.version for o in model.opset_import}
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(d, v) for d, v in versions.items())
+    _drop_zipmaps(model.graph)
     constants = {t.name for t in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in constants]
     del model.graph.input[:]
@@ -47,6 +54,18 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
             node.name = f"{node.name or node.op_type}_{position}"
         taken.add(node.name)
     return model
+
+
+def _drop_zipmaps(graph: onnx.GraphProto) -> None:
+    """Outputs that name each probability by its class become the matrix of probabilities."""
+    zipped = {n.output[0]: n for n in graph.node if n.op_type == "ZipMap"}
+    for output in graph.output:
+        if output.name in zipped:
+            zipmap = zipped[output.name]
+            kind = helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+            output.type.CopyFrom(kind)
+            identity = helper.make_node("Identity", zipmap.input, zipmap.output, zipmap.name)
+            zipmap.CopyFrom(identity)
 
 
 def lightened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:

@@ -48,6 +48,10 @@ def structure_digest(model: onnx.ModelProto) -> str:
         copy.CopyFrom(node)
         for attribute in copy.attribute:
             _blank(attribute.t)
+            if node.domain == "ai.onnx.ml" or node.op_type == "Constant":
+                # There, lists are what was learned: thresholds, coefficients, the shape of trees.
+                for field in ("floats", "ints", "strings"):
+                    attribute.ClearField(field)
         digest.update(copy.SerializeToString(deterministic=True))
     for tensor in model.graph.initializer:
         digest.update(f"{tensor.name}:{tensor.data_type}:{list(tensor.dims)};".encode())
@@ -113,5 +117,12 @@ def _load_external(model: onnx.ModelProto, folder: Path | None) -> list[Problem]
 
 
 def _blank(tensor: onnx.TensorProto) -> None:
-    for field in ("raw_data", "float_data", "double_data", "int32_data", "int64_data"):
+    for field in (
+        "raw_data",
+        "string_data",
+        "float_data",
+        "double_data",
+        "int32_data",
+        "int64_data",
+    ):
         tensor.ClearField(field)

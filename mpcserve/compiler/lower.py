@@ -90,7 +90,7 @@ def _lower_node(
 
 def unknown_op(node: Node, opset: int, registry: Registry) -> Problem:
     """What to say of an operator that has no lowering."""
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
         reason = f"operator of domain {node.domain!r} is not supported"
         return Problem(node.name, node.op, reason, "export the model with standard operators")
     later = [e.since for e in registry.entries if e.op == node.op]
@@ -111,8 +111,9 @@ def _call(
     unknown = sorted(set(node.attrs) - set(entry.attributes))
     if unknown:
         raise Unsupported(f"attribute {unknown[0]!r} is not supported")
-    for x in operands:
-        if isinstance(x, np.ndarray) and x.dtype.kind not in "biuf":
+    arrays = [x for x in operands if isinstance(x, np.ndarray)]
+    for x in arrays if not entry.domain else []:  # names of classes are text
+        if x.dtype.kind not in "biuf":
             raise Unsupported(f"a constant input has elements of {x.dtype}")
     try:
         result = entry.function(b, *operands, **node.attrs)

@@ -3,10 +3,13 @@
     @lowers("HardSigmoid", since=6)
     def hard_sigmoid(b: Builder, x: Ref, /, *, alpha: float = 0.2, beta: float = 0.5) -> Ref: ...
 
+    @lowers("TreeEnsemble", domain="ai.onnx.ml", since=5)
+
 Positional parameters are the node's inputs in order (None where an optional one is missing),
 keyword parameters are the schema's attributes with the schema's defaults. `since`: the oldest opset
 whose form the function understands; of several functions for one operator the newest that is not
-newer than the model serves.
+newer than the model serves. In other domains than ONNX's own one function serves all versions:
+there, new versions only add attributes.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ _MARK = "__lowers__"
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """One entry: `attributes` are the keyword parameters, `summary` the docstring's first line."""
+    """One entry: `attributes` are the keyword parameters, `summary` the docstring's first line.
+
+    `domain`: empty for ONNX's own operators.
+    """
 
     op: str
     since: int
@@ -34,13 +40,14 @@ class Lowering:
     attributes: Mapping[str, Any]
     summary: str
     family: str
+    domain: str = ""
 
 
-def lowers(*ops: str, since: int = 7) -> Callable[[F], F]:
+def lowers(*ops: str, since: int = 7, domain: str = "") -> Callable[[F], F]:
     """Mark a function as the lowering of the operators `ops` from opset `since` on."""
 
     def mark(function: F) -> F:
-        marks = [*getattr(function, _MARK, ()), *((op, since) for op in ops)]
+        marks = [*getattr(function, _MARK, ()), *((op, since, domain) for op in ops)]
         setattr(function, _MARK, tuple(marks))
         return function
 
@@ -52,20 +59,24 @@ class Registry:
 
     def __init__(self, entries: tuple[Lowering, ...]) -> None:
         self.entries = entries
-        self._by_op: dict[str, list[Lowering]] = {}
+        self._by_op: dict[tuple[str, str], list[Lowering]] = {}
         for entry in sorted(entries, key=lambda e: e.since):
-            self._by_op.setdefault(entry.op, []).append(entry)
+            self._by_op.setdefault((entry.domain, entry.op), []).append(entry)
 
     def find(self, op: str, opset: int, domain: str = "") -> Lowering | None:
         """The function that serves `op` in a model of `opset`."""
         if domain not in ("", "ai.onnx"):
-            return None
-        fitting = [e for e in self._by_op.get(op, ()) if e.since <= opset]
+            return next(iter(self._by_op.get((domain, op), ())), None)
+        fitting = [e for e in self._by_op.get(("", op), ()) if e.since <= opset]
         return fitting[-1] if fitting else None
+
+    def knows(self, op: str, opset: int) -> bool:
+        """Whether some domain has a function that serves `op`."""
+        return any(self.find(op, opset, domain) for domain in {e.domain for e in self.entries})
 
     def names(self) -> list[str]:
         """Operators, sorted."""
-        return sorted(self._by_op)
+        return sorted({op for _, op in self._by_op})
 
 
 def registry() -> Registry:
@@ -77,13 +88,13 @@ def registry() -> Registry:
         module = importlib.import_module(f"{ops.__name__}.{info.name}")
         for function in vars(module).values():
             if getattr(function, "__module__", "") == module.__name__:
-                for op, since in getattr(function, _MARK, ()):
-                    entries.append(_entry(op, since, function, info.name))
+                for op, since, domain in getattr(function, _MARK, ()):
+                    entries.append(_entry(op, since, function, info.name, domain))
     return Registry(tuple(entries))
 
 
-def _entry(op: str, since: int, function: Callable[..., Any], family: str) -> Lowering:
+def _entry(op: str, since: int, function: Callable[..., Any], family: str, domain: str) -> Lowering:
     parameters = inspect.signature(function).parameters.values()
     attributes = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     summary = (inspect.getdoc(function) or "").partition("\n")[0]
-    return Lowering(op, since, function, MappingProxyType(attributes), summary, family)
+    return Lowering(op, since, function, MappingProxyType(attributes), summary, family, domain)

@@ -17,6 +17,9 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mpcserve.plan.table import read, written
 
 FORMAT = 1
@@ -77,12 +80,24 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """A result revealed to the data owner: decoded from value `id`, cast to `dtype`."""
+    """A result revealed to the data owner: decoded from value `id`, cast to `dtype`.
+
+    `labels`: names of classes, of which the value is an index; they are public.
+    """
 
     name: str
     id: int
     dtype: str
     shape: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+
+    def decoded(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        """Numbers in the declared type and shape, or the names that they stand for."""
+        if self.labels:
+            index = np.clip(numbers, 0, len(self.labels) - 1).astype(np.int64)
+            named: NDArray[Any] = np.take(np.array(self.labels), index).reshape(self.shape)
+            return named
+        return np.asarray(numbers).astype(self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -181,7 +196,9 @@ class Plan:
             "inputs": [
                 [i.name, i.id, i.dtype, list(i.shape), i.low, i.high, i.known] for i in self.inputs
             ],
-            "outputs": [[o.name, o.id, o.dtype, list(o.shape)] for o in self.outputs],
+            "outputs": [
+                [o.name, o.id, o.dtype, list(o.shape), list(o.labels)] for o in self.outputs
+            ],
             "instructions": [
                 [
                     i.op,
@@ -234,7 +251,8 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
             for n, i, t, s, lo, hi, k in data["inputs"]
         ),
         outputs=tuple(
-            OutputSpec(n, int(i), t, tuple(map(int, s))) for n, i, t, s in data["outputs"]
+            OutputSpec(n, int(i), t, tuple(map(int, s)), tuple(map(str, labels)))
+            for n, i, t, s, labels in data["outputs"]
         ),
         batch=int(data["batch"]),
         opset=int(data["opset"]),

@@ -83,5 +83,5 @@ def reveal(
             continue
         signed = to_signed(reduce(shares[0] + shares[1], value.width), value.width)
         real = np.ldexp(signed.astype(np.float64), -value.frac_bits) if value.frac_bits else signed
-        outputs.append(np.asarray(real).astype(spec.dtype).reshape(spec.shape))
+        outputs.append(spec.decoded(np.asarray(real)))
     return outputs

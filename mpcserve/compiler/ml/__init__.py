@@ -1,0 +1,1 @@
+"""ai.onnx.ml in standard operators; every module here is searched by `ml.rewrite`."""

@@ -1,0 +1,78 @@
+"""Labels of classes: an index that was computed in secret becomes what it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mpcserve.compiler.builder import Array, Builder, Operand, Ref
+from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.registry import lowers
+
+ML = "ai.onnx.ml"
+
+
+@lowers("ArrayFeatureExtractor", since=1, domain=ML)
+def array_feature_extractor(b: Builder, x: Operand, index: Ref, /) -> Ref:
+    """The class of a secret index: names are public, numbers are found by comparisons."""
+    if isinstance(x, Ref):
+        raise Unsupported("chooses columns of a secret by a secret index")
+    return b.reshape(looked_up(b, index, np.asarray(x).ravel().tolist()), (1, *index.shape))
+
+
+@lowers("LabelEncoder", since=1, domain=ML)
+def label_encoder(
+    b: Builder,
+    x: Ref,
+    /,
+    *,
+    classes_strings: Sequence[str] = (),
+    default_float: float = -0.0,
+    default_int64: int = -1,
+    default_string: str = "_Unused",
+    default_tensor: Array | None = None,
+    keys_floats: Sequence[float] = (),
+    keys_int64s: Sequence[int] = (),
+    keys_strings: Sequence[str] = (),
+    keys_tensor: Array | None = None,
+    values_floats: Sequence[float] = (),
+    values_int64s: Sequence[int] = (),
+    values_strings: Sequence[str] = (),
+    values_tensor: Array | None = None,
+) -> Ref:
+    """The class of a secret index: names are public, numbers are found by comparisons."""
+    values: list[Any] = [*values_strings, *values_int64s, *values_floats]
+    values = values or np.ravel(() if values_tensor is None else values_tensor).tolist()
+    if classes_strings:
+        values = list(classes_strings)
+    elif list(keys_int64s) != list(range(len(values))):
+        raise Unsupported(
+            "encodes something else than the index of a class",
+            "encode categories before the model is exported",
+        )
+    return looked_up(b, x, values)
+
+
+def looked_up(b: Builder, index: Ref, values: Sequence[Any]) -> Ref:
+    """values[index] for a secret index in 0 … n − 1.
+
+    Names stay an index that the data owner looks up. Numbers in arithmetic progression cost
+    nothing, others n − 1 comparisons and a selection.
+    """
+    if index.frac_bits:
+        raise Unsupported("its index is not a whole number")
+    values = [v.decode() if isinstance(v, bytes) else v for v in values]
+    if isinstance(values[0], str):
+        return b.labelled(b.scale(index, 1), values)
+    numbers = np.asarray(values, np.float64)
+    if np.any(numbers != np.rint(numbers)):
+        raise Unsupported("its values are not whole numbers", "label classes by whole numbers")
+    steps = np.diff(numbers)
+    if len(set(steps.tolist())) < 2:
+        return b.offset(b.scale(index, int(steps[0]) if steps.size else 0), float(numbers[0]))
+    # 1 where index > k, and there the step from class k to the next.
+    passed = [b.sign(b.offset(b.scale(index, -1), float(k))) for k in range(len(steps))]
+    found = b.offset(b.weighted(passed, steps.tolist(), 0), float(numbers[0]))
+    return b.within(found, numbers.min(), numbers.max())
