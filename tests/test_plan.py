@@ -62,7 +62,7 @@ def test_a_sound_plan_passes() -> None:
         (lambda: broken(3, width=2), "a bit has width 1"),
         (lambda: broken(4, attrs={"nonnegative": False}), "reads 30 bits of width 30, bound"),
         (lambda: broken(4, inputs=(2, 2)), "takes something for a bit"),
-        (lambda: broken(4, inputs=(3, 3)), "a bit can only be joined"),
+        (lambda: broken(4, inputs=(3, 3)), "takes a bit for a number"),
         (lambda: broken(4, inputs=(3, 4)), "operand not defined before it"),
         (lambda: broken(4, known="guessed"), "bound known by 'guessed'"),
         (lambda: replace(small_plan(), outputs=()), "no output"),
