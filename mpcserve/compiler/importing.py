@@ -244,13 +244,19 @@ def _plain(message: str) -> str:
 
 
 def folded_graph(model: onnx.ModelProto, name: str) -> Graph:
-    """The graph of a folded model; leftover constant nodes are computed here."""
+    """The graph of a folded model; constant nodes that are left are computed here."""
     graph = graph_of(named(model), name)
+    infos = (*model.graph.value_info, *model.graph.output)
+    types = {i.name: i.type.tensor_type.elem_type for i in infos}
     secret = {n.name for n in secret_nodes(model.graph)}
     constants: dict[str, Any] = dict(graph.constants)
     nodes = []
     for node in graph.nodes:
-        if node.name in secret:
+        if all(0 in graph.shapes.get(o, ()) for o in node.outputs if o):
+            for o in filter(None, node.outputs):
+                dtype = helper.tensor_dtype_to_np_dtype(types[o])
+                constants[o] = np.zeros(graph.shapes[o], dtype)
+        elif node.name in secret:
             nodes.append(node)
         else:
             constants.update(_evaluated(node, constants, graph))

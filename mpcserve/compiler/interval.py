@@ -192,12 +192,14 @@ def total(x: Interval, shape: Shape, axes: Sequence[int]) -> Interval:
     return Interval(np.asarray(low) - slack, np.asarray(high) + slack)
 
 
-def conv(x: Interval, w: Interval, groups: int, padded: bool) -> Interval:
+def conv(x: Interval, w: Interval, shape_w: Shape, groups: int, padded: bool) -> Interval:
     """Per output channel: x: N×C×·×·, w: O×C/groups×kh×kw. Space is taken as one hull."""
     low, high = x.low.min(axis=(2, 3)), x.high.max(axis=(2, 3))
     if padded:
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-    outputs, per_group, kh, kw = w.low.shape
+    outputs, per_group, kh, kw = shape_w
+    if w.low.shape != shape_w:
+        w = Interval(np.broadcast_to(w.low, shape_w), np.broadcast_to(w.high, shape_w))
     shape = (low.shape[0], groups * per_group)
     each = Interval(np.broadcast_to(low, shape), np.broadcast_to(high, shape))
     wc, wr = _centre(w), _radius(w)

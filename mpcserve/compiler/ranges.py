@@ -109,7 +109,9 @@ def _matmul(step: Step, xs: Sequence[Step]) -> Interval:
 
 
 def _conv(step: Step, xs: Sequence[Step]) -> Interval:
-    return iv.conv(xs[0].interval, xs[1].interval, step.attrs["groups"], any(step.attrs["pads"]))
+    return iv.conv(
+        xs[0].interval, xs[1].interval, xs[1].shape, step.attrs["groups"], any(step.attrs["pads"])
+    )
 
 
 def _scale(step: Step, xs: Sequence[Step]) -> Interval:

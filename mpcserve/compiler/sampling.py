@@ -153,6 +153,15 @@ def cubic(at: Floats, a: float) -> Floats:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
+def bilinear(position: Floats, size: int) -> Taps:
+    """Samples of an axis at positions in elements, which are zero outside of it."""
+    below = np.floor(position)
+    indices = (below + np.arange(2)[:, None]).astype(np.int64)
+    weights = np.stack([1 - (position - below), position - below])
+    weights = np.where((indices < 0) | (indices >= size), 0.0, weights)
+    return Taps(np.clip(indices, 0, size - 1), weights)
+
+
 def sampled(position: Floats, size: int, mode: str, padding: str, corners: bool) -> Taps:
     """Samples of an axis at normalised positions in [−1, 1], as GridSample takes them."""
     ends = (0.0, size - 1.0) if corners else (-0.5, size - 0.5)

@@ -1,4 +1,4 @@
-"""Gemm, MatMul, Conv: one product each, with the bias added before the truncation."""
+"""Gemm and MatMul: one product each, with the bias added before the truncation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned, secret, times
-from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
-from mpcserve.compiler.windows import pads_of
 
 
 @lowers("Gemm", since=7)
@@ -59,60 +57,9 @@ def matmul(b: Builder, x: Operand, w: Operand, /) -> Ref:
     return b.reshape(y, shape)
 
 
-@lowers("Conv", since=7)
-def conv(
-    b: Builder,
-    x: Operand,
-    w: Operand,
-    c: Operand | None = None,
-    /,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: Sequence[int] | None = None,
-    group: int = 1,
-    kernel_shape: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
-) -> Ref:
-    """Convolution over one or two axes, grouped, strided, dilated, padded."""
-    axes = len(w.shape) - 2
-    if axes not in (1, 2):
-        raise Unsupported(f"convolves {axes} axes, supported are 1 and 2")
-    steps, spread = list(strides or [1] * axes), list(dilations or [1] * axes)
-    before, after = pads_of(auto_pad, pads, x.shape[2:], w.shape[2:], steps, spread)
-    xr, wr = secret(b, x), secret(b, w)
-    xr = _cropped(b, xr, before, after)
-    if axes == 1:
-        xr = b.reshape(xr, (*xr.shape[:2], 1, xr.shape[2]))
-        wr = b.reshape(wr, (*wr.shape[:2], 1, wr.shape[2]))
-        steps, spread, before, after = [1, *steps], [1, *spread], [0, *before], [0, *after]
-    public = [max(p, 0) for p in (*before, *after)]
-    bias = None if c is None or isinstance(c, Ref) else c[:, None, None]
-    y = b.conv(
-        xr,
-        wr,
-        _bias(b, xr, wr, bias),
-        strides=steps,
-        pads=public,
-        dilations=spread,
-        groups=group,
-    )
-    if isinstance(c, Ref):
-        y = b.add(*aligned(b, y, b.reshape(c, (c.shape[0], 1, 1))))
-    return b.reshape(y, (*y.shape[:2], y.shape[3])) if axes == 1 else y
-
-
 def _bias(b: Builder, x: Ref, w: Ref, values: Array | None) -> Ref | None:
     """The addend of a product, at the scale of its accumulator."""
     return None if values is None else b.weight(values, x.frac_bits + w.frac_bits)
-
-
-def _cropped(b: Builder, x: Ref, before: list[int], after: list[int]) -> Ref:
-    """Negative pads cut the picture."""
-    for axis, (head, tail) in enumerate(zip(before, after, strict=True), 2):
-        size = x.shape[axis]
-        x = b.slice(x, axis, max(-head, 0), size - max(-tail, 0))
-    return x
 
 
 def _scaled(b: Builder, c: Operand, beta: float) -> Operand:

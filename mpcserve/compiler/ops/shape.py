@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpcserve.compiler.builder import Builder, Operand, Ref
-from mpcserve.compiler.functions import aligned, axis_of, fine_enough, ints_of, secret, values_of
+from mpcserve.compiler.functions import aligned, axis_of, fine_enough, ints_of, values_of
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
 
@@ -215,17 +215,6 @@ def tile(b: Builder, x: Ref, repeats: Operand, /) -> Ref:
     for axis, count in enumerate(ints_of(repeats, "repeats")):
         x = b.gather(x, axis, list(range(x.shape[axis])) * count)
     return x
-
-
-@lowers("Gather", since=1)
-def gather(b: Builder, x: Operand, indices: Operand, /, *, axis: int = 0) -> Ref:
-    """Elements at constant indices along an axis."""
-    source = secret(b, x)
-    axis = axis_of(axis, len(source.shape))
-    where = np.asarray(values_of(indices, "indices"))
-    flat = [axis_of(int(i), source.shape[axis]) for i in where.ravel()]
-    shape = (*source.shape[:axis], *where.shape, *source.shape[axis + 1 :])
-    return b.reshape(b.gather(source, axis, flat), shape)
 
 
 @lowers("Dropout", since=7)
