@@ -21,9 +21,12 @@ def evaluate_clear(
     plan: Plan,
     weights: Mapping[str, Int],
     inputs: Sequence[NDArray[np.floating]],
-    watch: Callable[[int, Int], None] | None = None,
+    watch: Callable[[int, Int], Int | None] | None = None,
 ) -> list[NDArray[np.generic]]:
-    """Outputs of the plan in fixed point, in the clear. `watch(id, integers)` sees every value."""
+    """Outputs of the plan in fixed point, in the clear.
+
+    `watch(id, integers)` sees every value, and may return another to go on with.
+    """
     values: dict[int, Int] = {}
     given = {s.id: x for s, x in zip(plan.inputs, inputs, strict=True)}
     for i in plan.instructions:
@@ -34,9 +37,8 @@ def evaluate_clear(
             out = np.asarray(weights[i.attrs["name"]], np.int64).reshape(i.value.shape)
         else:
             out = np.asarray(_TABLE[i.op](i, [values[j] for j in i.inputs]))
-        values[i.id] = out
-        if watch is not None:
-            watch(i.id, out)
+        instead = watch(i.id, out) if watch is not None else None
+        values[i.id] = out if instead is None else instead
         for j in i.inputs:
             if plan.last_use[j] == i.id:
                 values.pop(j, None)

@@ -195,7 +195,7 @@ def test_samples_of_nothing_but_zeros_leave_room_for_rounding() -> None:
 def test_samples_are_taken_in_batches_of_the_plan() -> None:
     x = np.array([[0.5] * 3, [0.25] * 3, [3.0] * 3], np.float32)
     plan = compile_model(single(), calibrate=x, batch=2).plan
-    assert plan.inputs[0].high == 8 and "calibrated on 3 samples with 1 margin bits" in plan.notes
+    assert plan.inputs[0].high == 8 and "calibrated on 3 samples with 2 margin bits" in plan.notes
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz"])

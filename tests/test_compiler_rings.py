@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import onnx
 import pytest
 
 from mpcserve.cli import run
-from mpcserve.compiler import compile_model, narrow
+from mpcserve.compiler import compile_model, narrow, pipeline
+from mpcserve.compiler.planning import Precision
 from mpcserve.compiler.rings import Allocation, Family, Product
 from mpcserve.errors import ConfigError, ModelError
 from mpcserve.plan import Instruction, Plan, bill_of
@@ -141,7 +143,8 @@ def test_a_stricter_tolerance_costs_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     (expected,) = plain(onnx.load(path), x)
     wide, errors = [], []
     for exponent in (-11, -13, -20):
-        monkeypatch.setattr(narrow, "TOLERANCE", 2.0**exponent)
+        stricter = partial(Precision, tolerance=2.0**exponent)
+        monkeypatch.setattr(pipeline, "Precision", stricter)
         monkeypatch.setattr(narrow, "AS_WIDE", 1.0)
         compiled = compile_model(path, calibrate=samples, batch=len(x))
         wide.append(sum(r > 32 for r in rings(compiled.plan)))

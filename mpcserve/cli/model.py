@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 CALIBRATE = click.option(
     "--calibrate",
     type=FILE,
-    metavar="SAMPLES",
-    help="Typical inputs, .npy or .npz: narrower ranges than can be proved.",
+    metavar="SAMPLES|random:N",
+    help="Typical inputs, .npy or .npz: narrower ranges than can be proved. Or N random ones in "
+    "--input-range (else normally distributed): to try a model of which there are no samples.",
 )
 INPUT_RANGE = click.option(
     "--input-range",
@@ -37,6 +38,13 @@ RING = click.option(
     callback=lambda context, option, value: value if value == "auto" else int(value),
     help="Bits of the products: 32 is fast, 64 exact; auto is 32 where that is accurate enough.",
 )
+TARGET_ERROR = click.option(
+    "--target-error",
+    type=click.FloatRange(0, min_open=True),
+    metavar="E",
+    help="Raise precision until no output is off by more than E, as simulated on the calibration "
+    "samples; the plan of fewest bytes. Compiles several times.",
+)
 FRAC_BITS = click.option(
     "--frac-bits",
     type=click.IntRange(4, 30),
@@ -47,21 +55,29 @@ FRAC_BITS = click.option(
 
 @click.command("check")
 @click.argument("model", type=FILE)
+@CALIBRATE
+@INPUT_RANGE
 @JSON
-def check_command(model: Path, as_json: bool) -> None:
+def check_command(
+    model: Path,
+    calibrate: Path | None,
+    input_range: tuple[float, float] | None,
+    as_json: bool,
+) -> None:
     """Say of every node of MODEL whether it is supported, and what to do about those that are not.
 
-    Lists all problems at once; exit 3 if there is any.
+    Lists all problems at once; exit 3 if there is any. Some nodes need a narrow range of what they
+    read: give --calibrate or --input-range as to `mpcserve compile`.
 
     \b
     Example:
-      mpcserve check model.onnx
+      mpcserve check model.onnx --input-range 0 1
     """
     from mpcserve.cli.output import print_json
     from mpcserve.compiler import check_model
     from mpcserve.errors import ModelError
 
-    reports = check_model(model)
+    reports = check_model(model, calibrate=calibrate, input_range=input_range)
     bad = [r for r in reports if r.status == "unsupported"]
     if as_json:
         print_json({"supported": not bad, "nodes": [asdict(r) for r in reports]})
@@ -86,6 +102,7 @@ def check_command(model: Path, as_json: bool) -> None:
 )
 @RING
 @FRAC_BITS
+@TARGET_ERROR
 @click.option(
     "--network",
     metavar="loopback|lan|wan|RTT_MS,MBIT",
@@ -100,6 +117,7 @@ def compile_command(
     batch: int,
     ring: Ring,
     frac_bits: int | None,
+    target_error: float | None,
     network: str | None,
     as_json: bool,
 ) -> None:
@@ -127,6 +145,7 @@ def compile_command(
             ring=ring,
             frac_bits=frac_bits,
             line=line_of(network) if network else None,
+            target_error=target_error,
         )
     seconds = time.perf_counter() - begin
     weights_path = _save(compiled, plan_path)
@@ -178,13 +197,14 @@ def _print_check(reports: Sequence[NodeReport]) -> None:
 
     from mpcserve.cli.output import table
 
-    fine = Counter((r.op, r.status) for r in reports if r.status != "unsupported")
+    fine = Counter((r.op, r.status) for r in reports if not r.reason)
     table(("operator", "status", "nodes"), ((*k, n) for k, n in sorted(fine.items())), left=2)
     for r in reports:
-        if r.status == "unsupported":
+        if r.reason:
             where = f"{r.node} ({r.op})" if r.op else r.node
             advice = f"; {r.hint}" if r.hint else ""
-            click.echo(f"unsupported: {where}: {r.reason}{advice}".replace(": : ", ": "))
+            status = "needs a range" if r.status == "range" else r.status
+            click.echo(f"{status}: {where}: {r.reason}{advice}".replace(": : ", ": "))
 
 
 def _print_json(plan: Plan, **more: Any) -> None:

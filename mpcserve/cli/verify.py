@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE, RING
+from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE, RING, TARGET_ERROR
 from mpcserve.cli.options import FILE, JSON
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mpcserve.cli.arrays import Array
-    from mpcserve.compiler import Ring
+    from mpcserve.compiler import CompiledModel, LayerError, Ring
     from mpcserve.plan import Bill, Plan
 
 MAX_BATCH = 32
@@ -44,6 +44,7 @@ class Evaluated:
 @click.option("--batch", type=click.IntRange(1), help="Rows per evaluation; default up to 32.")
 @RING
 @FRAC_BITS
+@TARGET_ERROR
 @JSON
 def verify_command(
     model: Path,
@@ -54,11 +55,13 @@ def verify_command(
     batch: int | None,
     ring: Ring,
     frac_bits: int | None,
+    target_error: float | None,
     as_json: bool,
 ) -> None:
     """Compare MODEL on --data: float, fixed-point reference, and the real protocol in one process.
 
-    Exit 3 when a value exceeds its bound: then results can be wrong, and the layer is named.
+    Says of each layer how near it came to its bound, and how much error it adds. Exit 3 when a
+    value exceeds its bound: then results can be wrong, and the layer is named.
 
     \b
     Example:
@@ -81,11 +84,15 @@ def verify_command(
             batch=batch or plaintext.batch or min(rows, MAX_BATCH),
             ring=ring,
             frac_bits=frac_bits,
+            target_error=target_error,
+            trace=True,
         )
     with progress("evaluating"):
         got = _evaluate(compiled.plan, compiled.weights, inputs)
+        errors = _layer_errors(compiled, inputs)
     report = _report(compiled.plan, expected, got, load_one(labels) if labels else None)
     report["rows"] = rows
+    report["layer_errors"] = [asdict(e) for e in errors]
     if as_json:
         print_json(report)
     else:
@@ -117,11 +124,19 @@ def _evaluate(
     return Evaluated(joined[0], joined[1], peaks, bill)
 
 
+def _layer_errors(compiled: CompiledModel, inputs: Mapping[str, Array]) -> list[LayerError]:
+    """Of the first batch."""
+    from mpcserve.compiler import layer_errors
+    from mpcserve.serving.inputs import batches, check_inputs
+
+    plan = compiled.plan
+    _, rows = next(iter(batches(plan, check_inputs(plan, inputs, "error"))))
+    return layer_errors(compiled, {i.name: x for i, x in zip(plan.inputs, rows, strict=True)})
+
+
 def _report(
     plan: Plan, expected: list[Array], got: Evaluated, labels: Array | None
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from mpcserve.cli.plaintext import compare
 
     outputs = []
@@ -231,6 +246,7 @@ def _print(report: Mapping[str, Any]) -> None:
         left=3,
         title="headroom: how near each layer came to its bound",
     )
+    _print_errors(report["layer_errors"])
     dealt, online = report["dealt_bytes"], report["bytes"]["alice->bob"]
     click.echo(
         f"{report['rounds']} rounds, {human_bytes(online)} each way and {human_bytes(dealt)} dealt "
@@ -238,6 +254,36 @@ def _print(report: Mapping[str, Any]) -> None:
     )
     for line in report["notes"]:
         click.echo(f"note: {line}")
+
+
+def _print_errors(errors: Sequence[Mapping[str, Any]]) -> None:
+    """Layers that round: the others only pass on what they read."""
+    from mpcserve.cli.output import table
+
+    rounding = [e for e in errors if e["own"]]
+    table(
+        ("layer", "operator", "max error", "mean error", "of its range", "growth", "adds"),
+        (
+            (
+                e["layer"],
+                e["op"],
+                f"{e['max_error']:.2g}",
+                f"{e['mean_error']:.2g}",
+                f"{e['relative']:.2g}",
+                "" if e["growth"] is None else f"{e['growth']:.2g}",
+                f"{e['own']:.2g}",
+            )
+            for e in rounding
+        ),
+        left=2,
+        title="error of each layer, fixed point vs float; relative to its range from the third on",
+    )
+    if rounding:
+        worst = max(rounding, key=lambda e: float(e["own"]))
+        click.echo(
+            f"most error enters at {worst['layer']!r} ({worst['op']}): {worst['own']:.2g} of its "
+            "range were its operands exact"
+        )
 
 
 def _percent(share: float | None) -> str:

@@ -2,6 +2,17 @@
 
 from mpcserve.compiler.artifact import CompiledModel, load_compiled
 from mpcserve.compiler.check import NodeReport, check_model
-from mpcserve.compiler.pipeline import Ring, compile_model
+from mpcserve.compiler.layer_errors import LayerError, layer_errors
+from mpcserve.compiler.pipeline import compile_model
+from mpcserve.compiler.planning import Ring
 
-__all__ = ["CompiledModel", "NodeReport", "Ring", "check_model", "compile_model", "load_compiled"]
+__all__ = [
+    "CompiledModel",
+    "LayerError",
+    "NodeReport",
+    "Ring",
+    "check_model",
+    "compile_model",
+    "layer_errors",
+    "load_compiled",
+]

@@ -9,16 +9,29 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcserve.compiler.graph import Graph
 from mpcserve.plan import Plan, load_plan, save_plan
 from mpcserve.plan.weights import load_weights, save_weights, weights_path
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """The float graph that a plan computes, and the plan's value of each of its tensors. Secret."""
+
+    graph: Graph = field(repr=False)
+    tensors: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class CompiledModel:
-    """`weights`: integers per weight name, at the fraction bits of the plan's value. Secret."""
+    """`weights`: integers per weight name, at the fraction bits of the plan's value. Secret.
+
+    `trace`: there if it was asked for; no file holds it.
+    """
 
     plan: Plan
     weights: Mapping[str, NDArray[np.int64]] = field(repr=False)
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     def save(self, path: Path | str) -> Path:
         """Write `path` (public) and the .weights file beside it (private, 0600); its path."""

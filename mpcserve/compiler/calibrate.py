@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from math import frexp
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,16 +14,21 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.builder import Seen
 from mpcserve.compiler.dtypes import natural_range
-from mpcserve.compiler.graph import Graph, Tensor, to_onnx
+from mpcserve.compiler.graph import Graph, to_onnx
 from mpcserve.compiler.importing import runner
 from mpcserve.compiler.lower import Ranges, Reach
+from mpcserve.compiler.samples import Given, Samples, samples_of
 from mpcserve.errors import InputError
 
 Array = NDArray[Any]
 Declared = tuple[float, float] | Mapping[str, tuple[float, float]]
 """The range of every input, or of those that are named."""
 
-Samples = str | Path | Array | Mapping[str, Array]
+TRIED = 8
+"""Samples that later stages run: a few tell how errors spread."""
+
+FEW = 16
+"""With fewer samples than this, and with random ones, ranges get a bit more margin."""
 
 ASSUMED = 16.0
 """Inputs are taken to lie in [−16, 16] when nothing is declared and no samples are given."""
@@ -31,32 +36,49 @@ ASSUMED = 16.0
 
 def ranges_of(
     graph: Graph,
-    samples: Samples | None,
+    given: Given | None,
     declared: Declared | None,
-    margin_bits: int,
+    margin_bits: int | None,
 ) -> tuple[Ranges, list[str]]:
     """(ranges, notes that say what they rest on). Raises: InputError on samples that do not fit."""
     inputs, notes = _declared(graph, declared)
     values: dict[str, Seen] = {}
-    feed: Mapping[str, Array] = {}
-    if samples is not None:
-        arrays = _loaded(samples, graph.inputs)
-        count = min(len(a) for a in arrays.values())
-        feed = next(iter(_batches(graph.inputs, arrays)))
-        values = {k: _with_margin(s, margin_bits) for k, s in seen_in(graph, arrays).items()}
-        notes.append(f"calibrated on {count} samples with {margin_bits} margin bits")
+    feeds: tuple[Mapping[str, Array], ...] = ()
+    if given is not None:
+        samples = samples_of(given, graph.inputs, {k: (v[0], v[1]) for k, v in inputs.items()})
+        feeds = tuple(islice(samples.feeds(graph.inputs), max(TRIED // _batch(graph), 1)))
+        margin = _margin(samples) if margin_bits is None else margin_bits
+        values = {k: _with_margin(s, margin) for k, s in seen_in(graph, samples).items()}
+        notes.append(_calibrated(samples, margin))
         for i in graph.inputs:
             if i.name not in inputs:
-                inputs[i.name] = _input_reach(arrays[i.name], margin_bits)
+                # What an input may exceed it is refused for, so one bit is enough.
+                least = 1 if margin_bits is None else margin_bits
+                inputs[i.name] = _input_reach(samples.arrays[i.name], least)
             else:
-                _refuse_outside(i.name, arrays[i.name], inputs[i.name][:2])
+                _refuse_outside(i.name, samples.arrays[i.name], inputs[i.name][:2])
     for i in graph.inputs:
         if natural := natural_range(i.dtype):
             inputs[i.name] = (*natural, "proved")
         elif i.name not in inputs:
             inputs[i.name] = (-ASSUMED, ASSUMED, "assumed")
             notes.append(f"range of input {i.name!r} assumed: {-ASSUMED:g} to {ASSUMED:g}")
-    return Ranges(inputs, values, feed), notes
+    return Ranges(inputs, values, feeds), notes
+
+
+def _batch(graph: Graph) -> int:
+    return graph.inputs[0].shape[0] if graph.inputs[0].shape else 1
+
+
+def _margin(samples: Samples) -> int:
+    return 2 if samples.drawn or samples.count < FEW else 1
+
+
+def _calibrated(samples: Samples, margin_bits: int) -> str:
+    text = f"calibrated on {samples.count} samples with {margin_bits} margin bits"
+    if samples.drawn:
+        text += ", drawn at random: try real ones with `mpcserve verify` before relying on it"
+    return text
 
 
 def _declared(graph: Graph, declared: Declared | None) -> tuple[dict[str, Reach], list[str]]:
@@ -80,12 +102,12 @@ def _declared(graph: Graph, declared: Declared | None) -> tuple[dict[str, Reach]
     return {k: (float(low), float(high), "proved") for k, (low, high) in each.items()}, notes
 
 
-def seen_in(graph: Graph, samples: Mapping[str, Array]) -> dict[str, Seen]:
+def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
     """What every numeric tensor of the graph holds over all samples, by onnxruntime."""
     model = to_onnx(graph, every_value=True)
     run, names = runner(model), [o.name for o in model.graph.output]
     found: dict[str, list[Seen]] = {}
-    for feed in _batches(graph.inputs, samples):
+    for feed in samples.feeds(graph.inputs):
         values = [*feed.items(), *zip(names, run.run(names, feed), strict=True)]
         for name, value in values:
             if np.issubdtype(value.dtype, np.number) and value.size:
@@ -107,58 +129,6 @@ def _joined(parts: list[Seen]) -> Seen:
         fmean(p.power for p in parts),
         fmean(p.active for p in parts),
     )
-
-
-def _batches(
-    inputs: tuple[Tensor, ...], samples: Mapping[str, Array]
-) -> Iterator[dict[str, Array]]:
-    """Feeds of the graph's batch; the last one repeats its final sample."""
-    count = min(len(a) for a in samples.values())
-    batch = inputs[0].shape[0] if inputs[0].shape else 1
-    for start in range(0, count, batch):
-        rows = np.minimum(np.arange(start, start + batch), count - 1)
-        yield {i.name: samples[i.name][rows].astype(i.dtype).reshape(i.shape) for i in inputs}
-
-
-def _loaded(samples: Samples, inputs: tuple[Tensor, ...]) -> dict[str, Array]:
-    if isinstance(samples, str | Path):
-        samples = _read(Path(samples))
-    if isinstance(samples, np.ndarray):
-        if len(inputs) != 1:
-            names = ", ".join(repr(i.name) for i in inputs)
-            raise InputError(
-                f"one array of samples for {len(inputs)} inputs", f"give an .npz with {names}"
-            )
-        samples = {inputs[0].name: samples}
-    missing = [i.name for i in inputs if i.name not in samples]
-    if missing:
-        raise InputError(f"no samples for input {missing[0]!r}", "name the arrays as the inputs")
-    for i in inputs:
-        array = samples[i.name]
-        if array.shape[1:] != i.shape[1:] or not len(array):
-            raise InputError(
-                f"samples of input {i.name!r} have shape {list(array.shape)}, "
-                f"expected N x {list(i.shape[1:])}",
-                "stack the samples along a first axis",
-            )
-        if not np.isfinite(array).all():
-            raise InputError(
-                f"samples of input {i.name!r} are not all finite", "remove NaN and inf"
-            )
-    return {i.name: np.asarray(samples[i.name]) for i in inputs}
-
-
-def _read(path: Path) -> Array | dict[str, Array]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(
-            f"{path}: cannot read samples: {e}", "write them with numpy.save or numpy.savez"
-        ) from None
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        return {k: loaded[k] for k in loaded.files}
 
 
 def _refuse_outside(name: str, array: Array, declared: tuple[float, float]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx
 
 from mpcserve.compiler import importing
+from mpcserve.compiler.calibrate import Declared, ranges_of
 from mpcserve.compiler.expand import expanded, kept_functions
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
@@ -14,16 +15,18 @@ from mpcserve.compiler.lower import Ranges, Scales, lower
 from mpcserve.compiler.ml.rewrite import in_standard_operators
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.registry import Registry, registry
+from mpcserve.compiler.samples import Given
 from mpcserve.compiler.survey import fix_batch, secret_nodes, survey, unknown_operators
 from mpcserve.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """One node of the model as it was given. `status`: supported | constant | unsupported.
+    """One node of the model as it was given. `status`: supported | constant | range | unsupported.
 
-    A constant node depends on no input and is computed when compiling. A problem of the whole model
-    is a report with an empty `op`.
+    A constant node depends on no input and is computed when compiling. One of status range compiles
+    if samples or a declared input range show that what it reads is narrow enough. A problem of the
+    whole model is a report with an empty `op`.
     """
 
     node: str
@@ -71,16 +74,27 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     return Imported(name, digest, given, graph, tuple(problems))
 
 
-def check_model(source: Source, batch: int = 1) -> list[NodeReport]:
+def check_model(
+    source: Source,
+    batch: int = 1,
+    *,
+    calibrate: Given | None = None,
+    input_range: Declared | None = None,
+) -> list[NodeReport]:
     """Every node, supported or not, and every problem of the model, all at once.
 
-    Raises: ModelError only when the source is not an ONNX model.
+    Without samples or a range, inputs are taken to lie in ±1, and what is too wide even so is no
+    problem yet. Raises: ModelError only when the source is not an ONNX model.
     """
     found = registry()
     imported = import_model(source, batch, found)
     problems = list(imported.problems)
     if imported.graph is not None:
-        problems += lowering_problems(imported.graph, found, problems)
+        ranges = None
+        if calibrate is not None or input_range is not None:
+            ranges, _ = ranges_of(imported.graph, calibrate, input_range, None)
+        problems += lowering_problems(imported.graph, found, problems, ranges)
+    known = calibrate is not None or input_range is not None
     by_node: dict[str, list[Problem]] = {}
     for p in problems:
         by_node.setdefault(p.node, []).append(p)
@@ -88,22 +102,26 @@ def check_model(source: Source, batch: int = 1) -> list[NodeReport]:
     reports = []
     for node in imported.model.graph.node:
         bad = by_node.pop(node.name, [])
-        reports += [_report(p, node.op_type) for p in bad]
+        reports += [_report(p, node.op_type, known) for p in bad]
         if not bad:
             status = "supported" if node.name in secret else "constant"
             reports.append(NodeReport(node.name, node.op_type, status))
-    rest = [_report(p, p.op) for problems in by_node.values() for p in problems]
+    rest = [_report(p, p.op, known) for problems in by_node.values() for p in problems]
     return rest + reports
 
 
-def lowering_problems(graph: Graph, found: Registry, known: list[Problem]) -> list[Problem]:
+def lowering_problems(
+    graph: Graph, found: Registry, known: list[Problem], ranges: Ranges | None = None
+) -> list[Problem]:
     """What lowering finds that is not in `known`, where unknown operators already are."""
-    ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
+    if ranges is None:
+        ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
     seen = {(p.node, p.op) for p in known}
     problems = lower(graph, ranges, Scales(16), found)[1]
     problems = [p for p in problems if found.knows(p.op, graph.opset)]
     return [p for p in problems if (p.node, p.op) not in seen]
 
 
-def _report(problem: Problem, op: str) -> NodeReport:
-    return NodeReport(problem.node, op, "unsupported", problem.reason, problem.hint)
+def _report(problem: Problem, op: str, known: bool) -> NodeReport:
+    status = "range" if problem.of_range and not known else "unsupported"
+    return NodeReport(problem.node, op, status, problem.reason, problem.hint)

@@ -61,12 +61,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The whole program; `arrays`: real values per weight name."""
+    """The whole program; `arrays`: real values per weight name, `tensors`: ids of the float graph's
+    tensors, as far as they are computed as such."""
 
     steps: tuple[Step, ...]
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
     arrays: Mapping[str, NDArray[np.float64]] = field(default_factory=lambda: MappingProxyType({}))
+    tensors: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def users(self) -> dict[int, list[int]]:
         """Value id → ids of the steps that read it, in order."""
@@ -83,6 +85,7 @@ class Draft:
             steps=tuple(steps),
             inputs=tuple(replace(i, id=number[i.id]) for i in self.inputs),
             outputs=tuple(replace(o, id=number[o.id]) for o in self.outputs),
+            tensors={name: number[id] for name, id in self.tensors.items()},
         )
 
     def keep(self, ids: Sequence[int], instead: Mapping[int, int] | None = None) -> Draft:
@@ -102,6 +105,7 @@ class Draft:
             tuple(replace(i, id=renamed(i.id)) for i in self.inputs),
             tuple(replace(o, id=renamed(o.id)) for o in self.outputs),
             {k: v for k, v in self.arrays.items() if k in names},
+            {k: renamed(v) for k, v in self.tensors.items() if instead.get(v, v) in number},
         )
 
 

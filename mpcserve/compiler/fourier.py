@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.problems import TooWide
 from mpcserve.plan.verify import MAX_HARMONICS, MAX_PERIOD, MIN_PERIOD
 
 Reals = NDArray[np.float64]
@@ -241,7 +241,7 @@ def _waves(problem: _Problem, angles: Reals, harmonics: int) -> Reals:
 def refuse_inexact(fit: Fit, error: float) -> None:
     """Raises: Unsupported where even the closest fit is far from what was asked."""
     if fit.error > 64 * error:
-        raise Unsupported(
+        raise TooWide(
             "its input has too large a range to be approximated",
             "calibrate with samples (--calibrate) or narrow --input-range",
         )

@@ -12,7 +12,7 @@ from math import frexp
 import numpy as np
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
-from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.problems import TooWide, Unsupported
 
 WIDEST_BOUND = 62
 """A bound that every instruction can hold in 64 bits: two spare bits for a general select."""
@@ -93,7 +93,7 @@ def fraction(factor: float, bound: int) -> tuple[int, int]:
     # |x · round(factor·2^s)| must stay below 2^62 before the shift.
     most = WIDEST_BOUND - 1 - bound - max(frexp(factor)[1], 0)
     if most < 1:
-        raise Unsupported(
+        raise TooWide(
             f"its input needs {bound} bits, too many to be multiplied by {factor:g}",
             "calibrate the model with samples, or lower --frac-bits",
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref, Seen
 from mpcserve.compiler.draft import Draft
 from mpcserve.compiler.graph import Graph, Node
-from mpcserve.compiler.problems import Problem, Unsupported
+from mpcserve.compiler.problems import Problem, TooWide, Unsupported
 from mpcserve.compiler.registry import Lowering, Registry
 
 Reach = tuple[float, float, str]
@@ -21,12 +21,12 @@ Reach = tuple[float, float, str]
 class Ranges:
     """`inputs`: declared range per input. `values`: what samples showed of a tensor.
 
-    `feed`: one batch of the samples; empty if there are none.
+    `feeds`: a few batches of the samples; none if there are no samples.
     """
 
     inputs: Mapping[str, Reach]
     values: Mapping[str, Seen]
-    feed: Mapping[str, Array] = field(default_factory=dict)
+    feeds: tuple[Mapping[str, Array], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ def lower(
         elif not problems:
             reason = f"output {o.name!r} depends on no input"
             problems.append(Problem("", "", reason, "remove it from the model's outputs"))
-    return b.draft(), problems
+    tensors = {name: x.id for name, x in known.items() if isinstance(x, Ref)}
+    return replace(b.draft(), tensors=tensors), problems
 
 
 def _lower_node(
@@ -80,7 +81,7 @@ def _lower_node(
             known.update(_call(b, entry, node, known))
             return []
         except Unsupported as e:
-            problem = Problem(node.name, node.op, e.reason, e.hint)
+            problem = Problem(node.name, node.op, e.reason, e.hint, isinstance(e, TooWide))
     # A stand-in lets the nodes behind this one be checked too.
     for name in node.outputs:
         if name in graph.shapes:

@@ -62,14 +62,21 @@ class Narrowed:
 
 
 def narrowed(
-    wide: Draft, lowered: Lowered, felt: Felt, usual: int, *, only: bool, fixed: bool
+    wide: Draft,
+    lowered: Lowered,
+    felt: Felt,
+    usual: int,
+    *,
+    only: bool,
+    fixed: bool,
+    tolerance: float = TOLERANCE,
 ) -> Narrowed:
     """The draft `wide`, tuned to 64 bits at `usual` fraction bits, with products in 32 bits.
 
     `only`: every product or a problem; else as many as the tolerance allows. `fixed`: activations
     keep their `usual` fraction bits.
     """
-    noise = noise_of(wide, TOLERANCE, felt)
+    noise = noise_of(wide, tolerance, felt)
     problem = allocation_of(wide, noise, demanded_widths(wide), usual, fixed)
     allowed = max(1.0, AS_WIDE * problem.all_wide().variance) if _seen(wide) else 1.0
     short: dict[Key, int] = {}

@@ -10,12 +10,16 @@ from mpcserve.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`node` and `op` may be empty when the problem is the whole model's or an input's."""
+    """`node` and `op` may be empty when the problem is the whole model's or an input's.
+
+    `of_range`: samples or a declared range of the inputs may solve it.
+    """
 
     node: str
     op: str
     reason: str
     hint: str = ""
+    of_range: bool = False
 
     def __str__(self) -> str:
         where = f"node {self.node!r} ({self.op})" if self.op else self.node
@@ -30,6 +34,10 @@ class Unsupported(Exception):
         super().__init__(reason)
         self.reason = reason
         self.hint = hint
+
+
+class TooWide(Unsupported):
+    """What cannot be lowered because of the range that is known of the node's input."""
 
 
 def raise_all(model: str, problems: Sequence[Problem]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
 from mpcserve.compiler.functions import ROUNDING_ULPS, WIDEST_BOUND
-from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.problems import TooWide
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -124,7 +124,7 @@ def scaled(weights: Floats, bound: int) -> tuple[int, Ints]:
             if off and s < COARSEST:
                 break
             return s, rounded.astype(np.int64)
-    raise Unsupported(
+    raise TooWide(
         f"its input needs {bound} bits, too many for weights that add up to {sums:g}",
         "calibrate the model with samples, or lower --frac-bits",
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.fourier import Curve
 from mpcserve.compiler.functions import aligned, times, with_frac_bits
-from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.problems import TooWide
 from mpcserve.compiler.smooth import exp, spectral, stated
 
 Reals = NDArray[np.float64]
@@ -134,7 +134,7 @@ def _positive_range(b: Builder, x: Ref, what: str) -> tuple[float, float]:
     held, least = b.interval(x), 2.0 ** (FLOOR_BITS - x.frac_bits)
     sure = b.known(x) in ("exact", "proved") and b.is_tight(x)
     if held.most <= least or (held.least < -16 * least and sure):
-        raise Unsupported(
+        raise TooWide(
             f"{what} lies in [{held.least:.4g}, {held.most:.4g}], expected to be positive",
             "calibrate with samples (--calibrate), declare a positive --input-range, or add a "
             "small constant to it",

@@ -57,9 +57,10 @@ def felt_in(graph: Graph, ranges: Ranges) -> Felt:
     """Tried on one batch of the samples; nothing without samples or real outputs."""
     layers = _chosen(graph)
     real = all(np.issubdtype(np.dtype(o.dtype), np.floating) for o in graph.outputs)
-    if not (real and ranges.feed and layers):
+    if not (real and ranges.feeds and layers):
         return Felt()
-    trial = _Trial(graph, ranges.feed, layers)
+    feed = ranges.feeds[0]
+    trial = _Trial(graph, feed, layers)
     times = min(max(WORK // (2 * len(layers) * _work(graph)), 1), REPEATS)
     weights, results = {}, {}
     for node in layers:
@@ -70,11 +71,9 @@ def felt_in(graph: Graph, ranges: Ranges) -> Felt:
         seen = ranges.values.get(result)
         errors = _errors(result, graph.shapes[result], seen.power if seen else 1.0, times)
         results[node.name] = _mean(trial.change(_added(node), e, e) for e in errors)
-    steps = {k: _rounding(x) for k, x in ranges.feed.items() if x.dtype.kind == "f"}
+    steps = {k: _rounding(x) for k, x in feed.items() if x.dtype.kind == "f"}
     inputs = {
-        k: trial.change(k, ranges.feed[k] + error, error)
-        for k, error in steps.items()
-        if error.any()
+        k: trial.change(k, feed[k] + error, error) for k, error in steps.items() if error.any()
     }
     return Felt(inputs, weights, results)
 

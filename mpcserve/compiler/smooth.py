@@ -23,7 +23,7 @@ from mpcserve.compiler import fourier
 from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.fourier import Curve
 from mpcserve.compiler.functions import times, with_frac_bits
-from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.problems import TooWide, Unsupported
 
 Reals = NDArray[np.float64]
 
@@ -328,7 +328,7 @@ def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -
     top = max(held.most - NEGLIGIBLE, 0.0)
     squarings = max(ceil(log2(top / SMALL_TOP)), 0) if top > direct else 0
     if top > LARGEST_TOP:
-        raise Unsupported(
+        raise TooWide(
             f"the exponential of a value up to {held.most:g} does not fit 64 bits",
             "calibrate with samples (--calibrate) or narrow --input-range",
         )
@@ -370,7 +370,7 @@ def sine(b: Builder, x: Ref, cosine: bool = False) -> Ref:
     bits = b.bound(x)
     shift = min(bits + 2, 61 - bits - ceil(log2(per_unit)))
     if shift < 8:
-        raise Unsupported("its input has too large a range", "calibrate with samples")
+        raise TooWide("its input has too large a range", "calibrate with samples")
     turned = b.shift(b.scale(x, round(per_unit * 2.0**shift)), shift, 0)
     y = b.spectral(turned, ANGLE_BITS, [0.0 if cosine else 1.0], [1.0 if cosine else 0.0])
     slack = 4 * 2.0**-b.frac_bits

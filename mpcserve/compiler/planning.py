@@ -1,0 +1,167 @@
+"""A float graph with its ranges → the plan of fewest bytes, or the fastest, at some precision.
+
+lower     graph → draft
+DRAFTS    draft → draft
+precision fraction bits of weights and inputs; rings of 32 bits, for which it is lowered again
+widths    draft → plan; of every strategy, and the best on the declared network is kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler.draft import Draft, check_draft
+from mpcserve.compiler.graph import Graph
+from mpcserve.compiler.lower import Ranges, Scales, lower
+from mpcserve.compiler.narrow import TOLERANCE, narrowed
+from mpcserve.compiler.passes.deduplicate import deduplicate
+from mpcserve.compiler.passes.unused import remove_unused
+from mpcserve.compiler.precision import check_fit, coarse_weights, tune_inputs, tune_weights
+from mpcserve.compiler.problems import raise_all
+from mpcserve.compiler.registry import Registry
+from mpcserve.compiler.sensitivity import Felt, felt_in
+from mpcserve.compiler.strategy import CHUNKS, GROUPS, Strategy, describe, fastest
+from mpcserve.compiler.widths import assign_widths, extended
+from mpcserve.plan import Plan, verify_plan
+from mpcserve.plan.estimate import Line
+from mpcserve.plan.ops import PRODUCTS
+
+DRAFTS: tuple[Callable[[Draft], Draft], ...] = (
+    deduplicate,  # equal steps of equal operands are computed once
+    remove_unused,  # what no output needs is not computed
+)
+
+Ring = Literal["auto", 32, 64]
+"""Products are computed mod 2^32, mod up to 2^64, or mod 2^32 where that is accurate enough."""
+
+USUAL = 16
+"""Fraction bits of what has no reason for more or fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """`frac_bits`: the same for all activations; else 16 in 64 bits, and in 32 bits what each range
+    leaves. With `frac_bits` and no `ring`, products have 64 bits. `tolerance`: expected error of an
+    output that 32 bits may cost, both root mean squares."""
+
+    ring: Ring = "auto"
+    frac_bits: int | None = None
+    tolerance: float = TOLERANCE
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be planned. `about`: what the plan says of its model; `line`: between servers."""
+
+    graph: Graph
+    ranges: Ranges
+    registry: Registry
+    line: Line | None
+    name: str
+    about: Mapping[str, Any]
+
+    @cached_property
+    def felt(self) -> Felt:
+        """How far errors of each layer are felt; tried once, whatever the precision."""
+        return felt_in(self.graph, self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One way to evaluate the graph."""
+
+    strategy: Strategy
+    draft: Draft
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def planned(task: Task, precision: Precision) -> Made:
+    """The best of all strategies on the task's line. Raises: ModelError."""
+    made = _alternatives(task, precision)
+    plans = [m.plan for m in made]
+    best = fastest(plans, task.line)
+    compared = describe([m.strategy for m in made], plans, best, task.line)
+    verify_plan(plans[best])
+    return replace(made[best], notes=(*made[best].notes, *compared))
+
+
+def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:
+    """Each weight as integers at its value's fraction bits."""
+    return {
+        name: np.rint(np.ldexp(draft.arrays[name], plan.value(id).frac_bits)).astype(np.int64)
+        for name, id in plan.weights.items()
+    }
+
+
+def _alternatives(task: Task, precision: Precision) -> list[Made]:
+    """A plan of every strategy that makes a difference."""
+    made: list[Made] = []
+    for group in GROUPS if task.line else GROUPS[:1]:
+        draft, notes = _draft(task, precision, group)
+        if made and len(draft.steps) == len(made[0].draft.steps):
+            continue  # no maximum of more than two values in it
+        for chunk in CHUNKS:
+            plan = assign_widths(draft, task.name, chunk, **task.about)
+            if all(plan != m.plan for m in made):
+                made.append(Made(Strategy(group, chunk), draft, plan, tuple(notes)))
+    return made
+
+
+def _lowered(task: Task, group: int, scales: Scales) -> Draft:
+    """The graph at some scales. Raises: ModelError."""
+    draft, problems = lower(task.graph, task.ranges, scales, task.registry, group)
+    raise_all(task.graph.name, problems)
+    for step in DRAFTS:
+        draft = step(draft)
+        check_draft(draft, step.__name__)
+    return draft
+
+
+def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[str]]:
+    """(draft that needs no more extends, notes). Raises: ModelError."""
+    ring, frac_bits = precision.ring, precision.frac_bits
+    usual = frac_bits or USUAL
+    draft = tune_weights(_lowered(task, group, Scales(usual)), usual)
+    check_draft(draft, "tune_weights")
+    draft = tune_inputs(draft, usual)
+    check_draft(draft, "tune_inputs")
+    if ring != 32:
+        raise_all(task.graph.name, check_fit(draft, usual))
+    if ring == 64 or (ring == "auto" and (frac_bits is not None or varies(draft))):
+        draft, notes = extended(draft), []
+    else:
+        result = narrowed(
+            draft,
+            partial(_lowered, task, group),
+            task.felt,
+            usual,
+            only=ring == 32,
+            fixed=frac_bits is not None,
+            tolerance=precision.tolerance,
+        )
+        raise_all(task.graph.name, result.problems)
+        draft, notes = result.draft, [result.note]
+    check_draft(draft, "extended")
+    return draft, [*notes, *coarse_weights(draft, usual)]
+
+
+def varies(draft: Draft) -> bool:
+    """Whether rounding may be felt more at some inputs than at the samples: not for 32 bits then.
+
+    So it is where secret values multiply each other or pass through a smooth function, as in a
+    normalisation whose divisor may be small.
+    """
+    varying: set[int] = set()
+    for id, s in enumerate(draft.steps):
+        if s.op == "spectral" or (s.op in PRODUCTS and varying.issuperset(s.inputs[:2])):
+            return True
+        if s.op == "input" or not varying.isdisjoint(s.inputs):
+            varying.add(id)
+    return False
