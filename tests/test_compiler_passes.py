@@ -12,10 +12,10 @@ import pytest
 from mpcserve.compiler import compile_model
 from mpcserve.compiler.check import import_model
 from mpcserve.compiler.graph import Graph, to_onnx
+from mpcserve.compiler.passes import PASSES
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
-from mpcserve.compiler.pipeline import PASSES
 from mpcserve.compiler.registry import registry
 from tests.onnx_cases import agree, model_of, node, ops_of, plain, rng_of
 

@@ -13,6 +13,7 @@ from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source, load_model, structure_digest
 from mpcserve.compiler.lower import Ranges, Scales, lower
 from mpcserve.compiler.ml.rewrite import in_standard_operators
+from mpcserve.compiler.passes import rewritten
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.registry import Registry, registry
 from mpcserve.compiler.samples import Given
@@ -117,8 +118,7 @@ def lowering_problems(
     if ranges is None:
         ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
     seen = {(p.node, p.op) for p in known}
-    problems = lower(graph, ranges, Scales(16), found)[1]
-    problems = [p for p in problems if found.knows(p.op, graph.opset)]
+    problems = lower(rewritten(graph), ranges, Scales(16), found)[1]
     return [p for p in problems if (p.node, p.op) not in seen]
 
 

@@ -7,7 +7,7 @@ be measured, by running onnxruntime.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,16 @@ from onnx import helper, numpy_helper
 
 Shape = tuple[int, ...]
 
+FUSED = "mpcserve.fused"
+"""The domain of nodes that stand for several."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operation. Missing optional inputs and outputs are empty names."""
+    """One operation. Missing optional inputs and outputs are empty names.
+
+    `body`: what a node of the domain FUSED stands for, in order.
+    """
 
     op: str
     inputs: tuple[str, ...]
@@ -29,6 +35,14 @@ class Node:
     attrs: Mapping[str, Any]
     name: str
     domain: str = ""
+    body: tuple[Node, ...] = ()
+
+    def written(self) -> Iterator[Node]:
+        """The node as ONNX knows it."""
+        if not self.body:
+            yield self
+        for inner in self.body:
+            yield from inner.written()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +82,8 @@ class Graph:
     def with_nodes(self, nodes: list[Node], constants: Mapping[str, Any] | None = None) -> Graph:
         """The same model with other nodes; unused constants are dropped."""
         everything = dict(self.constants) | dict(constants or {})
-        used = {i for n in nodes for i in n.inputs} | {o.name for o in self.outputs}
+        used = {i for n in nodes for w in (n, *n.written()) for i in w.inputs}
+        used |= {o.name for o in self.outputs}
         kept = {k: v for k, v in everything.items() if k in used}
         return replace(self, nodes=tuple(nodes), constants=kept)
 
@@ -102,6 +117,7 @@ def graph_of(model: onnx.ModelProto, name: str) -> Graph:
 
 def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
     """Write the graph as a model; with `every_value`, all intermediate tensors are outputs."""
+    written = [w for n in graph.nodes for w in n.written()]
     outputs = [
         helper.make_tensor_value_info(
             o.name, helper.np_dtype_to_tensor_dtype(np.dtype(o.dtype)), o.shape
@@ -110,7 +126,7 @@ def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
     ]
     if every_value:
         known = {o.name for o in graph.outputs}
-        names = [o for n in graph.nodes for o in n.outputs if o and o not in known]
+        names = [o for n in written for o in n.outputs if o and o not in known]
         outputs += [onnx.ValueInfoProto(name=name) for name in names]
     inputs = [
         helper.make_tensor_value_info(
@@ -122,7 +138,7 @@ def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
         helper.make_node(
             n.op, n.inputs, n.outputs, name=n.name, domain=n.domain, **_protos(n.attrs)
         )
-        for n in graph.nodes
+        for n in written
     ]
     constants = [numpy_helper.from_array(np.asarray(v), k) for k, v in graph.constants.items()]
     proto = helper.make_graph(nodes, graph.name, inputs, outputs, constants)

@@ -11,7 +11,6 @@ target    the precision at which samples show no more than some error
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -20,9 +19,7 @@ from mpcserve.compiler.calibrate import Declared, ranges_of
 from mpcserve.compiler.check import Imported, import_model, lowering_problems
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source
-from mpcserve.compiler.passes.fold_affine import fold_affine
-from mpcserve.compiler.passes.identities import remove_identities
-from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
+from mpcserve.compiler.passes import rewritten
 from mpcserve.compiler.planning import Precision, Ring, Task, encoded_weights, planned
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import Registry, registry
@@ -30,12 +27,6 @@ from mpcserve.compiler.samples import Given
 from mpcserve.compiler.target import planned_within
 from mpcserve.errors import ConfigError
 from mpcserve.plan.estimate import Line
-
-PASSES: tuple[Callable[[Graph], Graph], ...] = (
-    remove_identities,  # Identity, Dropout, casts between floats: nothing to do
-    fold_affine,  # scalings, offsets, normalisations and means go into neighbouring weights
-    relu_after_maxpool,  # Relu → MaxPool becomes MaxPool → Relu: fewer comparisons
-)
 
 
 def compile_model(
@@ -102,8 +93,7 @@ def compile_graph(
     graph: Graph, name: str, digest: str, found: Registry, options: Options
 ) -> CompiledModel:
     """The plan and the weights of an imported graph whose outputs all depend on an input."""
-    for run in PASSES:
-        graph = run(graph)
+    graph = rewritten(graph)
     ranges, notes = ranges_of(graph, options.calibrate, options.input_range, options.margin_bits)
     about: dict[str, Any] = {
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,

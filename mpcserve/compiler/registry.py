@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from mpcserve.compiler.graph import FUSED
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-_MARK = "__lowers__"
+_MARK, _FUSED_MARK = "__lowers__", "__lowers_fused__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +56,30 @@ def lowers(*ops: str, since: int = 7, domain: str = "") -> Callable[[F], F]:
     return mark
 
 
+def lowers_fused(op: str) -> Callable[[F], F]:
+    """Mark a function as the lowering of nodes `op` that a pass made of several."""
+
+    def mark(function: F) -> F:
+        setattr(function, _FUSED_MARK, op)
+        return function
+
+    return mark
+
+
 class Registry:
     """All lowering functions found in `mpcserve.compiler.ops`."""
 
-    def __init__(self, entries: tuple[Lowering, ...]) -> None:
+    def __init__(self, entries: tuple[Lowering, ...], fused: tuple[Lowering, ...] = ()) -> None:
         self.entries = entries
+        self._fused = {entry.op: entry for entry in fused}
         self._by_op: dict[tuple[str, str], list[Lowering]] = {}
         for entry in sorted(entries, key=lambda e: e.since):
             self._by_op.setdefault((entry.domain, entry.op), []).append(entry)
 
     def find(self, op: str, opset: int, domain: str = "") -> Lowering | None:
         """The function that serves `op` in a model of `opset`."""
+        if domain == FUSED:
+            return self._fused.get(op) or self._by_op["", op][-1]
         if domain not in ("", "ai.onnx"):
             return next(iter(self._by_op.get((domain, op), ())), None)
         fitting = [e for e in self._by_op.get(("", op), ()) if e.since <= opset]
@@ -83,14 +98,16 @@ def registry() -> Registry:
     """Every marked function of every module in the package `ops`."""
     from mpcserve.compiler import ops
 
-    entries = []
+    entries, fused = [], []
     for info in pkgutil.iter_modules(ops.__path__):
         module = importlib.import_module(f"{ops.__name__}.{info.name}")
         for function in vars(module).values():
             if getattr(function, "__module__", "") == module.__name__:
                 for op, since, domain in getattr(function, _MARK, ()):
                     entries.append(_entry(op, since, function, info.name, domain))
-    return Registry(tuple(entries))
+                if (op := getattr(function, _FUSED_MARK, None)) is not None:
+                    fused.append(_entry(op, 0, function, info.name, FUSED))
+    return Registry(tuple(entries), tuple(fused))
 
 
 def _entry(op: str, since: int, function: Callable[..., Any], family: str, domain: str) -> Lowering:

@@ -8,7 +8,7 @@ from mpcserve.compiler import roots, smooth
 from mpcserve.compiler.builder import Builder, Operand, Ref
 from mpcserve.compiler.functions import absolute, clip, times, with_frac_bits
 from mpcserve.compiler.problems import Unsupported
-from mpcserve.compiler.registry import lowers
+from mpcserve.compiler.registry import lowers, lowers_fused
 
 
 @lowers("Sigmoid", since=6)
@@ -33,6 +33,12 @@ def erf(b: Builder, x: Ref, /) -> Ref:
 def gelu(b: Builder, x: Ref, /, *, approximate: str = "none") -> Ref:
     """x·Φ(x), exact or by tanh. Error: 7e-5."""
     return smooth.gelu(b, x, approximate == "tanh")
+
+
+@lowers_fused("Swish")
+def swish(b: Builder, x: Ref, /, *, alpha: float = 1.0) -> Ref:
+    """x·sigmoid(alpha·x). Error: 7e-5."""
+    return smooth.swish(b, x, alpha)
 
 
 @lowers("Mish", since=18)

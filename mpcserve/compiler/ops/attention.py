@@ -12,8 +12,9 @@ from mpcserve.compiler import softmax as of
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned, ints_of, secret, times, with_frac_bits
 from mpcserve.compiler.masking import Mask, mask_of
+from mpcserve.compiler.ops.linear import matmul
 from mpcserve.compiler.problems import Unsupported
-from mpcserve.compiler.registry import lowers
+from mpcserve.compiler.registry import lowers, lowers_fused
 from mpcserve.compiler.smooth import tanh
 
 
@@ -243,3 +244,29 @@ def _turns(b: Builder, cosine: Operand, sine: Operand) -> Ref:
     c, s = aligned(b, cosine, sine)
     columns = [b.reshape(t, (*t.shape, 1)) for t in (c, s, b.scale(s, -1), c)]
     return b.reshape(b.concat(columns, len(c.shape)), (*c.shape, 2, 2))
+
+
+@lowers_fused("Attend")
+def attend(b: Builder, scores: Ref, values: Operand, mask: Operand | None = None, /) -> Ref:
+    """softmax(scores + mask) @ values. Error: 1e-4 of the largest value."""
+    return of.attend(
+        b, scores, secret(b, values), None if mask is None else mask_of(np.asarray(mask))
+    )
+
+
+@lowers_fused("MaskedSoftmax")
+def masked_softmax(b: Builder, scores: Ref, mask: Array, /) -> Ref:
+    """softmax(scores + mask) over the last axis. Error: 1e-4."""
+    return of.softmax(b, scores, len(scores.shape) - 1, mask_of(np.asarray(mask)))
+
+
+@lowers_fused("Scale")
+def scale(b: Builder, x: Ref, /, *, factor: float) -> Ref:
+    """x · a public number. Error: 1.75 ulp."""
+    return times(b, with_frac_bits(b, x, b.frac_bits), factor)
+
+
+@lowers_fused("ScaledMatMul")
+def scaled_matmul(b: Builder, x: Ref, y: Ref, /, *, factor: float) -> Ref:
+    """(x · a public number) @ y. Error: 1.75 ulp of x."""
+    return matmul(b, scale(b, x, factor=factor), y)

@@ -20,7 +20,7 @@ from mpcserve.compiler.functions import (
     with_frac_bits,
 )
 from mpcserve.compiler.problems import Unsupported
-from mpcserve.compiler.registry import lowers
+from mpcserve.compiler.registry import lowers, lowers_fused
 
 SPREAD_BITS = 8
 """Fraction bits, beyond the usual, of a variance and of 1 / √ of it."""
@@ -192,16 +192,40 @@ def _normalized(
     epsilon: float,
     centred: bool,
 ) -> Ref:
-    axis = axis_of(axis, len(x.shape))
-    rows = _rows(b, x, axis)
-    found = _unscaled(b, rows, epsilon, centred)
-    lead = (1,) * axis
-    scale = _shaped(b, scale, (*lead, *scale.shape)[-len(x.shape) :])
-    if bias is not None:
-        bias = _shaped(b, bias, (*lead, *bias.shape)[-len(x.shape) :])
-    values = b.reshape(found.values, x.shape)
-    inverse = b.reshape(found.inverse, (*x.shape[:axis], *[1] * (len(x.shape) - axis)))
-    return _finished(b, values, inverse, scale, bias, rows.shape[1])
+    over = range(axis_of(axis, len(x.shape)), len(x.shape))
+    return normalize(b, x, scale, bias, axes=over, epsilon=epsilon, centred=int(centred))
+
+
+@lowers_fused("Normalize")
+def normalize(
+    b: Builder,
+    x: Ref,
+    scale: Operand | None = None,
+    bias: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int],
+    epsilon: float,
+    centred: int,
+) -> Ref:
+    """(x − mean, if centred) / √(mean square + epsilon) · scale + bias over axes. Error: 2e-4."""
+    rank = len(x.shape)
+    order = [*(a for a in range(rank) if a not in axes), *axes]
+    lead = rank - len(axes)
+    moved = b.transpose(x, order)
+    rows = _rows(b, moved, lead)
+    found = _unscaled(b, rows, epsilon, bool(centred))
+    scale, bias = (None if v is None else _moved(b, v, rank, order) for v in (scale, bias))
+    values = b.reshape(found.values, moved.shape)
+    inverse = b.reshape(found.inverse, (*moved.shape[:lead], *[1] * len(axes)))
+    y = _finished(b, values, inverse, scale, bias, rows.shape[1])
+    return b.transpose(y, np.argsort(order).tolist())
+
+
+def _moved(b: Builder, x: Operand, rank: int, order: Sequence[int]) -> Operand:
+    """A constant that broadcasts to a tensor, with the tensor's axes permuted."""
+    x = _shaped(b, x, (*[1] * (rank - len(x.shape)), *x.shape))
+    return b.transpose(x, order) if isinstance(x, Ref) else x.transpose(order)
 
 
 def _grouped(b: Builder, x: Ref, groups: int, scale: Operand, bias: Operand, epsilon: float) -> Ref:
@@ -217,16 +241,30 @@ def _grouped(b: Builder, x: Ref, groups: int, scale: Operand, bias: Operand, eps
 
 
 def _finished(
-    b: Builder, values: Ref, inverse: Ref, scale: Operand, bias: Operand | None, count: int
+    b: Builder,
+    values: Ref,
+    inverse: Ref,
+    scale: Operand | None,
+    bias: Operand | None,
+    count: int,
 ) -> Ref:
-    """values · scale · inverse + bias; the first product runs while the inverse is found."""
-    gain = secret(b, scale)
-    held = b.interval(gain)
-    y = b.mul(b.mul(values, gain), inverse)
+    """values · scale · inverse + bias; the first product runs while the inverse is found.
+
+    A scale of ones and a bias of zeros are what exporters write for none: nothing is computed.
+    """
     # No element of a normalised row exceeds √count.
-    reach = 1.01 * sqrt(count) * np.maximum(np.abs(held.low), np.abs(held.high))
-    y = b.within(y, -reach - 0.01, reach + 0.01)
-    return y if bias is None else b.add(*aligned(b, y, bias))
+    reach = np.asarray(1.01 * sqrt(count))
+    if not (scale is None or _all(scale, 1.0)):
+        gain = secret(b, scale)
+        held = b.interval(gain)
+        reach = reach * np.maximum(np.abs(held.low), np.abs(held.high))
+        values = b.mul(values, gain)
+    y = b.within(b.mul(values, inverse), -reach - 0.01, reach + 0.01)
+    return y if bias is None or _all(bias, 0.0) else b.add(*aligned(b, y, bias))
+
+
+def _all(x: Operand, value: float) -> bool:
+    return not isinstance(x, Ref) and bool(np.all(np.asarray(x) == value))
 
 
 def _kept(x: Ref, axis: int) -> list[int]:

@@ -1,0 +1,237 @@
+"""Functions as exporters write them out: found, and lowered as one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import pi, sqrt
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from mpcserve.compiler import compile_model, importing
+from mpcserve.compiler.graph import FUSED, Graph, to_onnx
+from mpcserve.compiler.passes.fuse_activations import fuse_activations
+from mpcserve.compiler.passes.fuse_attention import fuse_attention
+from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
+from mpcserve.plan import bill_of
+from mpcserve.protocol import Together
+from tests.onnx_cases import Array, model_of, node, on_grid, plain, rng_of
+
+F32 = np.float32
+
+
+def fused(model: onnx.ModelProto) -> Graph:
+    """The graph behind the passes; written back, it computes what the model does."""
+    graph = importing.folded_graph(importing.folded(importing.named(model)), "small")
+    for run in (fuse_activations, fuse_normalizations, fuse_attention):
+        graph = run(graph)
+    return graph
+
+
+def kinds(graph: Graph) -> Counter[str]:
+    return Counter(n.op for n in graph.nodes if n.domain == FUSED)
+
+
+def compiled_agrees(model: onnx.ModelProto, x: list[Array], error: float, reach: float) -> Any:
+    made = compile_model(model, input_range=(-reach, reach))
+    grid = [on_grid(made.plan, k, v) for k, v in enumerate(x)]
+    outputs, bill = Together(made.plan, made.weights).infer(grid)
+    assert bill == bill_of(made.plan)
+    for got, expected in zip(outputs, plain(model, *grid), strict=True):
+        assert np.abs(got - expected).max() <= error
+    return bill
+
+
+HALF = {"half": F32(0.5), "one": F32(1), "two": F32(2), "root": F32(sqrt(2))}
+TANH = {"k": F32(sqrt(2 / pi)), "c": F32(0.044715), "three": F32(3), "half": F32(0.5)}
+TANH |= {"one": F32(1)}
+
+WRITTEN: dict[str, tuple[str, list[tuple[str, list[str], str]], dict[str, Any]]] = {
+    "torch's erf GELU": (
+        "Gelu",
+        [("Div", ["x", "root"], "a"), ("Erf", ["a"], "b"), ("Add", ["b", "one"], "c"),
+         ("Mul", ["x", "c"], "d"), ("Mul", ["d", "half"], "y")],
+        HALF,
+    ),
+    "half first": (
+        "Gelu",
+        [("Mul", ["x", "half"], "h"), ("Div", ["x", "root"], "a"), ("Erf", ["a"], "b"),
+         ("Add", ["one", "b"], "c"), ("Mul", ["h", "c"], "y")],
+        HALF,
+    ),
+    "tanh GELU with Pow": (
+        "Gelu",
+        [("Pow", ["x", "three"], "p"), ("Mul", ["p", "c"], "q"), ("Add", ["x", "q"], "r"),
+         ("Mul", ["r", "k"], "s"), ("Tanh", ["s"], "t"), ("Add", ["t", "one"], "u"),
+         ("Mul", ["x", "half"], "h"), ("Mul", ["h", "u"], "y")],
+        TANH,
+    ),
+    "SiLU": ("Swish", [("Sigmoid", ["x"], "s"), ("Mul", ["x", "s"], "y")], {}),
+    "quick GELU": (
+        "Swish",
+        [("Mul", ["x", "g"], "a"), ("Sigmoid", ["a"], "s"), ("Mul", ["s", "x"], "y")],
+        {"g": F32(1.702)},
+    ),
+    "Mish": (
+        "Mish",
+        [("Softplus", ["x"], "s"), ("Tanh", ["s"], "t"), ("Mul", ["x", "t"], "y")],
+        {},
+    ),
+    "softplus": (
+        "Softplus",
+        [("Exp", ["x"], "e"), ("Add", ["e", "one"], "f"), ("Log", ["f"], "y")],
+        HALF,
+    ),
+    "HardSwish": (
+        "HardSwish",
+        [("Add", ["x", "three"], "a"), ("Clip", ["a", "zero", "six"], "b"),
+         ("Mul", ["x", "b"], "c"), ("Div", ["c", "six"], "y")],
+        {"three": F32(3), "zero": F32(0), "six": F32(6)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_written_out_activation_is_one_function(name: str) -> None:
+    op, steps, constants = WRITTEN[name]
+    nodes = [node(o, i, [y]) for o, i, y in steps]
+    model = model_of(nodes, {"x": (2, 40)}, constants)
+    graph = fused(model)
+    assert [n.op for n in graph.nodes] == [op]
+    x = np.linspace(-8, 8, 80, dtype=F32).reshape(2, 40)
+    again = to_onnx(graph)
+    assert np.abs(plain(model, x)[0] - plain(again, x)[0]).max() < 1e-5
+    bill = compiled_agrees(model, [x], 2e-4, 8.0)
+    assert bill.rounds <= (5 if op == "HardSwish" else 3)
+
+
+def test_trained_gains_and_values_read_elsewhere_stay() -> None:
+    nodes = [node("Mul", ["x", "g"], ["a"]), node("Sigmoid", ["a"], ["s"]), node("Mul", ["x", "s"])]
+    assert not kinds(fused(model_of(nodes, {"x": (2, 3)}, {"g": F32(1.3)})))
+    nodes = [node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"])]
+    assert not kinds(fused(model_of(nodes, {"x": (2, 3)}, outputs=("y", "s"))))
+
+
+def norm(centred: bool, how: str, axes: list[int], gain: Any) -> onnx.ModelProto:
+    """A normalisation written out, then · gain, and + gain where it is centred."""
+    rank = 4 if axes == [1] else 3
+    shape = (2, 8, 3, 4) if axes == [1] else (2, 3, 8)
+    top = "d" if centred else "x"
+    nodes = [node("ReduceMean", ["x", "axes"], ["m"]), node("Sub", ["x", "m"], ["d"])]
+    nodes = nodes if centred else []
+    nodes += [node("Pow", [top, "two"], ["p"]), node("ReduceMean", ["p", "axes"], ["v"]),
+              node("Add", ["v", "eps"], ["w"])]  # fmt: skip
+    if how == "pow":
+        nodes += [node("Pow", ["w", "power"], ["r"]), node("Mul", [top, "r"], ["n"])]
+    else:
+        nodes.append(node("Sqrt", ["w"], ["s"]))
+    if how == "div":
+        nodes.append(node("Div", [top, "s"], ["n"]))
+    if how == "reciprocal":
+        nodes += [node("Reciprocal", ["s"], ["r"]), node("Mul", ["r", top], ["n"])]
+    nodes.append(node("Mul", ["gain", "n"], ["y" if not centred else "g"]))
+    if centred:
+        nodes.append(node("Add", ["g", "gain"]))
+    constants = {"axes": np.array(axes), "two": F32(2), "eps": F32(1e-5), "power": F32(-0.5)}
+    assert rank == len(shape)
+    return model_of(nodes, {"x": shape}, constants | {"gain": gain})
+
+
+@pytest.mark.parametrize("how", ["div", "reciprocal", "pow"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_written_out_normalisation_is_one_function(how: str, centred: bool) -> None:
+    rng = rng_of(5)
+    gain = rng.uniform(0.5, 2, 8).astype(F32)
+    model = norm(centred, how, [-1], gain)
+    # onnxruntime itself finds the commonest form
+    assert [n.op for n in fused(model).nodes] in (["Normalize"], ["LayerNormalization"])
+    x = rng.uniform(-8, 8, (2, 3, 8)).astype(F32)
+    assert compiled_agrees(model, [x], 2e-3, 8.0).rounds <= 12
+
+
+def test_a_normalisation_over_channels_takes_their_gains_in() -> None:
+    rng = rng_of(6)
+    model = norm(True, "div", [1], rng.uniform(0.5, 2, (8, 1, 1)).astype(F32))
+    assert [n.op for n in fused(model).nodes] == ["Normalize"]
+    x = rng.uniform(-8, 8, (2, 8, 3, 4)).astype(F32)
+    compiled_agrees(model, [x], 2e-3, 8.0)
+
+
+def test_division_by_a_length_is_one_function() -> None:
+    nodes = [node("ReduceL2", ["x", "axes"], ["l"]), node("Clip", ["l", "least"], ["c"]),
+             node("Expand", ["c", "shape"], ["e"]), node("Div", ["x", "e"])]  # fmt: skip
+    constants = {"axes": np.array([1]), "least": F32(1e-12), "shape": np.array([4, 8])}
+    model = model_of(nodes, {"x": (4, 8)}, constants)
+    assert kinds(fused(model)) == {"LpNormalization": 1}
+    x = rng_of(7).uniform(-8, 8, (4, 8)).astype(F32)
+    compiled_agrees(model, [x], 1e-3, 8.0)
+
+
+def attention(mask: str, scale: str = "Div") -> tuple[list[Any], dict[str, Any]]:
+    """Scores of q, k, masked, times v; as exporters write it."""
+    seen = np.tril(np.ones((6, 6), bool))
+    constants: dict[str, Any] = {
+        "scale": F32(sqrt(8) if scale == "Div" else 1 / sqrt(8)),
+        "added": np.where(seen, 0, -1e9).astype(F32),
+        "seen": seen,
+        "hidden": ~seen,
+        "low": F32(np.finfo(F32).min),
+        "zero": F32(0),
+    }
+    nodes = [
+        node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        node("MatMul", ["q", "kt"], ["raw"]),
+        node(scale, ["raw", "scale"], ["scaled"]),
+    ]
+    nodes += {
+        "none": [node("Identity", ["scaled"], ["s"])],
+        "add": [node("Add", ["scaled", "added"], ["s"])],
+        "where": [node("Where", ["seen", "scaled", "low"], ["s"])],
+        "hidden": [node("Where", ["hidden", "low", "scaled"], ["s"])],
+    }[mask]
+    nodes += [node("Softmax", ["s"], ["w"], axis=-1), node("IsNaN", ["w"], ["n"]),
+              node("Where", ["n", "zero", "w"], ["g"]), node("MatMul", ["g", "v"])]  # fmt: skip
+    return nodes, constants
+
+
+@pytest.mark.parametrize("scale", ["Div", "Mul"])
+@pytest.mark.parametrize("mask", ["none", "add", "where", "hidden"])
+def test_written_out_attention_is_one_node_whose_mask_is_public(mask: str, scale: str) -> None:
+    shape = (1, 2, 6, 8)
+    nodes, constants = attention(mask, scale)
+    model = model_of(nodes, {"q": shape, "k": shape, "v": shape}, constants)
+    assert kinds(fused(model)) == {"ScaledMatMul": 1, "Attend": 1}
+    rng = rng_of(8)
+    x = [rng.uniform(-2, 2, shape).astype(F32) for _ in range(3)]
+    bill = compiled_agrees(model, x, 1e-3, 2.0)
+    direct = model_of(
+        [node("Attention", ["q", "k", "v"], is_causal=int(mask != "none"))],
+        {"q": shape, "k": shape, "v": shape},
+    )
+    assert bill.online_bytes <= 1.05 * compiled_agrees(direct, x, 1e-3, 2.0).online_bytes
+
+
+def test_a_secret_mask_with_a_huge_number_hides_scores_without_wide_values() -> None:
+    nodes = [node("Sub", ["one", "m"], ["n"]), node("Mul", ["n", "low"], ["p"]),
+             node("Add", ["x", "p"], ["s"]), node("Softmax", ["s"], axis=-1)]  # fmt: skip
+    constants = {"one": F32(1), "low": F32(np.finfo(F32).min)}
+    model = model_of(nodes, {"x": (3, 8), "m": (1, 8)}, constants)
+    rng = rng_of(9)
+    mask = (np.arange(8) < 5).astype(F32)[None]
+    x = [rng.uniform(-1, 1, (3, 8)).astype(F32), mask]
+    compiled_agrees(model, x, 1e-3, 1.0)
+
+
+def test_a_row_of_nothing_but_huge_numbers_is_uniform() -> None:
+    mask = np.zeros((3, 8), F32)
+    mask[1] = -1e9
+    mask[2, 4:] = -1e9
+    model = model_of(
+        [node("Add", ["x", "m"], ["s"]), node("Softmax", ["s"], axis=-1)], {"x": (3, 8)},
+        {"m": mask},
+    )  # fmt: skip
+    assert kinds(fused(model)) == {"MaskedSoftmax": 1}
+    x = rng_of(10).uniform(-3, 3, (3, 8)).astype(F32)
+    compiled_agrees(model, [x], 1e-3, 3.0)
