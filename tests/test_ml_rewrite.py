@@ -57,14 +57,15 @@ def test_linear_classifiers(transform: str, classes: dict[str, Any], targets: in
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_linear_regressors(transform: str) -> None:
+@pytest.mark.parametrize("targets", [1, 2])
+def test_linear_regressors(transform: str, targets: int) -> None:
     same_in_standard_operators(
         regressor(
             "LinearRegressor",
             FEATURES,
-            coefficients=[0.1, 0.02, -0.05, 0.03, -0.04, 0.06],
-            intercepts=[0.5, 0.4],
-            targets=2,
+            coefficients=[0.1, 0.02, -0.05, 0.03, -0.04, 0.06][: 3 * targets],
+            intercepts=[0.5, 0.4][:targets],
+            targets=targets,
             post_transform=transform,
         ),
         rows(),
@@ -159,13 +160,13 @@ def test_a_support_machine_without_support_vectors_is_linear(count: int) -> None
 
 @pytest.mark.parametrize("transform", ["NONE", "LOGISTIC", "SOFTMAX"])
 @pytest.mark.parametrize("positive", [True, False])
-@pytest.mark.parametrize("column", [0, 1, None])
-@pytest.mark.parametrize("base", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("column", "base"),
+    [(0, 0), (0, 1), (1, 0), (1, 1), (None, 0), (None, 1), (None, 2)],  # else it reads garbage
+)
 def test_trees_for_two_classes(
     transform: str, positive: bool, column: int | None, base: int
 ) -> None:
-    if base == 2 and column is not None:
-        pytest.skip("onnxruntime reads what it did not write")
     rng = rng_of(5)
     forest = random_forest(rng, 3, FEATURES, 3, 2, only=column, low=0.0 if positive else -1.0)
     more = {"base_values": rng.uniform(0, 1, size=base).tolist()} if base else {}

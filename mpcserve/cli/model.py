@@ -104,6 +104,16 @@ def check_command(
 @FRAC_BITS
 @TARGET_ERROR
 @click.option(
+    "--tree-depth",
+    type=click.IntRange(1),
+    help="Pad trees to this depth; default: that of the deepest, which the plan then tells.",
+)
+@click.option(
+    "--tree-leaves",
+    type=click.IntRange(1),
+    help="Pad trees too deep to be completed to so many leaves; default: the most, rounded up.",
+)
+@click.option(
     "--network",
     metavar="loopback|lan|wan|RTT_MS,MBIT",
     help="Choose the fastest plan for servers so joined; default: the one of the fewest bytes.",
@@ -118,6 +128,8 @@ def compile_command(
     ring: Ring,
     frac_bits: int | None,
     target_error: float | None,
+    tree_depth: int | None,
+    tree_leaves: int | None,
     network: str | None,
     as_json: bool,
 ) -> None:
@@ -146,6 +158,8 @@ def compile_command(
             frac_bits=frac_bits,
             line=line_of(network) if network else None,
             target_error=target_error,
+            tree_depth=tree_depth,
+            tree_leaves=tree_leaves,
         )
     seconds = time.perf_counter() - begin
     weights_path = _save(compiled, plan_path)

@@ -113,8 +113,8 @@ class Comparison:
 def compare(got: NDArray[Any], expected: NDArray[Any]) -> Comparison:
     """Absolute errors, and the agreement of the predictions where there are classes."""
     if expected.dtype.kind in "OU":  # names of classes: wrong or right
-        wrong = (got != expected).astype(np.float64)
-        return Comparison(float(wrong.max(initial=0.0)), float(wrong.mean()), 1 - wrong.mean())
+        wrong = float(np.mean(got != expected))
+        return Comparison(float(wrong > 0), wrong, 1 - wrong)
     error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
     mine, theirs = predictions(got), predictions(expected)
     same = None if mine is None or theirs is None else float(np.mean(mine == theirs))

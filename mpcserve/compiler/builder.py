@@ -18,8 +18,9 @@ from mpcserve.compiler import interval as iv
 from mpcserve.compiler.draft import Draft, Shape, Step
 from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.interval import Interval
+from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Unsupported
-from mpcserve.compiler.ranges import encoded, settle
+from mpcserve.compiler.ranges import encoded, settle, spanned
 from mpcserve.plan.ops import BIT_MOVES, BITS, MAX_ALL, OPS
 from mpcserve.plan.plan import InputSpec, OutputSpec
 from mpcserve.plan.table import listed
@@ -68,11 +69,15 @@ Operand = Ref | Array
 class Builder:
     """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered.
 
-    `group`: of how many values a maximum may be found at once (see `strategy`).
+    `group`: of how many values a maximum may be found at once (see `strategy`). `trees`: what
+    their padding may tell.
     """
 
-    def __init__(self, frac_bits: int, opset: int, group: int = 2) -> None:
+    def __init__(
+        self, frac_bits: int, opset: int, group: int = 2, trees: TreeBounds | None = None
+    ) -> None:
         self.frac_bits = frac_bits
+        self.trees = trees or TreeBounds()
         self.group = group
         self.opset = opset
         self.layer = ""
@@ -111,8 +116,16 @@ class Builder:
             return self.labels(self.ref(step.inputs[0]))
         return self._labels.get(x.id, ())
 
-    def weight(self, values: Array, frac_bits: int | None = None) -> Ref:
-        """A secret tensor of the model owner. Fraction bits may be tuned later."""
+    def weight(
+        self,
+        values: Array,
+        frac_bits: int | None = None,
+        span: tuple[float, float] | None = None,
+    ) -> Ref:
+        """A secret tensor of the model owner. Fraction bits may be tuned later.
+
+        `span`: what bounds are computed from instead of the values, of which they then tell less.
+        """
         frac_bits = self.frac_bits if frac_bits is None else frac_bits
         reals = np.asarray(values, np.float64)
         if not np.isfinite(reals).all():
@@ -122,7 +135,10 @@ class Builder:
         name = f"w{len(self._arrays)}"
         self._arrays[name] = reals
         held = iv.exactly(encoded(reals, frac_bits))
-        return self._emit("weight", (), {"name": name}, reals.shape, frac_bits, (held, "exact"))
+        ref = self._emit("weight", (), {"name": name}, reals.shape, frac_bits, (held, "exact"))
+        if span is not None:
+            self._steps[ref.id] = spanned(self._steps[ref.id], *span)
+        return ref
 
     def constant(self, values: Array, frac_bits: int = 0) -> Ref:
         """A public tensor that the plan itself shows: structure, never a weight."""

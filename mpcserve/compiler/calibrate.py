@@ -44,11 +44,13 @@ def ranges_of(
     inputs, notes = _declared(graph, declared)
     values: dict[str, Seen] = {}
     feeds: tuple[Mapping[str, Array], ...] = ()
+    finest: dict[str, float] = {}
     if given is not None:
         samples = samples_of(given, graph.inputs, {k: (v[0], v[1]) for k, v in inputs.items()})
         feeds = tuple(islice(samples.feeds(graph.inputs), max(TRIED // _batch(graph), 1)))
         margin = _margin(samples) if margin_bits is None else margin_bits
         values = {k: _with_margin(s, margin) for k, s in seen_in(graph, samples).items()}
+        finest = {k: _least_reach(a) for k, a in samples.arrays.items() if a.ndim == 2 and a.any()}
         notes.append(_calibrated(samples, margin))
         for i in graph.inputs:
             if i.name not in inputs:
@@ -63,7 +65,7 @@ def ranges_of(
         elif i.name not in inputs:
             inputs[i.name] = (-ASSUMED, ASSUMED, "assumed")
             notes.append(f"range of input {i.name!r} assumed: {-ASSUMED:g} to {ASSUMED:g}")
-    return Ranges(inputs, values, feeds), notes
+    return Ranges(inputs, values, feeds, finest), notes
 
 
 def _batch(graph: Graph) -> int:
@@ -151,6 +153,12 @@ def _input_reach(array: Array, margin_bits: int) -> Reach:
     low, high = float(array.min()), float(array.max())
     reach = _power_of_two(2.0**margin_bits * max(-low, high, 2.0**-8))
     return (0.0 if low >= 0 else -reach), reach, "calibrated"
+
+
+def _least_reach(array: Array) -> float:
+    """Of the columns that are not all zero, the reach of the one that reaches least."""
+    reach = np.abs(array).max(axis=0)
+    return float(reach[reach > 0].min())
 
 
 def _power_of_two(reach: float) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref, Seen
 from mpcserve.compiler.draft import Draft
 from mpcserve.compiler.graph import Graph, Node
+from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Problem, TooWide, Unsupported
 from mpcserve.compiler.registry import Lowering, Registry
 
@@ -21,12 +22,14 @@ Reach = tuple[float, float, str]
 class Ranges:
     """`inputs`: declared range per input. `values`: what samples showed of a tensor.
 
-    `feeds`: a few batches of the samples; none if there are no samples.
+    `feeds`: a few batches of the samples; none if there are no samples. `finest`: of an input that
+    is a matrix, the reach of the column that reaches least.
     """
 
     inputs: Mapping[str, Reach]
     values: Mapping[str, Seen]
     feeds: tuple[Mapping[str, Array], ...] = ()
+    finest: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +42,15 @@ class Scales:
 
 
 def lower(
-    graph: Graph, ranges: Ranges, scales: Scales, registry: Registry, group: int = 2
+    graph: Graph,
+    ranges: Ranges,
+    scales: Scales,
+    registry: Registry,
+    group: int = 2,
+    trees: TreeBounds | None = None,
 ) -> tuple[Draft, list[Problem]]:
     """The draft of a graph. It is of no use when problems were found."""
-    b = Builder(scales.usual, graph.opset, group)
+    b = Builder(scales.usual, graph.opset, group, trees)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
     for i in graph.inputs:

@@ -19,6 +19,7 @@ from mpcserve.compiler.calibrate import Declared, ranges_of
 from mpcserve.compiler.check import Imported, import_model, lowering_problems
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source
+from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.passes import rewritten
 from mpcserve.compiler.planning import Precision, Ring, Task, encoded_weights, planned
 from mpcserve.compiler.problems import raise_all
@@ -42,6 +43,8 @@ def compile_model(
     line: Line | None = None,
     target_error: float | None = None,
     trace: bool = False,
+    tree_depth: int | None = None,
+    tree_leaves: int | None = None,
 ) -> CompiledModel:
     """Compile an ONNX model, for the fewest bytes or the least time on servers joined by `line`.
 
@@ -54,13 +57,16 @@ def compile_model(
     leaves. With `frac_bits` and no `ring`, products have 64 bits.
     `target_error`: of any output; precision is raised until samples show no more of it.
     `trace`: keep what `layer_errors` needs.
+    `tree_depth`, `tree_leaves`: what the plan may tell of trees, if that is to be less than the
+    depth of the deepest and the leaves of the largest, rounded up to three significant bits.
     """
     _refuse_options(batch, ring, frac_bits, margin_bits)
     found = registry()
     imported = import_model(source, batch, found)
     graph = sound_graph(imported, found)
+    trees = TreeBounds(tree_depth, tree_leaves)
     options = Options(
-        calibrate, input_range, ring, frac_bits, margin_bits, line, target_error, trace
+        calibrate, input_range, ring, frac_bits, margin_bits, line, target_error, trace, trees
     )
     return compile_graph(graph, name or graph.name, imported.digest, found, options)
 
@@ -77,6 +83,7 @@ class Options:
     line: Line | None = None
     target_error: float | None = None
     trace: bool = False
+    trees: TreeBounds | None = None
 
 
 def sound_graph(imported: Imported, found: Registry) -> Graph:
@@ -100,7 +107,7 @@ def compile_graph(
         "opset": graph.opset,
         "model_digest": digest,
     }
-    task = Task(graph, ranges, found, options.line, name, about)
+    task = Task(graph, ranges, found, options.line, name, about, options.trees)
     precision = Precision(options.ring, options.frac_bits)
     if options.target_error is None:
         made = planned(task, precision)

@@ -17,17 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Draft, check_draft
+from mpcserve.compiler.forest import has_trees
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.lower import Ranges, Scales, lower
 from mpcserve.compiler.narrow import TOLERANCE, narrowed
+from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.unused import remove_unused
-from mpcserve.compiler.precision import check_fit, coarse_weights, tune_inputs, tune_weights
+from mpcserve.compiler.precision import (
+    check_fit,
+    coarse_weights,
+    finer_inputs,
+    tune_inputs,
+    tune_weights,
+)
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import Registry
 from mpcserve.compiler.sensitivity import Felt, felt_in
 from mpcserve.compiler.strategy import CHUNKS, GROUPS, Strategy, describe, fastest
 from mpcserve.compiler.widths import assign_widths, extended
+from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan, verify_plan
 from mpcserve.plan.estimate import Line
 from mpcserve.plan.ops import PRODUCTS
@@ -57,7 +66,8 @@ class Precision:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be planned. `about`: what the plan says of its model; `line`: between servers."""
+    """What is to be planned. `about`: what the plan says of its model; `line`: between servers;
+    `trees`: what it may say of trees."""
 
     graph: Graph
     ranges: Ranges
@@ -65,6 +75,7 @@ class Task:
     line: Line | None
     name: str
     about: Mapping[str, Any]
+    trees: TreeBounds | None = None
 
     @cached_property
     def felt(self) -> Felt:
@@ -116,7 +127,7 @@ def _alternatives(task: Task, precision: Precision) -> list[Made]:
 
 def _lowered(task: Task, group: int, scales: Scales) -> Draft:
     """The graph at some scales. Raises: ModelError."""
-    draft, problems = lower(task.graph, task.ranges, scales, task.registry, group)
+    draft, problems = lower(task.graph, task.ranges, scales, task.registry, group, task.trees)
     raise_all(task.graph.name, problems)
     for step in DRAFTS:
         draft = step(draft)
@@ -128,13 +139,17 @@ def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[st
     """(draft that needs no more extends, notes). Raises: ModelError."""
     ring, frac_bits = precision.ring, precision.frac_bits
     usual = frac_bits or USUAL
-    draft = tune_weights(_lowered(task, group, Scales(usual)), usual)
+    compares = has_trees(task.graph)
+    if compares and ring == 32:
+        raise ConfigError("ring is 32, trees are compared in 64 bits", "leave ring out")
+    finer = finer_inputs(task.ranges, usual) if compares else {}
+    draft = tune_weights(_lowered(task, group, Scales(usual, inputs=finer)), usual)
     check_draft(draft, "tune_weights")
     draft = tune_inputs(draft, usual)
     check_draft(draft, "tune_inputs")
     if ring != 32:
         raise_all(task.graph.name, check_fit(draft, usual))
-    if ring == 64 or (ring == "auto" and (frac_bits is not None or varies(draft))):
+    if ring == 64 or (ring == "auto" and (compares or frac_bits is not None or varies(draft))):
         draft, notes = extended(draft), []
     else:
         result = narrowed(

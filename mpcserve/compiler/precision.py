@@ -14,6 +14,7 @@ import numpy as np
 
 from mpcserve.compiler.draft import Draft, Step
 from mpcserve.compiler.functions import WIDEST_BOUND
+from mpcserve.compiler.lower import Ranges
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.ranges import settle_all
 from mpcserve.compiler.widths import rings_of
@@ -36,6 +37,9 @@ FEWEST_SIGNIFICANT_BITS = 10
 FEWEST_NARROW = 6
 """The same in 32 bits, for the largest weight of a layer and for its largest activation."""
 
+FEATURE_BITS, COMPARED_BITS = 20, 40
+"""Significant bits of the feature that reaches least, and the most that any of them may have."""
+
 COARSEST = 6
 """Fewer fraction bits than this are not worth proposing."""
 
@@ -50,11 +54,13 @@ def tune_weights(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Dra
         if not set(products).isdisjoint(but):
             continue
         step = draft.steps[id]
-        wish = _wished(draft, id, products, frac_bits) - step.frac_bits
+        exact = _exact(draft, id)
+        wish = 0 if exact else _wished(draft, id, products, frac_bits) - step.frac_bits
         room = min(_room(draft.steps[p]) for p in products)
         by = min(wish, room) if room >= 0 else room
         least = max(-int(draft.steps[p].attrs["truncate"]) for p in products)
-        by = max(by, _fewest(draft, id) - step.frac_bits, least)
+        fewest = _fewest(draft, id) - step.frac_bits
+        by = max(by, min(fewest, 0) if exact else fewest, least)
         if by:
             change[id] = by
     return with_weight_bits(draft, change)
@@ -63,6 +69,15 @@ def tune_weights(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Dra
 def with_weight_bits(draft: Draft, change: Mapping[int, int]) -> Draft:
     """Fraction bits added to some weights (taken away where negative)."""
     return settle_all(_apply(draft, change)) if change else draft
+
+
+def finer_inputs(ranges: Ranges, frac_bits: int) -> dict[str, int]:
+    """Fraction bits of inputs that trees may compare: enough for the feature that reaches least."""
+    found = {}
+    for name, finest in ranges.finest.items():
+        most = COMPARED_BITS - frexp(max(map(abs, ranges.inputs[name][:2])))[1]
+        found[name] = max(min(FEATURE_BITS - frexp(finest)[1], most), frac_bits)
+    return found
 
 
 def tune_inputs(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Draft:
@@ -123,6 +138,7 @@ def coarse_weights(draft: Draft, frac_bits: int) -> list[str]:
         "its range leaves no more, calibrate with samples"
         for id, products in tunable_weights(draft)
         if (step := draft.steps[id]).frac_bits < frac_bits
+        and not _exact(draft, id)
         and max(rings[p] for p in products) > HALF_BITS
     ]
 
@@ -141,6 +157,13 @@ def significant(draft: Draft, weight: int) -> int:
 def _way_out(frac_bits: int) -> str:
     lower = f", or give --frac-bits {frac_bits}" if frac_bits >= COARSEST else ""
     return f"calibrate with samples (--calibrate) or narrow --input-range{lower}"
+
+
+def _exact(draft: Draft, weight: int) -> bool:
+    """Whether more fraction bits would change nothing."""
+    step = draft.steps[weight]
+    scaled = np.ldexp(draft.arrays[step.attrs["name"]], step.frac_bits)
+    return bool(np.all(scaled == np.rint(scaled)))
 
 
 def _fewest(draft: Draft, weight: int) -> int:

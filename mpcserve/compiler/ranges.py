@@ -61,9 +61,16 @@ def settle_all(draft: Draft) -> Draft:
     for step in draft.steps:
         if step.op == "weight":
             values = encoded(draft.arrays[step.attrs["name"]], step.frac_bits)
-            step = replace(step, interval=iv.exactly(values))
+            held = iv.exactly(values) if step.stated is None else step.stated
+            step = replace(step, interval=held)
         steps.append(settle(step, [steps[j] for j in step.inputs]))
     return replace(draft, steps=tuple(steps))
+
+
+def spanned(weight: Step, low: float, high: float) -> Step:
+    """A weight of which no more is to be known than that it lies in [low, high]."""
+    held = iv.uniform(low, high, len(weight.shape))
+    return replace(weight, interval=held, stated=held, known="proved")
 
 
 def encoded(values: iv.Reals, frac_bits: int) -> iv.Reals:

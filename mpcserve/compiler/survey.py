@@ -33,6 +33,9 @@ _MASKING = frozenset(
 _VANISHING = frozenset({"IsNaN", "Where"})
 """Operators that passes may take away: guards and masks of attention."""
 
+_SETS = "attribute 'membership_values'"
+"""Sets that trees ask for: a NaN ends each."""
+
 
 def survey(model: onnx.ModelProto) -> list[Problem]:
     """Everything that is wrong with the model's numbers and types."""
@@ -121,7 +124,7 @@ def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:
         for a in n.attribute
     }
     for holder, tensor in tensors_of(graph):
-        if uses_external_data(tensor):
+        if uses_external_data(tensor) or holder.startswith(_SETS):
             continue
         array = numpy_helper.to_array(tensor)
         if not np.issubdtype(array.dtype, np.inexact):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpcserve.compiler.ml.rewrite import Writer, rewrites
-from mpcserve.compiler.ml.scores import above, label_of, probit, transformed, winner
+from mpcserve.compiler.ml.scores import above, label_of, of_targets, probit, transformed, winner
 
 
 @rewrites("Scaler")
@@ -31,7 +31,8 @@ def linear_regressor(
     targets: int = 1,
 ) -> str | None:
     """x @ coefficients + intercepts."""
-    return transformed(w, _scores(w, x, coefficients, intercepts, targets), post_transform)
+    y = _scores(w, x, coefficients, intercepts, targets)
+    return of_targets(w, y, targets, post_transform)
 
 
 @rewrites("LinearClassifier")

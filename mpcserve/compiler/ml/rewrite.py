@@ -69,7 +69,11 @@ class Writer:
     def op(self, op: str, *inputs: str, domain: str = "", **attrs: Any) -> str:
         """A node of one output; the output's name."""
         name = f"{self.name}/{op}_{len(self.nodes)}"
-        given = {k: v for k, v in attrs.items() if v is not None}
+        given = {
+            k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v
+            for k, v in attrs.items()
+            if v is not None
+        }
         self.nodes.append(
             helper.make_node(op, inputs, [f"{name}:0"], name=name, domain=domain, **given)
         )

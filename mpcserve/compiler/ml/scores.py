@@ -27,6 +27,11 @@ def transformed(w: Writer, scores: str, transform: str) -> str | None:
     return None
 
 
+def of_targets(w: Writer, y: str, targets: int, transform: str) -> str | None:
+    """A regressor's post transform: of a single target onnxruntime knows the probit alone."""
+    return transformed(w, y, "NONE" if targets == 1 and transform != "PROBIT" else transform)
+
+
 def _softmax_zero(w: Writer, scores: str) -> str:
     """A softmax over the scores that are not zero; those that are stay zero."""
     zero = w.constant(0.0)

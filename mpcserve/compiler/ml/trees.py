@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpcserve.compiler.ml.rewrite import ML, Writer, rewrites
-from mpcserve.compiler.ml.scores import above, label_of, transformed, winner
+from mpcserve.compiler.ml.scores import above, label_of, of_targets, transformed, winner
 
 TRANSFORMS = ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO", "PROBIT")
 """In the order of their numbers in TreeEnsemble."""
@@ -20,14 +20,14 @@ def tree_ensemble_regressor(
 ) -> str | None:
     """The post transform becomes an operator of its own."""
     y = w.op("TreeEnsembleRegressor", w.floats(x), domain=ML, **attrs)
-    return transformed(w, y, post_transform)
+    return of_targets(w, y, attrs.get("n_targets", 1), post_transform)
 
 
 @rewrites("TreeEnsemble")
 def tree_ensemble(w: Writer, x: str, /, *, post_transform: int = 0, **attrs: Any) -> str | None:
     """The post transform becomes an operator of its own."""
     y = w.op("TreeEnsemble", w.floats(x), domain=ML, **attrs)
-    return transformed(w, y, TRANSFORMS[post_transform])
+    return of_targets(w, y, attrs.get("n_targets", 1), TRANSFORMS[post_transform])
 
 
 @rewrites("TreeEnsembleClassifier")
