@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpcserve.compiler import compile_model
-from mpcserve.errors import ModelError
+from mpcserve.plan import bill_of
 from tests.onnx_cases import Array, agree, model_of, node, ops_of, rng_of
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,43 @@ def test_padding_never_wins_and_never_widens_the_bound() -> None:
     assert plan.value(plan.outputs[0].id).bound == plan.value(plan.inputs[0].id).bound
 
 
-def test_the_indices_of_a_max_pool_are_refused() -> None:
-    model = model_of([node("MaxPool", ["x"], ["y", "z"], kernel_shape=[2, 2])], {"x": (1, 1, 4, 4)})
-    with pytest.raises(ModelError, match="Indices"):
-        compile_model(model)
+@pytest.mark.parametrize("storage_order", [0, 1])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_indices_of_a_max_pool_are_those_of_the_first_maxima(
+    window: dict[str, Any], storage_order: int
+) -> None:
+    rng = rng_of(5)
+    attrs = window | {"storage_order": storage_order}
+    model = model_of(
+        [node("MaxPool", ["x"], ["y", "z"], **attrs)], {"x": (2, 2, 6, 7)}, outputs="yz"
+    )
+    model.graph.output[1].type.tensor_type.elem_type = 7
+    # Whole numbers: ties are common.
+    agree(model, [np.rint(sample(rng, 2, 2, 6, 7))], ulps=0, rng=rng)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_powers_are_pooled(p: int) -> None:
+    rng = rng_of(6)
+    x = sample(rng, 1, 2, 5, 6) / 2
+    attrs = {"kernel_shape": [2, 3], "strides": [1, 2], "pads": [0, 1, 0, 1], "p": p}
+    for op, given in (("LpPool", attrs), ("GlobalLpPool", {"p": p})):
+        model = model_of([node(op, ["x"], **given)], {"x": x.shape}, opset=21)
+        agree(model, [x], ulps=40, rng=rng, input_range=(-2, 2))
+
+
+@pytest.mark.parametrize(("alpha", "rounds"), [(1e-3, 3), (4.0, None)])
+def test_lrn_divides_by_a_power_of_its_neighbours(alpha: float, rounds: int | None) -> None:
+    rng = rng_of(7)
+    x = sample(rng, 1, 6, 2, 3)
+    model = model_of([node("LRN", ["x"], size=3, alpha=alpha, beta=0.75)], {"x": x.shape})
+    compiled = agree(model, [x], ulps=60, rng=rng, input_range=(-4, 4))
+    assert rounds in (None, bill_of(compiled.plan).rounds)
+
+
+def test_overlapping_windows_share_their_comparisons() -> None:
+    attrs = {"kernel_shape": [9], "pads": [4, 4]}
+    model = model_of([node("MaxPool", ["x"], **attrs)], {"x": (1, 1, 64)})
+    compiled = agree(model, [sample(rng_of(8), 1, 1, 64)], ulps=0)
+    compared = sum(i.value.size for i in compiled.plan.instructions if i.op == "sign")
+    assert compared < 5 * 72 < 8 * 64

@@ -58,14 +58,14 @@ def arg_max(
         # Neighbours meet, so indices stay in order and ties are broken as ONNX asks.
         even = n - n % 2
         pairs = [[b.slice(t, axis, k, even, 2) for k in (0, 1)] for t in (x, index)]
-        best, chosen = _duel(b, bool(select_last_index), *pairs[0], *pairs[1])
+        best, chosen = duel(b, bool(select_last_index), *pairs[0], *pairs[1])
         rest = [[b.slice(t, axis, even, n)] if n > even else [] for t in (x, index)]
         x, index = b.concat([best, *rest[0]], axis), b.concat([chosen, *rest[1]], axis)
     shape = tuple(d for k, d in enumerate(x.shape) if k != axis)
     return index if keepdims else b.reshape(index, shape)
 
 
-def _duel(b: Builder, last: bool, a: Ref, later: Ref, i: Ref, j: Ref) -> tuple[Ref, Ref]:
+def duel(b: Builder, last: bool, a: Ref, later: Ref, i: Ref, j: Ref) -> tuple[Ref, Ref]:
     """(max(a, later), its index): a tie goes to the later one iff `last`. One comparison."""
     held = b.interval(a), b.interval(later)
     first, second = (a, later) if not last else (later, a)
