@@ -1,8 +1,8 @@
 """Where every mask comes from: AES-128-CTR streams under keys that are used once.
 
 Rules that must never break:
-    1. A stream is named by (pair key, plan digest, bundle id, instruction id); two different names
-       give independent AES keys and start counters (HKDF-SHA256).
+    1. A stream is named by (pair key, plan digest, bundle id or weight, what it is for); two
+       different names give independent AES keys and start counters (HKDF-SHA256).
     2. A stream is read forwards only: a position is never read twice.
     3. A bundle id is used once (see `serving.ledger`), so a name is used once by each side.
 
@@ -12,6 +12,7 @@ Source: HKDF RFC 5869 (expand step only: pair keys are uniform 32-byte strings),
 from __future__ import annotations
 
 import hmac
+from math import prod
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -22,6 +23,9 @@ from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
 KEY_BYTES = 32
 _BLOCK = 16
 _ZEROS = bytes(1 << 18)
+_NONE = np.empty(0, np.uint8)
+_AHEAD = 32 << 10
+"""Bytes made at once: a call of AES costs as much as a few KiB of it."""
 
 
 def derive(key: bytes, *context: str | bytes | int) -> bytes:
@@ -45,23 +49,40 @@ def weights_key(pair_key: bytes, digest: str) -> bytes:
 
 
 class Stream:
-    """An AES-128-CTR key stream, read forwards only."""
+    """An AES-128-CTR key stream, read forwards only; what is read begins at a whole word."""
 
-    __slots__ = ("_encryptor",)
+    __slots__ = ("_ahead", "_at", "_encryptor")
 
     def __init__(self, seed: bytes) -> None:
         assert len(seed) == KEY_BYTES
         cipher = Cipher(algorithms.AES(seed[:_BLOCK]), modes.CTR(seed[_BLOCK:]))
         self._encryptor = cipher.encryptor()
+        self._ahead = _NONE  # made at once for many small reads
+        self._at = 0  # how much of that was read
 
     def __repr__(self) -> str:
         return "Stream(<secret>)"
 
     def _read(self, size: int) -> NDArray[np.uint8]:
-        """The next `size` bytes."""
+        """The next `size` bytes, in memory that nobody else is given."""
+        start, whole = self._at, (size + 7) & ~7
+        self._at = start + whole
+        if self._at <= self._ahead.size:
+            return self._ahead[start : start + size]
+        left = self._ahead[start:]
+        if whole - left.size < _AHEAD:
+            # What is left stays in front: no position is lost.
+            self._ahead = self._make(left, left.size + _AHEAD)
+            self._at = whole
+            return self._ahead[:size]
+        self._ahead, self._at = _NONE, 0
+        return self._make(left, whole)[:size]
+
+    def _make(self, first: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+        """`first` and then fresh bytes, `size` in all."""
         out = np.empty(size + _BLOCK, np.uint8)
-        view = memoryview(out.data)
-        done = 0
+        out[: first.size] = first
+        view, done = memoryview(out.data), first.size
         while done < size:
             step = min(size - done, len(_ZEROS))
             zeros = _ZEROS if step == len(_ZEROS) else _ZEROS[:step]
@@ -75,8 +96,7 @@ class Stream:
     def masks(self, shape: tuple[int, ...], width: int) -> Words:
         """Uniform values mod 2^width, one word of stream each. Shapes: `shape`."""
         word = word_type(width)
-        count = int(np.prod(shape, dtype=np.int64))
-        words: Words = self._read(count * word().itemsize).view(word)
+        words: Words = self._read(prod(shape) * (4 if word is np.uint32 else 8)).view(word)
         if width not in (HALF_BITS, WORD_BITS):
             words &= word((1 << width) - 1)
         return words.reshape(shape)

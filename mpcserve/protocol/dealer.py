@@ -5,20 +5,43 @@ She never sees a masked value, so what she knows (every λ) says nothing about a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
-from mpcserve.protocol.parties import DealIO, Mask
+from mpcserve.plan.stack import stack
+from mpcserve.protocol.parties import DealIO, Mask, input_mask
 from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
-from mpcserve.protocol.primitives.local_ops import apply_local
+from mpcserve.protocol.primitives.local_ops import ready_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 
 _NOTHING = Mask(np.empty(0, np.uint64), np.empty(0, np.uint64))
-"""Stands for a product's fixed operand, which is not read again."""
+"""Stands for a product's fixed operand, which is not read again, and for what is not known yet."""
+
+_Deal = Callable[[DealIO, Sequence[Mask]], Mask]
+_Fixed = tuple[int, product.Operand]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One instruction; `over`: operands that nobody reads afterwards."""
+
+    id: int
+    operands: tuple[int, ...]
+    over: tuple[int, ...]
+    deal: _Deal
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Walk:
+    """A plan, its fixed masks by id, and its steps."""
+
+    plan: Plan
+    masks: list[Mask]
+    steps: tuple[_Step, ...]
 
 
 class Dealer:
@@ -27,67 +50,89 @@ class Dealer:
     def __init__(self, plan: Plan, alice_key: bytes, bob_key: bytes) -> None:
         self.plan = plan
         self._keys = (alice_key, bob_key)
-        self._static: dict[int, Mask] = {}
+        masks: dict[int, Mask] = {}
         for i in plan.instructions:
-            if i.id in plan.static:
-                self._static[i.id] = self._static_mask(i)
-        self._fixed: dict[int, tuple[int, product.Operand]] = {}
-        for i in plan.instructions:
-            if (index := plan.fixed.get(i.id)) is not None:
-                lam = self._static[i.inputs[index]].total(i.attrs["ring"])
-                self._fixed[i.id] = (index, product.ready(i, index, lam))
-        for id in self._static.keys() - plan.static_reads:
-            del self._static[id]
+            if i.op == "weight":
+                keys = [derive(weights_key(k, plan.digest), i.id) for k in self._keys]
+                masks[i.id] = Mask(*(Stream(k).masks(i.value.shape, i.value.width) for k in keys))
+        _complete(plan, masks)
+        self._fixed: dict[int, _Fixed] = {}
+        for id, index in plan.fixed.items():
+            i = plan[id]
+            lam = masks[i.inputs[index]].total(i.attrs["ring"])
+            self._fixed[id] = (index, product.ready(i, index, lam))
+        for id in masks.keys() - plan.static_reads:
+            del masks[id]
+        self._masks = masks
+        self._walks = {1: _walk(plan, masks, self._fixed)}
 
     def __repr__(self) -> str:
         return f"Dealer({self.plan.name!r})"
 
-    def _static_mask(self, i: Instruction) -> Mask:
-        if i.op == "weight":
-            keys = [derive(weights_key(k, self.plan.digest), i.id) for k in self._keys]
-            return Mask(*(Stream(k).masks(i.value.shape, i.value.width) for k in keys))
-        operands = [self._static[j] for j in i.inputs]
-        return _local_mask(self.plan, i, operands)
+    def _of(self, slots: int) -> _Walk:
+        walk = self._walks.get(slots)
+        if walk is None:
+            stacked = stack(self.plan, slots)
+            masks = {stacked.of[id]: mask for id, mask in self._masks.items()}
+            _complete(stacked.plan, masks)
+            fixed = {stacked.done_by[id]: weight for id, weight in self._fixed.items()}
+            walk = self._walks[slots] = _walk(stacked.plan, masks, fixed)
+        return walk
 
-    def deal(self, bundle_id: bytes) -> Iterator[memoryview]:
+    def deal(self, bundle_id: bytes, slots: int = 1) -> Iterator[memoryview]:
         """Bob's corrections of one bundle, in plan order; their lengths sum to the bill's."""
-        alice, bob = (bundle_key(k, self.plan.digest, bundle_id) for k in self._keys)
-        masks = dict(self._static)
-        uses = Counter(j for i in self.plan.instructions for j in i.inputs)
-        for i in self.plan.instructions:
-            if i.id in self.plan.static:
-                continue
-            operands = [masks.get(j, _NOTHING) for j in i.inputs]
-            if OPS[i.op].local:
-                masks[i.id] = _local_mask(self.plan, i, operands)
-            else:
-                io = DealIO(alice, bob, i.id)
-                masks[i.id] = self._deal(io, i, operands)
-                yield from io.corrections
-            for j in i.inputs:
-                uses[j] -= 1
-                if not uses[j] and j not in self._static:
-                    masks.pop(j, None)
-
-    def _deal(self, io: DealIO, i: Instruction, operands: list[Mask]) -> Mask:
-        if i.op == "input":
-            return io.mask(i.value.shape, i.value.width)
-        if i.op in PRODUCTS:
-            return product.deal(io, i, operands, self._fixed.get(i.id))
-        if i.op == "sign":
-            return sign.deal(io, i, operands)
-        if i.op == "all":
-            return join.deal(io, i, operands)
-        if i.op == "spectral":
-            return spectral.deal(io, i, operands)
-        if i.op == "tally":
-            return tally.deal(io, i, operands)
-        if i.op == "select":
-            return select.deal_select(io, i, operands)
-        assert i.op == "extend"
-        return select.deal_extend(io, i, operands)
+        keys = [bundle_key(k, self.plan.digest, bundle_id) for k in self._keys]
+        walk = self._of(slots)
+        masks, io = walk.masks.copy(), DealIO(*keys)
+        for spec, stacked in zip(self.plan.inputs, walk.plan.inputs, strict=True):
+            masks[stacked.id] = Mask(*(input_mask(self.plan, k, spec.id, slots) for k in keys))
+        for step in walk.steps:
+            masks[step.id] = step.deal(io, [masks[j] for j in step.operands])
+            if io.corrections:
+                yield from io.owed()
+            for j in step.over:
+                masks[j] = _NOTHING
 
 
-def _local_mask(plan: Plan, i: Instruction, operands: list[Mask]) -> Mask:
-    a = apply_local(plan, i, [m.a for m in operands], False)
-    return Mask(a, apply_local(plan, i, [m.b for m in operands], False))
+def _walk(plan: Plan, masks: Mapping[int, Mask], fixed: Mapping[int, _Fixed]) -> _Walk:
+    moving = [i for i in plan.instructions if i.id not in plan.static and i.op != "input"]
+    kept, steps = set(plan.static), []
+    for i in reversed(moving):
+        over = tuple(set(i.inputs) - kept)
+        kept |= set(over)
+        steps.append(_Step(i.id, i.inputs, over, _deal(plan, i, fixed.get(i.id))))
+    known = [masks.get(i.id, _NOTHING) for i in plan.instructions]
+    return _Walk(plan, known, tuple(reversed(steps)))
+
+
+def _complete(plan: Plan, masks: dict[int, Mask]) -> None:
+    """Add what local ops make of the masks that are fixed at deployment."""
+    for i in plan.instructions:
+        missing = i.id in plan.static and i.id not in masks and i.op != "weight"
+        if missing and all(j in masks for j in i.inputs):
+            masks[i.id] = _local(plan, i)([masks[j] for j in i.inputs])
+
+
+def _local(plan: Plan, i: Instruction) -> Callable[[Sequence[Mask]], Mask]:
+    op = ready_local(i, plan.operands(i), False)
+    return lambda masks: Mask(op([m.a for m in masks]), op([m.b for m in masks]))
+
+
+def _deal(plan: Plan, i: Instruction, fixed: _Fixed | None) -> _Deal:
+    if OPS[i.op].local:
+        local = _local(plan, i)
+        return lambda io, masks: local(masks)
+    if i.op in PRODUCTS:
+        return lambda io, masks: product.deal(io, i, masks, fixed)
+    if i.op == "sign":
+        return lambda io, masks: sign.deal(io, i, masks)
+    if i.op == "all":
+        return lambda io, masks: join.deal(io, i, masks)
+    if i.op == "spectral":
+        return lambda io, masks: spectral.deal(io, i, masks)
+    if i.op == "tally":
+        return lambda io, masks: tally.deal(io, i, masks)
+    if i.op == "select":
+        return lambda io, masks: select.deal_select(io, i, masks)
+    assert i.op == "extend"
+    return lambda io, masks: select.deal_extend(io, i, masks)

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from mpcserve.kernels import bits
+from mpcserve.plan.plan import Plan
 from mpcserve.randomness import Stream, derive
 from mpcserve.ring import Words, as_words, reduce
 
@@ -58,15 +60,33 @@ class Mask(NamedTuple):
         return np.asarray(reduce(np.asarray(total, order="C"), width))
 
 
+def input_seed(key: bytes, id: int, slot: int) -> bytes:
+    """What expands to one pair's mask of input `id`, of one slot of a bundle."""
+    return derive(key, id, slot)
+
+
+def input_mask(plan: Plan, key: bytes, id: int, slots: int) -> Words:
+    """One pair's mask of input `id`; of several slots, on top of one another."""
+    value = plan.value(id)
+    masks = [
+        Stream(input_seed(key, id, slot)).masks(value.shape, value.width) for slot in range(slots)
+    ]
+    return masks[0] if slots == 1 else np.stack(masks)
+
+
 class DealIO:
-    """Carol's two streams for one instruction, and the corrections she owes bob."""
+    """Carol's two streams of one bundle, and the corrections she owes bob."""
 
     __slots__ = ("a", "b", "corrections")
 
-    def __init__(self, alice_key: bytes, bob_key: bytes, instruction: int) -> None:
-        self.a = Stream(derive(alice_key, instruction))
-        self.b = Stream(derive(bob_key, instruction))
+    def __init__(self, alice_key: bytes, bob_key: bytes) -> None:
+        self.a, self.b = Stream(derive(alice_key, "stream")), Stream(derive(bob_key, "stream"))
         self.corrections: list[memoryview] = []
+
+    def owed(self) -> list[memoryview]:
+        """The corrections since the last call."""
+        corrections, self.corrections = self.corrections, []
+        return corrections
 
     def mask(self, shape: tuple[int, ...], width: int) -> Mask:
         """A fresh mask from the two pairwise streams: costs no bytes."""
@@ -89,12 +109,12 @@ class DealIO:
 
 
 class PrepareIO:
-    """One server's stream with carol for one instruction; bob also reads carol's corrections."""
+    """One server's stream of one bundle with carol; bob also reads carol's corrections."""
 
     __slots__ = ("_take", "leader", "stream")
 
-    def __init__(self, key: bytes, instruction: int, take: Callable[[int], Buffer] | None) -> None:
-        self.stream = Stream(derive(key, instruction))
+    def __init__(self, key: bytes, take: Callable[[int], Buffer] | None) -> None:
+        self.stream = Stream(derive(key, "stream"))
         self._take = take
         self.leader = take is None
 
@@ -110,7 +130,7 @@ class PrepareIO:
         """This side's share of a dealt value mod 2^width."""
         if self._take is None:
             return self.stream.masks(shape, width)
-        count = int(np.prod(shape, dtype=np.int64))
+        count = prod(shape)
         data = self._take((count * width + 7) // 8)
         return bits.unpack(data, count, width).reshape(shape)
 

@@ -8,7 +8,6 @@ compute from the plan alone.
 from __future__ import annotations
 
 import hmac
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -16,17 +15,23 @@ import numpy as np
 
 from mpcserve.errors import Refused, WireError
 from mpcserve.kernels import bits
-from mpcserve.plan.ops import OPS, PRODUCTS, packed_bytes
-from mpcserve.plan.plan import Instruction, Plan
-from mpcserve.plan.schedule import schedule_of
-from mpcserve.protocol.parties import Buffer, Material, PrepareIO, Round, Side, Steps
-from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
-from mpcserve.protocol.primitives.local_ops import apply_local
+from mpcserve.plan.ops import packed_bytes
+from mpcserve.plan.plan import Plan
+from mpcserve.plan.stack import stack
+from mpcserve.protocol.parties import (
+    Buffer,
+    Material,
+    PrepareIO,
+    Round,
+    Side,
+    Steps,
+    input_mask,
+    input_seed,
+)
+from mpcserve.protocol.primitives import product
+from mpcserve.protocol.walk import NOTHING, Fixed, Walk, complete
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
-from mpcserve.ring import Words, reduce
-
-NOTHING: Words = np.empty(0, np.uint64)
-"""Stands for a product's fixed operand, which is not read again."""
+from mpcserve.ring import Words, reduce, word_type
 
 OUTPUTS = -1
 """The key under which a bundle holds this side's mask shares of the outputs."""
@@ -62,19 +67,33 @@ class _Ready:
 class Bundle:
     """All correlated randomness of one evaluation, as one server holds it. Used once.
 
-    `input_seeds`: in the order of the plan's inputs. `nbytes`: memory it holds, if prepared whole.
+    It has one slot or more, each for one request. `seeds`: of each slot, in the order of the plan's
+    inputs. `nbytes`: memory it holds, if prepared whole.
     """
 
-    __slots__ = ("_materials", "id", "input_seeds", "nbytes")
+    __slots__ = ("_materials", "id", "nbytes", "seeds")
 
-    def __init__(self, id: bytes, input_seeds: tuple[bytes, ...], materials: Materials) -> None:
+    def __init__(
+        self, id: bytes, seeds: tuple[tuple[bytes, ...], ...], materials: Materials
+    ) -> None:
         self.id = id
-        self.input_seeds = input_seeds
+        self.seeds = seeds
         self.nbytes = int(getattr(materials, "nbytes", 0))
         self._materials: Materials | None = materials
 
     def __repr__(self) -> str:
         return f"Bundle({self.id.hex()}, {self.nbytes} bytes, spent={self._materials is None})"
+
+    @property
+    def slots(self) -> int:
+        """How many requests it is for."""
+        return len(self.seeds)
+
+    @property
+    def input_seeds(self) -> tuple[bytes, ...]:
+        """The seeds of its only slot."""
+        (seeds,) = self.seeds
+        return seeds
 
     def spend(self) -> Materials:
         """Hand out the material, once. Raises: Refused on a second call."""
@@ -106,21 +125,25 @@ class ServerProgram:
     ) -> None:
         self.plan, self.role = plan, role
         self._carol_key, self._peer_key = carol_key, peer_key
-        self._schedule = schedule_of(plan)
-        self._known: dict[int, Words] = {}
-        self._halves: dict[int, Words] = {}
+        deltas: dict[int, Words] = {}
+        halves: dict[int, Words] = {}
         for i in plan.instructions:
-            if i.id in plan.static:
-                self._fix_value(i, weights)
-        self._fixed: dict[int, product.Fixed] = {}
-        for i in plan.instructions:
-            if (index := plan.fixed.get(i.id)) is not None:
-                w = i.inputs[index]
-                self._fixed[i.id] = product.fix(role, i, index, self._known[w], self._halves[w])
+            if i.op == "weight":
+                seed = derive(weights_key(carol_key, plan.digest), i.id)
+                deltas[i.id] = weights[i.attrs["name"]]
+                halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
+        complete(plan, deltas, True)
+        complete(plan, halves, False)
+        products: dict[int, product.Fixed] = {}
+        for id, index in plan.fixed.items():
+            w = plan[id].inputs[index]
+            products[id] = product.fix(role, plan[id], index, deltas[w], halves[w])
         # A large model's weights would otherwise lie in memory twice.
-        for held in (self._known, self._halves):
+        for held in (deltas, halves):
             for id in held.keys() - plan.static_reads:
                 del held[id]
+        self._fixed = Fixed(deltas, halves, products)
+        self._walks = {1: Walk(plan, role, self._fixed)}
 
     def __repr__(self) -> str:
         return f"ServerProgram({self.plan.name!r}, {self.role})"
@@ -130,34 +153,45 @@ class ServerProgram:
         """32 bytes for the model owner, who expands this side's share of the weights' masks."""
         return weights_key(carol_key, plan.digest)
 
-    def _fix_value(self, i: Instruction, weights: Mapping[str, Words]) -> None:
-        if i.op == "weight":
-            seed = derive(weights_key(self._carol_key, self.plan.digest), i.id)
-            self._known[i.id] = weights[i.attrs["name"]]
-            self._halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
-        else:
-            self._known[i.id] = apply_local(self.plan, i, [self._known[j] for j in i.inputs], True)
-            self._halves[i.id] = apply_local(
-                self.plan, i, [self._halves[j] for j in i.inputs], False
-            )
+    def _walk(self, slots: int) -> Walk:
+        """The plan of that many evaluations in one. Made when first needed: it holds no weights."""
+        walk = self._walks.get(slots)
+        if walk is None:
+            walk = self._walks[slots] = self._stacked(slots)
+        return walk
+
+    def _stacked(self, slots: int) -> Walk:
+        stacked, fixed = stack(self.plan, slots), self._fixed
+        deltas = {stacked.of[id]: value for id, value in fixed.deltas.items()}
+        halves = {stacked.of[id]: value for id, value in fixed.halves.items()}
+        complete(stacked.plan, deltas, True)
+        complete(stacked.plan, halves, False)
+        products = {stacked.done_by[id]: weight for id, weight in fixed.products.items()}
+        return Walk(stacked.plan, self.role, Fixed(deltas, halves, products))
 
     # -- before the input ---------------------------------------------------------------------
 
-    def prepare(self, bundle_id: bytes, take: Callable[[int], Buffer] | None) -> Bundle:
+    def prepare(
+        self, bundle_id: bytes, take: Callable[[int], Buffer] | None, slots: int = 1
+    ) -> Bundle:
         """A whole bundle: every term that needs no input.
 
         `take(n)` returns bob's next n dealt bytes; None on alice.
         """
-        return self.bundle(bundle_id, _Ready(dict(self.materials(bundle_id, take))))
+        parts = dict(self.materials(bundle_id, take, slots))
+        return self.bundle(bundle_id, _Ready(parts), slots)
 
-    def bundle(self, bundle_id: bytes, materials: Materials) -> Bundle:
+    def bundle(self, bundle_id: bytes, materials: Materials, slots: int = 1) -> Bundle:
         """A bundle whose materials come from elsewhere, perhaps while it is being evaluated."""
         key = bundle_key(self._carol_key, self.plan.digest, bundle_id)
-        seeds = tuple(derive(key, spec.id) for spec in self.plan.inputs)
-        return Bundle(bundle_id, seeds, materials)
+        seeds = [
+            tuple(input_seed(key, spec.id, slot) for spec in self.plan.inputs)
+            for slot in range(slots)
+        ]
+        return Bundle(bundle_id, tuple(seeds), materials)
 
     def materials(
-        self, bundle_id: bytes, take: Callable[[int], Buffer] | None
+        self, bundle_id: bytes, take: Callable[[int], Buffer] | None, slots: int = 1
     ) -> Iterator[tuple[int, Material]]:
         """(id, material) of every interactive instruction in plan order, and last of OUTPUTS.
 
@@ -165,110 +199,122 @@ class ServerProgram:
         """
         assert (take is None) == (self.role == "alice")
         key = bundle_key(self._carol_key, self.plan.digest, bundle_id)
-        halves = dict(self._halves)
-        uses = _uses(self.plan)
-        for i in self.plan.instructions:
-            if i.id in self.plan.static:
-                continue
-            mine = [halves.get(j, NOTHING) for j in i.inputs]
-            if OPS[i.op].local:
-                halves[i.id] = apply_local(self.plan, i, mine, False)
-            elif i.op == "input":
-                seed = derive(key, i.id)
-                halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
+        walk = self._walk(slots)
+        halves, io = walk.halves.copy(), PrepareIO(key, take)
+        for spec, stacked in zip(self.plan.inputs, walk.plan.inputs, strict=True):
+            halves[stacked.id] = input_mask(self.plan, key, spec.id, slots)
+        for step in walk.before:
+            mine = [halves[j] for j in step.operands]
+            if step.local is not None:
+                halves[step.id] = step.local(mine)
             else:
-                io = PrepareIO(key, i.id, take)
-                halves[i.id], material = self._prepare(io, i, mine)
-                yield i.id, material
-            for j in _finished(i, uses):
-                if j not in self._halves:
-                    halves.pop(j, None)
-        yield OUTPUTS, tuple(halves[o.id] for o in self.plan.outputs)
-
-    def _prepare(
-        self, io: PrepareIO, i: Instruction, halves: list[Words]
-    ) -> tuple[Words, Material]:
-        if i.op in PRODUCTS:
-            return product.prepare(io, i, halves, self._known, self._fixed.get(i.id))
-        if i.op == "sign":
-            return sign.prepare(io, i)
-        if i.op == "all":
-            return join.prepare(io, i, halves)
-        if i.op == "spectral":
-            return spectral.prepare(io, i, halves)
-        if i.op == "tally":
-            return tally.prepare(io, i)
-        if i.op == "select":
-            return select.prepare_select(io, i, halves)
-        assert i.op == "extend"
-        return select.prepare_extend(io, i, halves)
+                assert step.prepare is not None
+                halves[step.id], material = step.prepare(io, mine)
+                yield step.id, material
+            for j in step.over:
+                halves[j] = NOTHING
+        yield OUTPUTS, tuple(halves[o.id] for o in walk.plan.outputs)
 
     # -- online -------------------------------------------------------------------------------
 
     def evaluate(
-        self, bundle: Bundle, inputs: Sequence[Buffer], watch: Watch = lambda id: None
+        self, bundle: Bundle, inputs: Sequence[Buffer], watch: Watch | None = None
     ) -> Steps[bytes]:
         """Packed Δx of every plan input → this server's message to the data owner.
 
         Yields one `Round` per round of the bill. `watch` is told whose work begins: a profile.
         Raises: Refused when the bundle is spent, WireError when an input has the wrong size.
         """
-        materials = bundle.spend()
-        values = dict(self._known)
-        for spec, data in zip(self.plan.inputs, inputs, strict=True):
-            values[spec.id] = unpack_value(self.plan, spec.id, data, spec.name)
-        uses = _uses(self.plan)
-        waiting: list[tuple[int, Steps[Words], Round]] = []
-        for level in self._schedule.levels:
-            for id in level:
-                i = self.plan[id]
-                if id not in values and id not in self.plan.static:
-                    watch(id)
-                    deltas = [values.get(j, NOTHING) for j in i.inputs]
-                    if OPS[i.op].local:
-                        values[id] = apply_local(self.plan, i, deltas, True)
-                    else:
-                        steps = self._evaluate(i, materials.take(id), deltas)
-                        waiting.append((id, steps, next(steps)))
-                for j in _finished(i, uses):
-                    values.pop(j, None)
+        (message,) = yield from self.evaluate_all(bundle, [inputs], watch)
+        assert message is not None
+        return message
+
+    def evaluate_all(
+        self,
+        bundle: Bundle,
+        inputs: Sequence[Sequence[Buffer] | None],
+        watch: Watch | None = None,
+    ) -> Steps[list[bytes | None]]:
+        """The same for every slot of the bundle; None stands for one that has no owner any more.
+
+        What is computed in such a slot is masked as ever, and told to nobody.
+        """
+        assert len(inputs) == bundle.slots
+        materials, walk = bundle.spend(), self._walk(bundle.slots)
+        values = walk.deltas.copy()
+        for k, spec in enumerate(walk.plan.inputs):
+            values[spec.id] = self._input(k, inputs)
+        waiting: list[_Waiting] = []
+        for level in walk.levels:
+            for step in level:
+                if watch is not None:
+                    watch(step.id)
+                deltas = [values[j] for j in step.operands]
+                if step.local is not None:
+                    values[step.id] = step.local(deltas)
+                else:
+                    assert step.evaluate is not None
+                    steps = step.evaluate(materials.take(step.id), deltas)
+                    waiting.append((step.id, steps, next(steps)))
+                for j in step.over:
+                    values[j] = NOTHING
             if waiting:
                 waiting = yield from _exchange(waiting, values, watch)
-        watch(OUTPUTS)
-        return self._output_message(bundle.id, values, materials.take(OUTPUTS))
+        if watch is not None:
+            watch(OUTPUTS)
+        halves = materials.take(OUTPUTS)
+        deltas = [values[o.id] for o in walk.plan.outputs]
+        if bundle.slots == 1:
+            return [self._output_message((bundle.id,), deltas, halves)]
+        mine, half = self._by_slot(deltas, bundle.slots), self._by_slot(halves, bundle.slots)
+        return [
+            self._output_message((bundle.id, k), mine[k], half[k]) if given is not None else None
+            for k, given in enumerate(inputs)
+        ]
 
-    def _evaluate(self, i: Instruction, material: Material, deltas: list[Words]) -> Steps[Words]:
-        if i.op in PRODUCTS:
-            fixed = self._fixed.get(i.id)
-            return product.evaluate(self.role, i, material, deltas, self._known, fixed)
-        if i.op == "sign":
-            return sign.evaluate(self.role, i, material, deltas[0])
-        if i.op == "all":
-            return join.evaluate(self.role, i, material, deltas)
-        if i.op == "spectral":
-            return spectral.evaluate(self.role, i, material, deltas[0])
-        if i.op == "tally":
-            return tally.evaluate(self.role, i, material, deltas[0])
-        if i.op == "select":
-            return select.evaluate_select(self.role, i, material, deltas)
-        assert i.op == "extend"
-        return select.evaluate_extend(self.role, i, material, deltas[0])
+    def _by_slot(self, stacked: Sequence[Words], slots: int) -> list[list[Words]]:
+        """The plan's outputs of each slot."""
+        parts: list[list[Words]] = [[] for _ in range(slots)]
+        for spec, array in zip(self.plan.outputs, stacked, strict=True):
+            value = self.plan.value(spec.id)
+            if value.width == 1:
+                flags = bits.flags_of(array, (slots, value.size))
+                for part, row in zip(parts, flags, strict=True):
+                    part.append(bits.plane_of(row))
+            else:
+                for k, part in enumerate(parts):
+                    part.append(array[k, ...])
+        return parts
+
+    def _input(self, k: int, inputs: Sequence[Sequence[Buffer] | None]) -> Words:
+        """Δx of the plan's k-th input, of all slots."""
+        spec = self.plan.inputs[k]
+        value = self.plan.value(spec.id)
+        slots = [
+            unpack_value(self.plan, spec.id, given[k], spec.name)
+            if given is not None
+            else np.zeros(value.shape, word_type(value.width))
+            for given in inputs
+        ]
+        return slots[0] if len(slots) == 1 else np.stack(slots)
 
     def _output_message(
-        self, bundle_id: bytes, values: Mapping[int, Words], halves: Sequence[Words]
+        self,
+        name: tuple[bytes | int, ...],
+        deltas: Sequence[Words],
+        halves: Sequence[Words],
     ) -> bytes:
         """A tag over all Δy, then this side's additive share of every output.
 
         Shares are re-randomised by a stream that alice and bob share: the data owner learns the
         outputs and nothing of the masks they were computed under.
         """
-        secret = derive(self._peer_key, "output", self.plan.digest, bundle_id)
+        secret = derive(self._peer_key, "output", self.plan.digest, *name)
         fresh = Stream(derive(secret, "shares"))
         tag = hmac.new(derive(secret, "tag"), digestmod="sha256")
         parts = []
-        for spec, half in zip(self.plan.outputs, halves, strict=True):
+        for spec, delta, half in zip(self.plan.outputs, deltas, halves, strict=True):
             value = self.plan.value(spec.id)
-            delta = values[spec.id]
             if value.width == 1:
                 tag.update(bits.pack_planes(delta[None], value.size))
                 share = fresh.planes(1, value.size) ^ half
@@ -282,21 +328,33 @@ class ServerProgram:
         return b"".join([tag.digest(), *parts])
 
 
+_Waiting = tuple[int, Steps[Words], Round]
+
+
 def _exchange(
-    waiting: list[tuple[int, Steps[Words], Round]], values: dict[int, Words], watch: Watch
-) -> Steps[list[tuple[int, Steps[Words], Round]]]:
+    waiting: list[_Waiting], values: list[Words], watch: Watch | None
+) -> Steps[list[_Waiting]]:
     """One round for all that wait; returns those that wait again."""
+    if len(waiting) == 1 and watch is None:
+        id, steps, mine = waiting[0]
+        received = yield mine
+        try:
+            return [(id, steps, steps.send(received))]
+        except StopIteration as done:
+            values[id] = done.value
+            return []
+    watched = watch or _unwatched
 
     def pieces() -> Iterator[Buffer]:
         for id, _, r in waiting:
-            watch(id)
+            watched(id)
             yield from r.pieces
-        watch(WAITING)
+        watched(WAITING)
 
     received = memoryview((yield Round(pieces(), sum(r.expect for _, _, r in waiting))))
     again, at = [], 0
     for id, steps, r in waiting:
-        watch(id)
+        watched(id)
         try:
             again.append((id, steps, steps.send(received[at : at + r.expect])))
         except StopIteration as done:
@@ -305,19 +363,8 @@ def _exchange(
     return again
 
 
-def _uses(plan: Plan) -> Counter[int]:
-    uses = Counter(j for i in plan.instructions for j in i.inputs)
-    for o in plan.outputs:
-        uses[o.id] += 1
-    return uses
-
-
-def _finished(i: Instruction, uses: Counter[int]) -> Iterator[int]:
-    """Operands that nobody reads after `i`."""
-    for j in i.inputs:
-        uses[j] -= 1
-        if not uses[j]:
-            yield j
+def _unwatched(id: int) -> None:
+    """The watch of an evaluation that nobody profiles."""
 
 
 def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:

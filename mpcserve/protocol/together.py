@@ -17,7 +17,7 @@ from mpcserve.plan.bill import SEED_BYTES, Bill
 from mpcserve.plan.plan import Plan
 from mpcserve.protocol.dealer import Dealer
 from mpcserve.protocol.owners import reveal, share_input, share_weights, unpack_weight
-from mpcserve.protocol.parties import Buffer, Steps
+from mpcserve.protocol.parties import Buffer, Steps, T
 from mpcserve.protocol.server import Bundle, ServerProgram
 from mpcserve.randomness import KEY_BYTES
 
@@ -58,10 +58,10 @@ class Together:
         self.alice = ServerProgram(plan, "alice", ac, ab, masked)
         self.bob = ServerProgram(plan, "bob", bc, ab, masked)
 
-    def prepare(self) -> tuple[Bundle, Bundle, int]:
+    def prepare(self, slots: int = 1) -> tuple[Bundle, Bundle, int]:
         """Deal one bundle: alice's and bob's view of it, and the bytes dealt."""
         id, dealt = secrets.token_bytes(16), 0
-        corrections = self.dealer.deal(id)
+        corrections = self.dealer.deal(id, slots)
 
         def take(n: int) -> memoryview:
             nonlocal dealt
@@ -72,7 +72,8 @@ class Together:
                 self.transcript.add("carol->bob", data)
             return data
 
-        alice, bob = self.alice.prepare(id, None), self.bob.prepare(id, take)
+        alice = self.alice.prepare(id, None, slots)
+        bob = self.bob.prepare(id, take, slots)
         assert next(corrections, None) is None
         return alice, bob, dealt
 
@@ -80,15 +81,29 @@ class Together:
         self, inputs: Sequence[NDArray[np.floating]]
     ) -> tuple[list[NDArray[np.generic]], Bill]:
         """One evaluation: outputs and the bill as measured."""
-        alice, bob, dealt = self.prepare()
+        (outputs,), bill = self.infer_all([inputs])
+        return outputs, bill
+
+    def infer_all(
+        self, requests: Sequence[Sequence[NDArray[np.floating]]]
+    ) -> tuple[list[list[NDArray[np.generic]]], Bill]:
+        """One evaluation for several requests: the outputs of each, and the bill of all."""
+        alice, bob, dealt = self.prepare(len(requests))
         packed = [
-            bytes(share_input(self.plan, k, x, alice.input_seeds[k], bob.input_seeds[k]))
-            for k, x in enumerate(inputs)
+            [
+                bytes(share_input(self.plan, k, x, a, b))
+                for k, (x, a, b) in enumerate(zip(inputs, *seeds, strict=True))
+            ]
+            for inputs, *seeds in zip(requests, alice.seeds, bob.seeds, strict=True)
         ]
         rounds, sent, messages = drive(
-            self.alice.evaluate(alice, packed), self.bob.evaluate(bob, packed), self.transcript
+            self.alice.evaluate_all(alice, packed),
+            self.bob.evaluate_all(bob, packed),
+            self.transcript,
         )
-        upload, seeds = sum(map(len, packed)), SEED_BYTES * len(packed)
+        upload = sum(len(data) for parts in packed for data in parts)
+        seeds = SEED_BYTES * sum(map(len, packed))
+        both = [[m for m in side if m is not None] for side in messages]
         bytes_ = {
             "alice->bob": sent[0],
             "bob->alice": sent[1],
@@ -96,20 +111,21 @@ class Together:
             "carol->bob": dealt,
             "client->alice": upload,
             "client->bob": upload,
-            "alice->client": seeds + len(messages[0]),
-            "bob->client": seeds + len(messages[1]),
+            "alice->client": seeds + sum(map(len, both[0])),
+            "bob->client": seeds + sum(map(len, both[1])),
         }
-        return reveal(self.plan, *messages), Bill(rounds, bytes_, dealt)
+        outputs = [reveal(self.plan, *pair) for pair in zip(*both, strict=True)]
+        return outputs, Bill(rounds, bytes_, dealt)
 
 
 def drive(
-    alice: Steps[bytes], bob: Steps[bytes], transcript: Transcript | None = None
-) -> tuple[int, tuple[int, int], tuple[bytes, bytes]]:
+    alice: Steps[T], bob: Steps[T], transcript: Transcript | None = None
+) -> tuple[int, tuple[int, int], tuple[T, T]]:
     """Run two evaluations against each other: rounds, bytes sent by each, their messages."""
     rounds, sent = 0, [0, 0]
     replies: list[bytes | None] = [None, None]
     while True:
-        results: list[bytes] = []
+        results: list[T] = []
         posted: list[bytes] = []
         for steps, reply in zip((alice, bob), replies, strict=True):
             try:

@@ -3,126 +3,219 @@
 The same function maps Δ and each share of λ, since Δ − λ_A − λ_B commutes with it. Public constants
 (`offset`, `constant`, the border of `pad`) touch Δ only. `shift` divides by 2^t: subtract 2^(t−1)
 from Δ, then drop t bits of Δ, λ_A and λ_B alike; error < 1.5 ulp, mean −2^−(t+1) ulp.
+
+`ready_local` looks at the plan once; what it returns does nothing but arithmetic on arrays, and
+gives views where the op only moves elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpcserve.kernels import bits, linear
-from mpcserve.plan.plan import Instruction, Plan
-from mpcserve.ring import Words, as_words, reduce, word_type, words_of
+from mpcserve.plan.plan import Instruction, Value
+from mpcserve.ring import HALF_BITS, WORD_BITS, Words, as_words, word_type, words_of
 
-Apply = Callable[[Instruction, Sequence[Words], bool], Words]
+Local = Callable[[Sequence[Words]], Words]
+"""An op on what one role holds of its operands; each word below 2^width of its value."""
+
+_Make = Callable[[Instruction, Sequence[Value], bool], Local]
 
 
-def apply_local(plan: Plan, i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    """The op on Δ (`is_delta`) or on one share of λ, reduced to the value's width.
-
-    What only moves words may return a view of its operand.
-    """
+def ready_local(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    """The op on Δ (`is_delta`) or on one share of λ; its result is reduced to the value's width."""
     if i.value.width == 1:
-        return _bit(plan, i, xs, is_delta)
-    if i.id in plan.moves:
-        return np.asarray(_TABLE[i.op](i, xs, is_delta))
-    if i.op != "shift":
-        xs = [as_words(x, i.value.width) for x in xs]
-    # asarray: NumPy turns arrays without axes into scalars, whose arithmetic warns when it wraps
-    return np.asarray(reduce(np.asarray(_TABLE[i.op](i, xs, is_delta)), i.value.width))
+        return _ready_bit(i, operands, is_delta)
+    op, width = _TABLE[i.op](i, operands, is_delta), i.value.width
+    word = word_type(width)
+    if any(word_type(v.width) is not word for v in operands):
+        # A shift reads the high bits, and so the whole words of its operand.
+        op = _then_words(op, width) if i.op == "shift" else _on_words(op, width)
+    if width in (HALF_BITS, WORD_BITS) or not (
+        i.op in _GROWING or any(v.width > width for v in operands)
+    ):
+        # asarray: NumPy turns arrays without axes into scalars, whose arithmetic warns at wraps
+        return lambda xs: np.asarray(op(xs))
+    mask = word((1 << width) - 1)
+    return lambda xs: np.asarray(op(xs) & mask)
 
 
-def _bit(plan: Plan, i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
+def _ready_bit(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
     """Ops whose value is a bit, on planes."""
     if i.op == "odd":
-        lowest = np.empty((1, (i.value.size + 63) // 64), np.uint64)
-        bits.slice_bits(np.ascontiguousarray(xs[0]).reshape(-1), 0, 1, lowest)
-        return np.asarray(lowest[0])
+        return _odd
     if i.op == "xor":
-        out: Words = np.asarray(np.bitwise_xor.reduce(xs))
-        return np.bitwise_not(out) if i.attrs["flip"] and is_delta else out
+        flips = bool(i.attrs["flip"]) and is_delta
+        return lambda xs: np.asarray(_not(np.bitwise_xor.reduce(xs), flips))
     if i.op == "reshape":
-        return xs[0]
-    flags = [bits.flags_of(x, v.shape) for x, v in zip(xs, plan.operands(i), strict=True)]
-    return bits.plane_of(np.asarray(_TABLE[i.op](i, flags, is_delta)))
+        return lambda xs: xs[0]
+    op, shapes = _TABLE[i.op](i, operands, is_delta), [v.shape for v in operands]
+    return lambda xs: bits.plane_of(
+        np.asarray(op([bits.flags_of(x, shape) for x, shape in zip(xs, shapes, strict=True)]))
+    )
 
 
-def _offset(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    return xs[0] + words_of([i.attrs["value"]], (), i.value.width) if is_delta else xs[0]
+def _odd(xs: Sequence[Words]) -> Words:
+    flat = np.ascontiguousarray(xs[0]).reshape(-1)
+    lowest = np.empty((1, (flat.size + 63) // 64), np.uint64)
+    bits.slice_bits(flat, 0, 1, lowest)
+    return np.asarray(lowest[0])
 
 
-def _shift(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    (x,), t = xs, i.attrs["bits"]
+def _not(plane: Words, flips: bool) -> Words:
+    return np.bitwise_not(plane) if flips else plane
+
+
+def _on_words(op: Local, width: int) -> Local:
+    return lambda xs: op([as_words(x, width) for x in xs])
+
+
+def _then_words(op: Local, width: int) -> Local:
+    return lambda xs: as_words(np.asarray(op(xs)), width)
+
+
+def _offset(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    if not is_delta:
+        return lambda xs: xs[0]
+    value = words_of([i.attrs["value"]], (), i.value.width)
+    return lambda xs: xs[0] + value
+
+
+def _scale(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    factor = words_of([i.attrs["factor"]], (), i.value.width)
+    return lambda xs: xs[0] * factor
+
+
+def _shift(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    t = i.attrs["bits"]
+    word = word_type(operands[0].width)
     if t == 0:
-        return x
-    word = x.dtype.type
-    return np.asarray(x - word(1 << (t - 1)) if is_delta else x) >> word(t)
-
-
-def _slice(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    at = i.attrs
-    return xs[0][tuple(map(slice, at["starts"], at["stops"], at["steps"]))]
-
-
-def _pad(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    border = words_of([i.attrs["value"] if is_delta else 0], (), i.value.width)
-    out = np.full(i.value.shape, border, border.dtype)
-    inside = tuple(slice(b, b + d) for b, d in zip(i.attrs["before"], xs[0].shape, strict=True))
-    out[inside] = xs[0]
-    return out
-
-
-def _constant(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
+        return lambda xs: xs[0]
+    half, count = word(1 << (t - 1)), word(t)
     if is_delta:
-        return words_of(i.attrs["values"], i.value.shape, i.value.width)
-    return np.zeros(i.value.shape, word_type(i.value.width))
+        return lambda xs: np.asarray(xs[0] - half) >> count
+    return lambda xs: xs[0] >> count
+
+
+def _slice(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    at = i.attrs
+    where = tuple(map(slice, at["starts"], at["stops"], at["steps"]))
+    return lambda xs: xs[0][where]
+
+
+def _gather(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    axis, indices = i.attrs["axis"], np.asarray(i.attrs["indices"]).astype(np.intp)
+    steps = np.diff(indices)
+    if indices.size > 1 and steps[0] > 0 and bool(np.all(steps == steps[0])):
+        part = slice(int(indices[0]), int(indices[-1]) + 1, int(steps[0]))
+        where = (slice(None),) * (axis % len(i.value.shape)) + (part,)
+        return lambda xs: xs[0][where]
+    return lambda xs: np.take(xs[0], indices, axis)
+
+
+def _pad(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    border = words_of([i.attrs["value"] if is_delta else 0], (), i.value.width)
+    shape, old = i.value.shape, operands[0].shape
+    inside = tuple(slice(b, b + d) for b, d in zip(i.attrs["before"], old, strict=True))
+
+    def pad(xs: Sequence[Words]) -> Words:
+        out = np.full(shape, border, border.dtype)
+        out[inside] = xs[0]
+        return out
+
+    return pad
+
+
+def _constant(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    if is_delta:
+        values = words_of(i.attrs["values"], i.value.shape, i.value.width)
+    else:
+        values = np.zeros(i.value.shape, word_type(i.value.width))
+    return lambda xs: values
+
+
+def _reshape(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    shape = i.value.shape
+    return lambda xs: xs[0].reshape(shape)
+
+
+def _transpose(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    perm = tuple(i.attrs["perm"])
+    return lambda xs: xs[0].transpose(perm)
+
+
+def _concat(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    axis = i.attrs["axis"]
+    return lambda xs: np.concatenate(xs, axis)
+
+
+def _expand(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    shape = i.value.shape
+    return lambda xs: np.broadcast_to(xs[0], shape)
+
+
+def _sum(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    axes, word = tuple(i.attrs["axes"]), word_type(i.value.width)
+    return lambda xs: np.add.reduce(xs[0], axis=axes, dtype=word)
 
 
 DENSE = 8
 """A matrix with an eighth of its elements set is faster multiplied than gathered."""
 
 
-def _combine(i: Instruction, xs: Sequence[Words], is_delta: bool) -> Words:
-    (x,), at = xs, i.attrs
-    indices = np.asarray(at["indices"]).reshape(at["taps"], -1)
+def _combine(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
+    at, shape, word = i.attrs, i.value.shape, word_type(i.value.width)
+    axis, length = at["axis"], operands[0].shape[at["axis"]]
+    indices = np.asarray(at["indices"]).astype(np.intp).reshape(at["taps"], -1)
     factors = words_of(at["factors"], indices.shape, i.value.width)
-    if DENSE * len(indices) >= x.shape[at["axis"]]:
-        return _multiplied(x, at["axis"], indices, factors)
-    along = (-1, *[1] * (x.ndim - 1 - at["axis"]))
-    total = np.zeros(i.value.shape, x.dtype)
-    for index, factor in zip(indices, factors, strict=True):
-        part = np.take(x, index, axis=at["axis"])
-        part *= factor.reshape(along)
-        total += part
-    return total
+    if DENSE * len(indices) >= length:
+        matrix = np.zeros((length, indices.shape[1]), word)
+        np.add.at(matrix, (indices, np.arange(indices.shape[1])), factors)
+        return lambda xs: _multiplied(xs[0], axis, matrix)
+    along = (-1, *[1] * (len(shape) - 1 - axis))
+
+    def combine(xs: Sequence[Words]) -> Words:
+        total = np.zeros(shape, word)
+        for index, factor in zip(indices, factors, strict=True):
+            part = np.take(xs[0], index, axis=axis)
+            part *= factor.reshape(along)
+            total += part
+        return total
+
+    return combine
 
 
-def _multiplied(x: Words, axis: int, indices: NDArray[np.int64], factors: Words) -> Words:
+def _multiplied(x: Words, axis: int, matrix: Words) -> Words:
     """The same as one product by a matrix."""
-    matrix = np.zeros((x.shape[axis], indices.shape[1]), x.dtype)
-    np.add.at(matrix, (indices, np.arange(indices.shape[1])), factors)
     last = np.ascontiguousarray(np.moveaxis(x, axis, -1))
     product = linear.matmul(last.reshape(-1, x.shape[axis]), matrix)
     return np.moveaxis(product.reshape((*last.shape[:-1], -1)), -1, axis)
 
 
-_TABLE: Mapping[str, Apply] = {
+def _two(function: Any) -> _Make:
+    return lambda i, operands, is_delta: lambda xs: function(xs[0], xs[1])
+
+
+_TABLE: Mapping[str, _Make] = {
     "constant": _constant,
-    "add": lambda i, xs, d: xs[0] + xs[1],
-    "sub": lambda i, xs, d: xs[0] - xs[1],
-    "scale": lambda i, xs, d: xs[0] * words_of([i.attrs["factor"]], (), i.value.width),
+    "add": _two(np.add),
+    "sub": _two(np.subtract),
+    "scale": _scale,
     "offset": _offset,
     "shift": _shift,
-    "reshape": lambda i, xs, d: xs[0].reshape(i.value.shape),
-    "transpose": lambda i, xs, d: xs[0].transpose(i.attrs["perm"]),
+    "reshape": _reshape,
+    "transpose": _transpose,
     "slice": _slice,
-    "concat": lambda i, xs, d: np.concatenate(xs, axis=i.attrs["axis"]),
+    "concat": _concat,
     "pad": _pad,
-    "expand": lambda i, xs, d: np.broadcast_to(xs[0], i.value.shape),
-    "gather": lambda i, xs, d: np.take(xs[0], np.asarray(i.attrs["indices"]), axis=i.attrs["axis"]),
+    "expand": _expand,
+    "gather": _gather,
     "combine": _combine,
-    "wrap": lambda i, xs, d: xs[0],
-    "sum": lambda i, xs, d: np.sum(xs[0], axis=tuple(i.attrs["axes"]), dtype=xs[0].dtype),
+    "wrap": lambda i, operands, is_delta: lambda xs: xs[0],
+    "sum": _sum,
 }
+_GROWING = frozenset({"add", "sub", "scale", "offset", "shift", "combine", "sum"})
+"""Ops whose results may exceed the width of what they read."""
