@@ -11,7 +11,7 @@ from mpcserve.compiler import compile_model
 from mpcserve.plan import Plan, bill_of, verify_plan
 from mpcserve.plan.stack import can_stack, stack
 from mpcserve.protocol import Dealer, ServerProgram, Together, drive, reveal, share_input
-from mpcserve.protocol.clear import evaluate_clear
+from mpcserve.reference import evaluate_clear
 from tests.plans import PlanWriter, even_chunks
 
 SEED = 20261123
@@ -57,6 +57,33 @@ def test_local_ops_of_a_slot_are_those_of_the_plan() -> None:
     ]
     plan = p.done(*outs)
     requests = [[rng.integers(-9999, 9999, s.shape) for s in plan.inputs] for _ in range(3)]
+    for got, given in zip(run(plan, requests), requests, strict=True):
+        for mine, alone in zip(got, evaluate_clear(plan, {}, given), strict=True):
+            assert np.array_equal(mine, alone)
+
+
+def test_bits_of_a_slot_are_those_of_the_plan() -> None:
+    rng = np.random.default_rng(SEED + 2)
+    p = PlanWriter()
+    x = p.input((5, 3), 20, bound=12)
+    low = p.emit("odd", [x], width=1, bound=0)
+    negative = p.sign(x, 20, even_chunks(20, 5), [4])
+    either = p.emit("xor", [low, negative], width=1, bound=0, flip=True)
+    turned = p.emit("transpose", [either], width=1, bound=0, perm=[1, 0])
+    outs = [
+        either,
+        turned,
+        p.emit("gather", [low], width=1, bound=0, axis=0, indices=[4, 0, 0]),
+        p.emit("tally", [either], width=20, bound=8, values=[1, 2, 4, 8, 16]),
+        p.emit("tally", [turned], width=20, bound=8, values=[1, -2, 40]),
+        p.emit("wrap", [x], width=6, bound=5, bits=6),
+        p.emit(
+            "combine", [x], width=20, bound=15, axis=1, taps=2,
+            indices=[0, 1, 2, 2, 0, 1], factors=[1, 2, -3, 4, 5, 6],
+        ),
+    ]  # fmt: skip
+    plan = p.done(*outs)
+    requests = [[rng.integers(-2000, 2000, (5, 3))] for _ in range(3)]
     for got, given in zip(run(plan, requests), requests, strict=True):
         for mine, alone in zip(got, evaluate_clear(plan, {}, given), strict=True):
             assert np.array_equal(mine, alone)

@@ -7,7 +7,7 @@ Three groups, and nothing else exists in a plan:
     interactive product (mul, matmul, conv) · sign · all · select · tally · extend · spectral:
                 masked values are exchanged
 
-A value is a number, or a bit: 0 or 1, shared mod 2. MOVES act on both; `xor` joins bits locally.
+A value is a number, or a bit: 0 or 1, shared mod 2. BIT_MOVES act on both; `xor` joins bits locally.
 
 An operand wider than an instruction's working width is reduced on the fly: dropping high bits
 is free and exact (mod 2^m' for any m' > bound).
@@ -339,11 +339,8 @@ cosine[k−1]·cos(kωx), ω one turn per 2**`width` ulp, coefficients over 2**`
 and opened as a product is. `combine(x)` is a product by a public matrix along `axis`: element k is
 Σ_t `factors`[t, k]·x[`indices`[t, k]], of both tables `taps` rows."""
 
-MOVES = ("reshape", "transpose", "slice", "concat", "pad", "expand", "gather")
-"""Local ops that only put words elsewhere."""
-
 BIT_MOVES = ("reshape", "transpose", "slice", "concat", "expand", "gather")
-"""Those that move bits as well as numbers."""
+"""Local ops that put words elsewhere, bits as well as numbers."""
 
 PRODUCTS = ("mul", "matmul", "conv")
 BITS = ("sign", "all", "xor", "odd")

@@ -143,17 +143,6 @@ class Plan:
         return frozenset(known)
 
     @cached_property
-    def moves(self) -> frozenset[int]:
-        """Ids of steps that put words elsewhere as they are: nothing need be reduced again."""
-        from mpcserve.plan.ops import MOVES
-
-        return frozenset(
-            i.id
-            for i in self.instructions
-            if i.op in MOVES and all(x.width == i.value.width for x in self.operands(i))
-        )
-
-    @cached_property
     def fixed(self) -> dict[int, int]:
         """Product id → which of its operands is static: prepared once for all evaluations."""
         return {
