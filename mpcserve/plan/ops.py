@@ -7,7 +7,7 @@ Three groups, and nothing else exists in a plan:
     interactive product (mul, matmul, conv) · sign · all · select · tally · extend · spectral:
                 masked values are exchanged
 
-A value is a number, or a bit: 0 or 1, shared mod 2. BIT_MOVES act on both; `xor` joins bits locally.
+A value is a number, or a bit: 0 or 1, shared mod 2. BIT_MOVES act on both; `xor` joins bits.
 
 An operand wider than an instruction's working width is reduced on the fly: dropping high bits
 is free and exact (mod 2^m' for any m' > bound).
