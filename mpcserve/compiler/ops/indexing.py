@@ -54,7 +54,6 @@ def gather_nd(b: Builder, x: Operand, indices: Operand, /, *, batch_dims: int = 
     return taken(b, source, steps + own)
 
 
-@lowers("Scatter", since=9)
 @lowers("ScatterElements", since=11)
 def scatter_elements(
     b: Builder,
@@ -71,6 +70,12 @@ def scatter_elements(
     Local for none and add; mul is a product, max and min a comparison per update of an element.
     """
     return _scattered(b, x, _along(x.shape, indices_of(indices), axis), updates, reduction)
+
+
+@lowers("Scatter", since=9)
+def scatter(b: Builder, x: Operand, indices: Operand, updates: Operand, /, *, axis: int = 0) -> Ref:
+    """x with elements at constant indices along an axis replaced by updates: local."""
+    return scatter_elements(b, x, indices, updates, axis=axis)
 
 
 @lowers("ScatterND", since=11)
