@@ -127,7 +127,7 @@ def measure_matmul(left: Shape, right: Shape, runs: int) -> dict[str, Any]:
             dtype,
             partial(linear.matmul, a, b),
             partial(linear.matmul, a, packed),
-            partial(_last, linear.matmul_tiles, a, packed, out),
+            partial(_last, linear.matmul_tiles, a, packed),
         )
     rng = np.random.default_rng(1)
     work["float64"] = partial(np.matmul, rng.random(left), rng.random(right))
@@ -147,7 +147,7 @@ def measure_conv(
             dtype,
             partial(linear.conv2d, x, w, *how),
             partial(linear.conv2d, x, packed, *how),
-            partial(_last, linear.conv2d_tiles, x, packed, *how, out),
+            partial(_last, linear.conv2d_tiles, x, packed, *how),
         )
     deep = w[0].size
     rng = np.random.default_rng(1)
@@ -175,7 +175,7 @@ def _named(dtype: str, *kinds: Callable[[], object]) -> dict[str, Callable[[], o
     return dict(zip(names, kinds, strict=True))
 
 
-def _last(tiles: Callable[..., Iterator[int]], *operands: object) -> None:
+def _last(tiles: Callable[..., Iterator[linear.Tile]], *operands: object) -> None:
     for _ in tiles(*operands):
         pass
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mpcserve.kernels import bits, local
-from mpcserve.ring import decode, encode, from_signed, reduce, to_signed, words_of
+from mpcserve.kernels import bits, local, packing
+from mpcserve.ring import decode, encode, from_signed, reduce, to_signed, word_type, words_of
 
 EDGES = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
 SIZES = [1, 7, 8, 63, 64, 65, 130, 1000]
@@ -24,17 +24,17 @@ def words(seed: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 20, 31, 32, 33, 47, 63, 64])
 def test_pack_writes_one_long_little_endian_integer(width: int, size: int) -> None:
     x = reduce(words(width, size), width)
-    packed = bits.pack(x, width)
+    packed = packing.pack(x, width)
     number = sum(int(v) << (k * width) for k, v in enumerate(x))
     assert bytes(packed) == number.to_bytes((size * width + 7) // 8, "little")
     for data in (packed, bytes(packed), bytearray(packed)):
-        assert np.array_equal(bits.unpack(data, size, width), x)
+        assert np.array_equal(packing.unpack(data, size, width), x)
 
 
 def test_pack_never_aliases_its_operand() -> None:
     for width in (5, 64):
         x = reduce(words(1, 100), width)
-        packed = bits.pack(x, width)
+        packed = packing.pack(x, width)
         before = bytes(packed)
         x += np.uint64(1)
         assert bytes(packed) == before
@@ -112,6 +112,25 @@ def test_mask_facts_equal_integer_arithmetic(width: int) -> None:
         assert int(top[k]) == (s % 2**width) >> (width - 1)
 
 
+def finish(
+    z: np.ndarray, rest: np.ndarray, lam: np.ndarray, ring: int, truncate: int, leader: bool
+) -> np.ndarray:
+    """Masked shares of all of z, in tiles of odd sizes; what they pack must be they."""
+    width = ring - truncate
+    word = word_type(width)
+    out, packed, start = np.empty(z.size, word), b"", 0
+    for stop in (5, 600, 1601, z.size):
+        count = (stop if stop == z.size else stop // 8 * 8) - start // 8 * 8
+        space = packing.packed_space(count, width)
+        local.finish_product(
+            z[start:stop], start, rest, lam.astype(word), ring, truncate, width, leader, out, space
+        )
+        packed += packing.packed_bytes(space)
+        start = stop
+    assert packed == bytes(packing.pack(out, width))
+    return out
+
+
 @pytest.mark.parametrize(("ring", "truncate"), [(64, 16), (40, 8), (33, 0), (64, 0), (64, 63)])
 def test_finish_product_truncates_within_one_ulp_in_the_small_ring(
     ring: int, truncate: int
@@ -122,10 +141,11 @@ def test_finish_product_truncates_within_one_ulp_in_the_small_ring(
     z[:4] = [0, 1, -1, -(2**truncate) if truncate < 60 else 0]
     share, lam = words(1, size), rng.integers(0, 2**64, (2, size), np.uint64)
     rest = words(9, size)
-    a = share.copy()
-    b = from_signed(z, 64) - share - rest
-    local.finish_product(a, rest, lam[0], ring, truncate, width, True)
-    local.finish_product(b, np.zeros(size, np.uint64), lam[1], ring, truncate, width, False)
+    other = from_signed(z, 64) - share - rest
+    a, b = (
+        finish(share, rest, lam[0], ring, truncate, True),
+        finish(other, np.zeros(size, np.uint64), lam[1], ring, truncate, False),
+    )
     for k in range(size):
         got = (int(a[k]) + int(b[k]) - int(lam[0][k]) - int(lam[1][k])) % 2**width
         got -= 2**width if got >= 2 ** (width - 1) else 0

@@ -1,4 +1,4 @@
-"""Bit work, 64 elements to a word: slicing into planes, packing to the wire, chunk comparison.
+"""Bit work, 64 elements to a word: slicing into planes, chunk comparison.
 
 A plane holds one bit of every element: bit e of word e // 64. Loops run over blocks of words that
 stay in the first-level cache; LLVM vectorises the innermost loop.
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.kernels.jit import kernel
-from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
+from mpcserve.ring import Words
 
 _U0 = np.uint64(0)
 _U1 = np.uint64(1)
@@ -61,24 +61,6 @@ def unslice_bit(plane: Words, out: Words) -> None:
         out[e] = (plane[e >> 6] >> np.uint64(e & 63)) & _U1
 
 
-@kernel("void(uint64[::1], int64, uint64[::1])", "void(uint32[::1], int64, uint64[::1])")
-def _pack(x: Words, width: int, out: Words) -> None:
-    acc = _U0
-    fill = 0
-    at = 0
-    for k in range(x.size):
-        v = np.uint64(x[k])
-        acc |= v << np.uint64(fill)
-        fill += width
-        if fill >= 64:
-            out[at] = acc
-            at += 1
-            fill -= 64
-            acc = v >> np.uint64(width - fill) if fill else _U0
-    if fill:
-        out[at] = acc
-
-
 def plane_of(flags: NDArray[np.uint8]) -> Words:
     """Zeros and ones of any shape → a plane. Shapes: [ceil(N / 64)]."""
     out = np.zeros((flags.size + 63) // 64, np.uint64)
@@ -92,55 +74,6 @@ def flags_of(plane: Words, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     count = prod(shape)
     flags = np.unpackbits(plane.view(np.uint8), count=count, bitorder="little")
     return flags.reshape(shape)
-
-
-@kernel("void(uint64[::1], int64, uint64[::1])", "void(uint64[::1], int64, uint32[::1])")
-def _unpack(packed: Words, width: int, out: Words) -> None:
-    mask = _ALL >> np.uint64(64 - width)
-    bit = 0
-    for k in range(out.size):
-        word = bit >> 6
-        shift = bit & 63
-        v = packed[word] >> np.uint64(shift)
-        if shift + width > 64:
-            v |= packed[word + 1] << np.uint64(64 - shift)
-        out[k] = v & mask
-        bit += width
-
-
-def pack(x: Words, width: int) -> memoryview:
-    """x (each < 2^width) back to back, little-endian, in ceil(N · width / 8) bytes.
-
-    Always fresh memory: what is on its way to a peer must not change when x does.
-    """
-    flat = np.ascontiguousarray(x).reshape(-1)
-    size = (flat.size * width + 7) // 8
-    assert flat.dtype == word_type(width)
-    if width in (HALF_BITS, WORD_BITS):
-        return memoryview(flat.copy().view(np.uint8).data)
-    if not flat.flags.writeable:
-        flat = flat.copy()
-    out = np.empty((size + 7) // 8, np.uint64)
-    _pack(flat, width, out)
-    return memoryview(out.view(np.uint8)[:size].data)
-
-
-def unpack(data: bytes | bytearray | memoryview, count: int, width: int) -> Words:
-    """Inverse of `pack`; may alias `data` where that is writable. Shapes: [count]."""
-    raw = np.frombuffer(data, np.uint8)
-    assert raw.size == (count * width + 7) // 8
-    words = (raw.size + 7) // 8
-    if width == HALF_BITS and raw.ctypes.data % 4 == 0 and raw.flags.writeable:
-        return raw.view(np.uint32)
-    if raw.size % 8 or raw.ctypes.data % 8 or not raw.flags.writeable:
-        padded = np.zeros(words * 8, np.uint8)
-        padded[: raw.size] = raw
-        raw = padded
-    if width == 64:
-        return raw.view(np.uint64)
-    out = np.empty(count, word_type(width))
-    _unpack(raw.view(np.uint64), width, out)
-    return out
 
 
 def pack_planes(planes: Words, size: int) -> memoryview:

@@ -1,9 +1,9 @@
 """Matrix products and convolutions: mod 2^64 on uint64 arrays, mod 2^32 on uint32 arrays.
 
 All arrays of a product are of one dtype. Callers with a narrower ring mask the result. Each product
-also exists as an iterator that fills the output front to back and says how far it is, so that a
-caller can send what is finished while the rest is computed. An operand that is used many times is
-packed once. Which code runs, in which order and for how long depends on shapes alone, never on
+also exists as an iterator over tiles, front to back, for a caller who works on and sends what is
+finished while it lies in the cache, before the rest is computed. An operand that is used many times
+is packed once. Which code runs, in which order and for how long depends on shapes alone, never on
 values. Calls share no scratch memory and release the GIL.
 
 Memory: outside the output, at most SOURCE_WORDS words for a padded copy of a convolution's input
@@ -30,6 +30,10 @@ TILE_PRODUCTS = 1 << 25  # … or a few milliseconds of work, whichever is less,
 TILE_ROWS = 36  # this many rows: fewer would gather a panel for too little work; of ROWS a multiple
 
 _Tile = tuple[int, int, int, int]  # items first : last, and of each its rows first : last
+
+Tile = tuple[int, Words]
+"""(index, words): the words of a flat product from an index on, until the next tile is asked for.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,21 +93,45 @@ class _Out:
     rows: int
 
 
+class _Room:
+    """Where a product is written: the whole of it, or one tile after another in the same place."""
+
+    __slots__ = ("_words", "whole")
+
+    def __init__(self, whole: Words | None) -> None:
+        self.whole = whole is not None
+        self._words = whole
+
+    def take(self, start: int, stop: int, dtype: np.dtype[Any]) -> tuple[Words, int]:
+        """Room for words start:stop, and which word of the product lies first in it."""
+        if self.whole:
+            assert self._words is not None
+            return self._words, 0
+        if self._words is None or self._words.size < stop - start:
+            self._words = np.empty(stop - start, dtype)
+        return self._words[: stop - start], start
+
+    def zeros(self, size: int, dtype: np.dtype[Any]) -> Words:
+        """All of the product where it is nothing but zeros."""
+        words, _ = self.take(0, size, dtype)
+        words[...] = 0
+        return words
+
+
 def matmul(a: Words, b: Words | Packed) -> Words:
     """a @ b in the ring of the operands.
 
     Shapes: [..., m, k] and [..., k, n] → [..., m, n]; leading dimensions broadcast.
     """
     out = np.empty(_matmul_shape(a.shape, b.shape), a.dtype)
-    for _ in _matmul(a, b, out, whole=True):
+    for _ in _matmul(a, b, _Room(out.reshape(-1))):
         pass
     return out
 
 
-def matmul_tiles(a: Words, b: Words | Packed, out: Words) -> Iterator[int]:
-    """Fill out with matmul(a, b); yield after each tile how many leading words are final."""
-    assert out.shape == _matmul_shape(a.shape, b.shape)
-    return _matmul(a, b, out, whole=False)
+def matmul_tiles(a: Words, b: Words | Packed) -> Iterator[Tile]:
+    """matmul(a, b) front to back, tile by tile."""
+    return _matmul(a, b, _Room(None))
 
 
 def conv2d(
@@ -121,7 +149,7 @@ def conv2d(
     """
     shape = geometry_of(x.shape, w.shape, strides, pads, dilations, groups)
     out = np.empty(shape.out_shape, x.dtype)
-    for _ in _conv2d(x, w, shape, out, whole=True):
+    for _ in _conv2d(x, w, shape, _Room(out.reshape(-1))):
         pass
     return out
 
@@ -133,12 +161,10 @@ def conv2d_tiles(
     pads: tuple[int, int, int, int],
     dilations: tuple[int, int],
     groups: int,
-    out: Words,
-) -> Iterator[int]:
-    """Fill out with conv2d(x, w, …); yield after each tile how many leading words are final."""
+) -> Iterator[Tile]:
+    """conv2d(x, w, …) front to back, tile by tile."""
     shape = geometry_of(x.shape, w.shape, strides, pads, dilations, groups)
-    assert out.shape == shape.out_shape
-    return _conv2d(x, w, shape, out, whole=False)
+    return _conv2d(x, w, shape, _Room(None))
 
 
 def pack_matmul_b(b: Words) -> Packed:
@@ -192,45 +218,49 @@ def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
 
 
-def _matmul(a: Words, b: Words | Packed, out: Words, whole: bool) -> Iterator[int]:
-    _check(a.dtype, b.dtype, out.dtype)
-    assert out.flags.carray
-    if out.size == 0 or a.shape[-1] == 0:
-        out[...] = 0
-        yield out.size
+def _matmul(a: Words, b: Words | Packed, room: _Room) -> Iterator[Tile]:
+    _check(a.dtype, b.dtype)
+    shape = _matmul_shape(a.shape, b.shape)
+    if prod(shape) == 0 or a.shape[-1] == 0:
+        yield 0, room.zeros(prod(shape), a.dtype)
         return
     if len(b.shape) == 2 and a.ndim > 2:  # one right operand for all rows: one tall product
-        a, out = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1])
-    *lead, height, wide = out.shape
+        a = a.reshape(-1, a.shape[-1])
+        shape = (len(a), shape[-1])
+    *lead, height, wide = shape
     left, right = _left_of(a, tuple(lead)), _right_of(b, tuple(lead))
     items, item = prod(lead), height * wide
-    to = _Out(out.reshape(-1), grid((items,), (item,)), wide, height)
-    for tile in _tiles(items, height, wide, a.shape[-1], whole):
-        _multiply(left, right, to, tile)
-        yield (tile[1] - 1) * item + tile[3] * wide
+    at = grid((items,), (item,))
+    for tile in _tiles(items, height, wide, a.shape[-1], room.whole):
+        start, stop = tile[0] * item + tile[2] * wide, (tile[1] - 1) * item + tile[3] * wide
+        words, shift = room.take(start, stop, a.dtype)
+        _multiply(left, right, _Out(words, at - shift if shift else at, wide, height), tile)
+        yield start, words
 
 
-def _conv2d(x: Words, w: Words | Packed, g: Geometry, out: Words, whole: bool) -> Iterator[int]:
-    _check(x.dtype, w.dtype, out.dtype)
-    assert out.flags.carray
-    if out.size == 0 or g.deep == 0:
-        out[...] = 0
-        yield out.size
+def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[Tile]:
+    _check(x.dtype, w.dtype)
+    if prod(g.out_shape) == 0 or g.deep == 0:
+        yield 0, room.zeros(prod(g.out_shape), x.dtype)
         return
-    x, flat = _contiguous(x), out.reshape(-1)
+    x = _contiguous(x)
     channel, item = g.pixels, g.rows * g.pixels
     for first, last, bands in g.chunks():
         left = _conv_left(w, g, first, last)
         source = prepare(x, g, first, last, bands[0])
-        for tile in _tiles(last - first, g.rows, channel, g.deep, whole):
+        for tile in _tiles(last - first, g.rows, channel, g.deep, room.whole):
+            start = (first + tile[0]) * item + tile[2] * channel
+            stop = (first + tile[1] - 1) * item + tile[3] * channel
+            words, shift = room.take(start, stop, x.dtype)
             for band in bands:
                 if len(bands) > 1:
                     source = prepare(x, g, first, last, band)
                 offs, base = source.offs, source.base
                 right = _Right(source.words, source.at, g.deep, len(base), offs, base, False, False)
-                at = grid((last - first,), (item,)) + (first * item + band[0] * g.out_shape[3])
-                _multiply(left, right, _Out(flat, at, channel, g.rows), tile)
-            yield (first + tile[1] - 1) * item + tile[3] * channel
+                begin = first * item + band[0] * g.out_shape[3] - shift
+                at = grid((last - first,), (item,)) + begin
+                _multiply(left, right, _Out(words, at, channel, g.rows), tile)
+            yield start, words
 
 
 def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:

@@ -18,21 +18,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
 
-import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 from numpy.typing import DTypeLike, NDArray
 
 from mpcserve.kernels.jit import F, kernel
+from mpcserve.kernels.places import Place, inline, on, part, place_of
 from mpcserve.ring import Words
 
 Index = NDArray[np.int64]
-Place = Any  # in compiled code, a pointer: place[n] is the n-th word from there
 
 # numba's own description of the CPU, part of the key of its cache: code compiled for one machine is
 # never run with the constants of another.
@@ -56,11 +53,6 @@ _INT64 = ir.IntType(64)
 _INDEX = ir.IntType(32)  # of a lane
 
 Many = tuple[ir.Value, ...]
-
-
-# numba writes the IR in place of the call; its own annotations miss that it passes `typingctx`.
-_inline: Callable[[Callable[..., Any]], Any] = intrinsic
-_pointer: Any = types.CPointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +178,7 @@ def _rows_loop(b: ir.IRBuilder, kind: _Kind, rows: int, at: dict[str, ir.Value])
         place = b.gep(place, [at["step"]])
 
 
-@_inline
+@inline
 def _multiply_panels(typingctx, left, right, offs, depth, rows, out, step, more):  # type: ignore[no-untyped-def]
     """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j], added to out when `more` ≠ 0.
 
@@ -213,7 +205,7 @@ def _multiply_panels(typingctx, left, right, offs, depth, rows, out, step, more)
     return types.void(left, right, offs, whole, whole, out, whole, whole), codegen
 
 
-@_inline
+@inline
 def _lanes(typingctx, place):  # type: ignore[no-untyped-def]
     """Columns of one panel of the words at a place."""
 
@@ -223,7 +215,7 @@ def _lanes(typingctx, place):  # type: ignore[no-untyped-def]
     return types.int64(place), codegen
 
 
-@_inline
+@inline
 def _copy_lanes(typingctx, source, out):  # type: ignore[no-untyped-def]
     """One vector of words from one place to another."""
 
@@ -236,28 +228,7 @@ def _copy_lanes(typingctx, source, out):  # type: ignore[no-untyped-def]
     return types.void(source, out), codegen
 
 
-@_inline
-def _place(typingctx, array, n):  # type: ignore[no-untyped-def]
-    """Where word n of an array lies. Only for arguments: a local array may be freed after use."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(array)(context, builder, value=args[0]).data
-        return builder.gep(data, [args[1]])
-
-    return _pointer(array.dtype)(array, types.int64), codegen
-
-
-@_inline
-def _on(typingctx, place, n):  # type: ignore[no-untyped-def]
-    """The place n words further on."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.gep(args[0], [args[1]])
-
-    return place(place, types.int64), codegen
-
-
-@_inline
+@inline
 def _on_line(typingctx, place):  # type: ignore[no-untyped-def]
     """The next place where a cache line begins: no vector of a panel from there crosses one."""
 
@@ -268,7 +239,7 @@ def _on_line(typingctx, place):  # type: ignore[no-untyped-def]
     return place(place), codegen
 
 
-@_inline
+@inline
 def _zero(typingctx, place):  # type: ignore[no-untyped-def]
     """Zero as a word of the kind at a place."""
 
@@ -278,7 +249,7 @@ def _zero(typingctx, place):  # type: ignore[no-untyped-def]
     return place.dtype(place), codegen
 
 
-@_inline
+@inline
 def _added(typingctx, total, left, right):  # type: ignore[no-untyped-def]
     """total + left · right as a word; numba would go on in 64 bits."""
 
@@ -288,35 +259,30 @@ def _added(typingctx, total, left, right):  # type: ignore[no-untyped-def]
     return total(total, total, total), codegen
 
 
-def _part(function: F) -> F:
-    """Compiled, with the types that it meets, into the kernels that call it."""
-    return cast(F, numba.njit(nogil=True, boundscheck=False)(function))
-
-
-@_part
+@part
 def _neighbours(base: Place, width: int, lanes: int) -> bool:
     """Are `width` columns whole vectors of neighbours in memory? base must not decrease."""
     return width % lanes == 0 and base[width - 1] - base[0] == width - 1
 
 
-@_part
+@part
 def _gather_neighbours(source: Place, offs: Place, columns: int, depth: int, out: Place) -> None:
     """Panels of neighbours: out[(j·depth + k)·lanes + …] = source[offs[k] + j·lanes + …]."""
     lanes = _lanes(out)
     for k in range(depth):
-        row, to = _on(source, offs[k]), _on(out, k * lanes)
+        row, to = on(source, offs[k]), on(out, k * lanes)
         for j in range(0, columns, lanes):
-            _copy_lanes(_on(row, j), _on(to, j * depth))
+            _copy_lanes(on(row, j), on(to, j * depth))
 
 
-@_part
+@part
 def _gather_panel(
     source: Place, offs: Place, base: Place, width: int, depth: int, out: Place
 ) -> None:
     """One panel of scattered columns: out[k·lanes + lane] = source[offs[k] + base[lane]]."""
     lanes = _lanes(out)
     for k in range(depth):
-        row, to = _on(source, offs[k]), _on(out, k * lanes)
+        row, to = on(source, offs[k]), on(out, k * lanes)
         if width == lanes:
             for lane in range(lanes):
                 to[lane] = row[base[lane]]
@@ -325,41 +291,41 @@ def _gather_panel(
                 to[lane] = row[base[lane]]
 
 
-@_part
+@part
 def _gather(source: Place, offs: Place, base: Place, columns: int, depth: int, out: Place) -> None:
     """Panels of all columns; lanes past the last column are left as they are."""
     lanes = _lanes(out)
     if _neighbours(base, columns, lanes):
-        _gather_neighbours(_on(source, base[0]), offs, columns, depth, out)
+        _gather_neighbours(on(source, base[0]), offs, columns, depth, out)
         return
     for p0 in range(0, columns, lanes):
-        to, width, first = _on(out, p0 * depth), min(lanes, columns - p0), _on(base, p0)
+        to, width, first = on(out, p0 * depth), min(lanes, columns - p0), on(base, p0)
         if _neighbours(first, width, lanes):
-            _gather_neighbours(_on(source, first[0]), offs, lanes, depth, to)
+            _gather_neighbours(on(source, first[0]), offs, lanes, depth, to)
         else:
             _gather_panel(source, offs, first, width, depth, to)
 
 
-@_part
+@part
 def _pack_rows(
     source: Place, row_step: int, col_step: int, rows: int, depth: int, out: Place
 ) -> None:
     """Panels of up to ROWS rows, word (i, k) of a panel of r rows at k·r + i; rows·depth words."""
     for i0 in range(0, rows, ROWS):
-        first, count = _on(source, i0 * row_step), min(ROWS, rows - i0)
-        to = _on(out, i0 * depth)
+        first, count = on(source, i0 * row_step), min(ROWS, rows - i0)
+        to = on(out, i0 * depth)
         for k in range(depth):
-            column = _on(first, k * col_step)
+            column = on(first, k * col_step)
             if count == ROWS:
                 for i in range(ROWS):
                     to[i] = column[i * row_step]
             else:
                 for i in range(count):
                     to[i] = column[i * row_step]
-            to = _on(to, count)
+            to = on(to, count)
 
 
-@_part
+@part
 def _meet(
     left: Place,
     right: Place,
@@ -375,11 +341,11 @@ def _meet(
     """Packed rows times the panels of a strip of `columns`, added to out when `more`."""
     lanes = _lanes(out)
     for p0 in range(0, columns, lanes):
-        width, panel = min(lanes, columns - p0), _on(right, p0 * depth)
+        width, panel = min(lanes, columns - p0), on(right, p0 * depth)
         cut = width < lanes
         for i0 in range(0, rows, ROWS):
-            count, these = min(ROWS, rows - i0), _on(left, i0 * depth)
-            place = _on(out, i0 * step + p0)
+            count, these = min(ROWS, rows - i0), on(left, i0 * depth)
+            place = on(out, i0 * step + p0)
             to, by, add = (corner, lanes, 0) if cut else (place, step, more)
             _multiply_panels(these, panel, offs, depth, count, to, by, add)
             if cut:
@@ -387,7 +353,7 @@ def _meet(
                     for lane in range(width):
                         word = corner[i * lanes + lane]
                         place[lane] = place[lane] + word if more else word
-                    place = _on(place, step)
+                    place = on(place, step)
 
 
 _AT = "Array(int64, 1, 'C', readonly=True)"
@@ -428,34 +394,34 @@ def multiply(
     left_packed, row_step, col_step = left_form
     right_packed, deep, wide, height, step = sizes
     item0, item1, row0, row1 = tile
-    corner = _on_line(_place(scratch, 0))
+    corner = _on_line(place_of(scratch, 0))
     lanes = _lanes(corner)
-    strip = _on(corner, ROWS * lanes)
-    block = strip if right_packed else _on(strip, STRIP * lanes * min(KC, deep))
+    strip = on(corner, ROWS * lanes)
+    block = strip if right_packed else on(strip, STRIP * lanes * min(KC, deep))
     panels = (wide + lanes - 1) // lanes * lanes
     for item in range(item0, item1):
-        source = _place(right, right_at[item])
+        source = place_of(right, right_at[item])
         for i0 in range(row0, row1, ROWS_L2):
             rows = min(ROWS_L2, row1 - i0)
             few = rows <= FEW_ROWS and deep <= FEW_DEEP and not right_packed
             width = lanes if few else STRIP * lanes
             for k0 in range(0, deep, KC):
                 depth = min(KC, deep - k0)
-                lhs = _place(left, left_at[item])
+                lhs = place_of(left, left_at[item])
                 if left_packed:
-                    lhs = _on(lhs, k0 * height + i0 * depth)
+                    lhs = on(lhs, k0 * height + i0 * depth)
                 else:
-                    lhs = _on(lhs, i0 * row_step + k0 * col_step)
+                    lhs = on(lhs, i0 * row_step + k0 * col_step)
                     _pack_rows(lhs, row_step, col_step, rows, depth, block)
                     lhs = block
                 for p0 in range(0, wide, width):
                     columns = min(width, wide - p0)
-                    place = _place(out, out_at[item] + i0 * step + p0)
-                    rhs, table = _on(source, k0 * panels + p0 * depth), _place(in_strip, 0)
+                    place = place_of(out, out_at[item] + i0 * step + p0)
+                    rhs, table = on(source, k0 * panels + p0 * depth), place_of(in_strip, 0)
                     if not right_packed:
-                        start, taps = _place(base, p0), _place(offs, k0)
+                        start, taps = place_of(base, p0), place_of(offs, k0)
                         if few and _neighbours(start, columns, lanes):
-                            rhs, table = _on(source, start[0]), taps
+                            rhs, table = on(source, start[0]), taps
                         else:
                             rhs = strip
                             _gather(source, taps, start, columns, depth, rhs)
@@ -480,9 +446,9 @@ def multiply_column(
     """
     item0, item1, row0, row1 = tile
     for item in range(item0, item1):
-        column, to = _place(right, right_at[item]), _place(out, out_at[item])
+        column, to = place_of(right, right_at[item]), place_of(out, out_at[item])
         for i in range(row0, row1):
-            row = _place(left, left_at[item] + i * row_step)
+            row = place_of(left, left_at[item] + i * row_step)
             total = _zero(to)
             for k in range(deep):
                 total = _added(total, row[k], column[k])

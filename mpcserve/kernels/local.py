@@ -1,8 +1,8 @@
 """Fused local passes between two rounds: truncate and mask a product, select, extend.
 
-Each reads its operands once and writes one party's masked share, ready to be packed and sent. Words
-are uint32 or uint64 (see `ring`); `T(…)` after every step keeps the arithmetic in the word's own
-type, where numba would widen it.
+Each reads its operands once, block by block, and writes one party's masked share, packed for the
+peer where it is sent next. Words are uint32 or uint64 (see `ring`); `T(…)` after every step keeps
+the arithmetic in the word's own type, where numba would widen it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from mpcserve.kernels.jit import kernel
+from mpcserve.kernels.packing import Bytes, pack_from
+from mpcserve.kernels.places import on, part, place_of
 from mpcserve.ring import Words
 
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_BLOCK = 512
+"""Elements a block: all that a pass reads and writes of them stays in the first-level cache."""
 
 
 def _signatures(template: str) -> tuple[str, str]:
@@ -20,38 +24,62 @@ def _signatures(template: str) -> tuple[str, str]:
     return template.replace("W", "uint64"), template.replace("W", "uint32")
 
 
-@kernel(*_signatures("void(W[::1], W[::1], W[::1], int64, int64, int64, boolean)"))
+def _pairs(template: str) -> tuple[str, ...]:
+    """The same for two words, V not wider than W."""
+    narrow = template.replace("V", "uint32")
+    return (*_signatures(narrow), template.replace("W", "uint64").replace("V", "uint64"))
+
+
+@part
+def _pack_done(out: Words, packed: int, done: int, first: int, width: int, space: Bytes) -> int:
+    """Pack out[packed:done], or what of it ends on a whole byte; how far that is."""
+    stop = done if done == out.size else done >> 3 << 3
+    byte = (packed - first) * width >> 3
+    pack_from(on(place_of(out, 0), packed), stop - packed, width, on(place_of(space, 0), byte))
+    return stop
+
+
+@kernel(
+    *_pairs("void(W[::1], int64, W[::1], V[::1], int64, int64, int64, boolean, V[::1], uint8[::1])")
+)
 def finish_product(
-    z: Words, rest: Words, lam: Words, ring: int, truncate: int, width: int, leader: bool
+    z: Words,
+    start: int,
+    rest: Words,
+    lam: Words,
+    ring: int,
+    truncate: int,
+    width: int,
+    leader: bool,
+    out: Words,
+    space: Bytes,
 ) -> None:
-    """z ← truncated share of z + rest (mod 2^ring), plus the output's mask share (mod 2^width).
+    """out[start:] ← truncated share of z + rest[start:] (mod 2^ring) + mask share (mod 2^width).
 
     alice takes ⌊z_A / 2^t⌋ and bob −⌊−z_B / 2^t⌋. In Z_2^(ring − t) their sum is ⌊z / 2^t⌋, plus
     one with probability (z mod 2^t) / 2^t: unbiased, error < 1 ulp, exact multiples stay exact, and
     no wrap can be lost, since multiples of 2^ring become multiples of 2^(ring − t).
+    Elements are packed by eights: those before `start` too that were left, and the last ones only
+    with the end of `out`.
     """
-    T = z.dtype.type
+    T, V = z.dtype.type, out.dtype.type
     ring_mask = T(_ALL >> np.uint64(64 - ring))
-    mask = T(_ALL >> np.uint64(64 - width))
-    t = T(truncate)
-    zero = T(0)
-    if leader:
-        for k in range(z.size):
-            quotient = T(T(T(z[k] + rest[k]) & ring_mask) >> t)
-            z[k] = T(T(quotient + lam[k]) & mask)
-    else:
-        for k in range(z.size):
-            quotient = T(T(T(zero - T(z[k] + rest[k])) & ring_mask) >> t)
-            z[k] = T(T(lam[k] - quotient) & mask)
-
-
-@kernel(*_signatures("void(W[::1], W[::1], int64)"))
-def add_shares(mine: Words, theirs: Words, width: int) -> None:
-    """mine ← mine + theirs (mod 2^width): both parties' masked shares join into Δ."""
-    T = mine.dtype.type
-    mask = T(_ALL >> np.uint64(64 - width))
-    for k in range(mine.size):
-        mine[k] = T(T(mine[k] + theirs[k]) & mask)
+    mask = V(_ALL >> np.uint64(64 - width))
+    t, zero = T(truncate), T(0)
+    first = packed = start >> 3 << 3
+    for begin in range(0, z.size, _BLOCK):
+        size, at = min(_BLOCK, z.size - begin), start + begin
+        here, other = place_of(z, begin), place_of(rest, at)
+        fresh, to = place_of(lam, at), place_of(out, at)
+        if leader:
+            for k in range(size):
+                quotient = T(T(T(here[k] + other[k]) & ring_mask) >> t)
+                to[k] = V(V(V(quotient) + fresh[k]) & mask)
+        else:
+            for k in range(size):
+                quotient = T(T(T(zero - T(here[k] + other[k])) & ring_mask) >> t)
+                to[k] = V(V(fresh[k] - V(quotient)) & mask)
+        packed = _pack_done(out, packed, at + size, first, width, space)
 
 
 @kernel(*_signatures("void(W[::1], W[::1], int64, W[::1], W[::1], W[::1])"))
@@ -114,45 +142,92 @@ def extend_share(
         out[k] = T(T(T(public - chosen) + lam[k]) & out_mask)
 
 
-@kernel(
-    *_signatures(
-        "void(W[::1], uint64[::1], W[:, ::1], int64, uint64, boolean, int64, boolean, W[::1])"
-    )
+@part
+def _select(
+    delta: Words, half: Words, bit: Words, beta: Words, cross: Words, carry: Words, top: Words,
+    beta_top: Words, at: int, size: int, width: int, offset: np.uint64, flip: np.uint64,
+    leader: bool, wide: bool, out: Words,
+) -> None:  # fmt: skip
+    """out[at : at + size] += share of b·x; see `select_share`."""
+    D, V = delta.dtype.type, out.dtype.type
+    mask, high, o = D(_ALL >> np.uint64(64 - width)), D(width - 1), D(offset)
+    shift, zero, one = V(width), V(0), V(1)
+    keep = V(1) if leader else V(0)
+    x, lam, to = place_of(delta, at), place_of(half, at), place_of(out, at)
+    b, bx = place_of(beta, at), place_of(cross, at)
+    c, t, bt = place_of(carry, at), place_of(top, at), place_of(beta_top, at)
+    for k in range(size):
+        d = D(D(x[k] + o) & mask)
+        low = V(V(D(d >> high)) - one)  # all ones where Δ'_msb = 0
+        p = V(V(d) - V(o))
+        share, crossed = V(V(keep * p) - V(D(lam[k] & mask))), V(V(b[k] * p) - bx[k])
+        if wide:
+            share = V(share + V(V(c[k] + V(t[k] & low)) << shift))
+            crossed = V(crossed + V(V(bt[k] & low) << shift))
+        e = at + k
+        taken = V(zero - V(V((bit[e >> 6] >> np.uint64(e & 63)) & np.uint64(1)) ^ V(flip)))
+        to[k] = V(to[k] + V(V(share & taken) + V(V(crossed ^ taken) - taken)))
+
+
+_SELECT = (
+    "void(W[::1], W[::1], uint64[::1], V[::1], V[::1], V[::1], V[::1], V[::1], int64, int64,"
+    " int64, uint64, boolean, V[::1], int64, boolean, boolean, boolean, V[::1], uint8[::1])"
 )
+
+
+@kernel(*_pairs(_SELECT), _SELECT.replace("W", "uint32").replace("V", "uint64"))
 def select_share(
     delta: Words,
+    half: Words,
     bit: Words,
-    dealt: Words,
+    beta: Words,
+    cross: Words,
+    carry: Words,
+    top: Words,
+    beta_top: Words,
+    start: int,
+    stop: int,
     width: int,
     offset: np.uint64,
     when: bool,
+    lam: Words,
     out_width: int,
     leader: bool,
+    first: bool,
+    last: bool,
     out: Words,
+    space: Bytes,
 ) -> None:
-    """out ← out + share of b·x (mod 2^out_width), for b = [secret bit = `when`].
+    """out[start:stop] ← mask share + share of b·x (mod 2^out_width), for b = [secret bit = `when`].
 
     The bit is open as δ = bit ⊕ β, so b = δ' + (1 − 2δ')·β with δ' = δ for when = 1, else ¬δ. With
-    x = P − Λ_h as in `extend_share`:  b·x = δ'·(P − Λ_h) + (1 − 2δ')·(β·P − βΛ_h).
-    Shapes: bit [ceil(N / 64)]; dealt [5, N]: shares of Λ_0, Λ_1, βΛ_0, βΛ_1, β.
+    x = P − Λ_h as in `extend_share`:  b·x = δ'·(P − Λ_h) + (1 − 2δ')·(β·P − βΛ_h), where
+    Λ_1 = λ − carry·2^width and Λ_0 = Λ_1 − λ_msb·2^width. Of several pairs, which are summed, the
+    `first` brings the mask and the `last` is packed; start is a multiple of 64.
+
+    Shapes: bit [ceil(N / 64)], all others [N]. half, beta, cross: shares of λ, β and β·λ; carry,
+    top and beta_top, of the carry, λ_msb and β·λ_msb, are not read unless out_width > width.
     """
-    T = out.dtype.type
-    mask = T(_ALL >> np.uint64(64 - width))
-    out_mask = T(_ALL >> np.uint64(64 - out_width))
-    top = T(width - 1)
-    o = T(offset)
+    V = out.dtype.type
+    mask = V(_ALL >> np.uint64(64 - out_width))
     flip = np.uint64(0) if when else np.uint64(1)
-    keep = T(1) if leader else T(0)
-    one = T(1)
-    for k in range(delta.size):
-        d = T(T(delta[k] + o) & mask)
-        h = np.int64(d >> top)
-        p = T(d - o)
-        b = T(((bit[k >> 6] >> np.uint64(k & 63)) & np.uint64(1)) ^ flip)
-        plain = T(T(keep * p) - dealt[h, k])
-        crossed = T(T(dealt[4, k] * p) - dealt[2 + h, k])
-        share = T(T(b * plain) + T(T(one - T(b + b)) * crossed))
-        out[k] = T(T(out[k] + share) & out_mask)
+    packed = start
+    for at in range(start, stop, _BLOCK):
+        size = min(_BLOCK, stop - at)
+        to, fresh = place_of(out, at), place_of(lam, at)
+        if first:
+            for k in range(size):
+                to[k] = fresh[k]
+        if out_width > width:
+            _select(delta, half, bit, beta, cross, carry, top, beta_top, at, size, width, offset,
+                    flip, leader, True, out)  # fmt: skip
+        else:
+            _select(delta, half, bit, beta, cross, carry, top, beta_top, at, size, width, offset,
+                    flip, leader, False, out)  # fmt: skip
+        if last:
+            for k in range(size):
+                to[k] = V(to[k] & mask)
+            packed = _pack_done(out, packed, at + size, start, out_width, space)
 
 
 @kernel(*_signatures("void(uint64[::1], int64, W[:, ::1], W[::1], int64, boolean, W[::1])"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mpcserve.kernels import bits, local
+from mpcserve.kernels import packing
 from mpcserve.protocol.parties import Round, Steps
 from mpcserve.ring import Words
 
@@ -32,8 +32,13 @@ def open_share(out: Words, width: int, fill: Callable[[slice], None]) -> Steps[W
     def pieces() -> Iterator[memoryview]:
         for part in tiles(out.size):
             fill(part)
-            yield bits.pack(out[part], width)
+            yield packing.pack(out[part], width)
 
-    received = yield Round(pieces(), (out.size * width + 7) // 8)
-    local.add_shares(out, bits.unpack(received, out.size, width), width)
+    return (yield from open_packed(out, width, pieces()))
+
+
+def open_packed(out: Words, width: int, pieces: Iterator[memoryview]) -> Steps[Words]:
+    """The same where out is computed, and packed, by those who make the pieces."""
+    received = yield Round(pieces, (out.size * width + 7) // 8)
+    packing.add_packed(out, received, width)
     return out

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.errors import PeerError
-from mpcserve.kernels import bits
+from mpcserve.kernels import bits, packing
 from mpcserve.plan.bill import TAG_BYTES
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
@@ -34,7 +34,7 @@ def share_weights(
         delta = from_signed(weights[name].reshape(value.shape), value.width)
         for seed in (seed_alice, seed_bob):
             delta = delta + Stream(derive(seed, id)).masks(value.shape, value.width)
-        yield name, bits.pack(reduce(delta, value.width), value.width)
+        yield name, packing.pack(reduce(delta, value.width), value.width)
 
 
 def unpack_weight(plan: Plan, name: str, data: bytes | bytearray | memoryview) -> Words:
@@ -51,7 +51,7 @@ def share_input(
     delta = encode(np.asarray(x, np.float64).reshape(value.shape), value.frac_bits, value.width)
     for seed in (seed_alice, seed_bob):
         delta = delta + Stream(seed).masks(value.shape, value.width)
-    return bits.pack(reduce(delta, value.width), value.width)
+    return packing.pack(reduce(delta, value.width), value.width)
 
 
 def reveal(

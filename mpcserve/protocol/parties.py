@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from mpcserve.kernels import bits
+from mpcserve.kernels import bits, packing
 from mpcserve.plan.plan import Plan
 from mpcserve.randomness import Stream, derive
 from mpcserve.ring import Words, as_words, reduce
@@ -100,7 +100,7 @@ class DealIO:
         """Share a value that carol knows: alice draws her part, bob is sent the correction."""
         part = self.a.masks(value.shape, width)
         correction = np.asarray(as_words(value, width) - part)
-        self.corrections.append(bits.pack(reduce(correction, width), width))
+        self.corrections.append(packing.pack(reduce(correction, width), width))
 
     def deal_bits(self, planes: Words, size: int) -> None:
         """The same for bit planes over Z_2. Shapes: [count, ceil(size / 64)]."""
@@ -132,7 +132,7 @@ class PrepareIO:
             return self.stream.masks(shape, width)
         count = prod(shape)
         data = self._take((count * width + 7) // 8)
-        return bits.unpack(data, count, width).reshape(shape)
+        return packing.unpack(data, count, width).reshape(shape)
 
     def dealt_bits(self, count: int, size: int) -> Words:
         """This side's shares of dealt bit planes. Shapes: [count, ceil(size / 64)]."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from mpcserve.errors import Refused, WireError
-from mpcserve.kernels import bits
+from mpcserve.kernels import bits, packing
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.stack import stack
@@ -322,9 +322,9 @@ class ServerProgram:
                 parts.append(bits.pack_planes(share, value.size))
                 continue
             r = fresh.masks(value.shape, value.width)
-            tag.update(bits.pack(delta, value.width))
+            tag.update(packing.pack(delta, value.width))
             share = delta - half + r if self.role == "alice" else -half - r
-            parts.append(bits.pack(reduce(share, value.width), value.width))
+            parts.append(packing.pack(reduce(share, value.width), value.width))
         return b"".join([tag.digest(), *parts])
 
 
@@ -382,4 +382,4 @@ def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:
         )
     if value.width == 1:
         return np.asarray(bits.unpack_planes(data, 1, value.size)[0])
-    return bits.unpack(data, value.size, value.width).reshape(value.shape)
+    return packing.unpack(data, value.size, value.width).reshape(value.shape)

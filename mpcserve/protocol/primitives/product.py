@@ -21,12 +21,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpcserve.kernels import bits, linear, local
+from mpcserve.kernels import linear, local, packing
 from mpcserve.plan.plan import Instruction
-from mpcserve.protocol.parties import DealIO, Known, Mask, PrepareIO, Round, Side, Steps
+from mpcserve.protocol.opening import open_packed
+from mpcserve.protocol.parties import DealIO, Known, Mask, PrepareIO, Side, Steps
 from mpcserve.ring import Words, as_words, reduce, word_type
 
 Operand = Words | linear.Packed
+Pair = tuple[int, int]
+Pads = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -62,38 +65,30 @@ def fix(side: Side, i: Instruction, index: int, delta: Words, half: Words) -> Fi
     return Fixed(index, ready(i, index, online), ready(i, index, delta))
 
 
-def _product(i: Instruction, a: Operand, b: Operand, out: Words) -> Iterator[int]:
-    """a∘b into `out`, tile by tile; yields how many leading elements are final."""
+def _tiles(i: Instruction, a: Operand, b: Operand) -> Iterator[tuple[int, Words]]:
+    """a∘b front to back: (index of the first word, words that are valid until the next step)."""
     a, b = (as_words(v, i.attrs["ring"]) if isinstance(v, np.ndarray) else v for v in (a, b))
-    if i.op == "mul":
-        assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
-        np.multiply(a, b, out=out)
-        yield out.size
-        return
     assert isinstance(a, np.ndarray)
-    a = np.ascontiguousarray(a)
-    if isinstance(b, np.ndarray):
-        b = np.ascontiguousarray(b)
+    if i.op == "mul":
+        assert isinstance(b, np.ndarray)
+        return iter([(0, np.asarray(a * b, order="C").reshape(-1))])
     if i.op == "matmul":
-        yield from linear.matmul_tiles(a, b, out)
-    else:
-        at = i.attrs
-        yield from linear.conv2d_tiles(
-            a,
-            b,
-            tuple(at["strides"]),
-            tuple(at["pads"]),
-            tuple(at["dilations"]),
-            at["groups"],
-            out,
-        )
+        return linear.matmul_tiles(a, b)
+    return linear.conv2d_tiles(a, b, *_geometry(i))
 
 
 def _whole(i: Instruction, a: Operand, b: Operand) -> Words:
-    out = np.empty(i.value.shape, word_type(i.attrs["ring"]))
-    for _ in _product(i, a, b, out):
-        pass
-    return out
+    a, b = (as_words(v, i.attrs["ring"]) if isinstance(v, np.ndarray) else v for v in (a, b))
+    assert isinstance(a, np.ndarray)
+    if i.op == "mul":
+        assert isinstance(b, np.ndarray)
+        return np.asarray(a * b, order="C")
+    return linear.matmul(a, b) if i.op == "matmul" else linear.conv2d(a, b, *_geometry(i))
+
+
+def _geometry(i: Instruction) -> tuple[Pair, Pads, Pair, int]:
+    at = i.attrs
+    return tuple(at["strides"]), tuple(at["pads"]), tuple(at["dilations"]), at["groups"]
 
 
 def _pair(index: int, fixed: Operand, other: Words) -> tuple[Operand, Operand]:
@@ -126,7 +121,9 @@ def prepare(
         both = (halves[0], halves[1])
     else:
         other = halves[1 - fixed.index]
-        rest -= _whole(i, *_pair(fixed.index, fixed.delta, other))
+        flat = rest.reshape(-1)
+        for start, words in _tiles(i, *_pair(fixed.index, fixed.delta, other)):
+            flat[start : start + words.size] -= words
     if len(i.inputs) == 3:
         rest -= as_words(halves[2], ring)
         if io.leader and i.inputs[2] in known:
@@ -153,28 +150,25 @@ def evaluate(
         rest = rest - _whole(i, half_a, deltas[1]).reshape(-1)
     if len(i.inputs) == 3 and leader and i.inputs[2] not in known:
         rest = (rest.reshape(i.value.shape) + as_words(deltas[2], ring)).reshape(-1)
-    out = np.empty(i.value.shape, word_type(ring))
-    flat, lam, width = out.reshape(-1), as_words(material.lam, ring), i.value.width
+    width, out = i.value.width, np.empty(i.value.size, word_type(i.value.width))
 
     def pieces() -> Iterator[memoryview]:
-        start = 0
-        for done in _product(i, a, b, out):
-            stop = done if done == flat.size else done // 64 * 64
-            if stop == start:
-                continue
+        for start, words in _tiles(i, a, b):
+            stop = start + words.size
+            count = (stop if stop == out.size else stop // 8 * 8) - start // 8 * 8
+            space = packing.packed_space(count, width)
             local.finish_product(
-                flat[start:stop],
-                rest[start:stop],
-                lam[start:stop],
+                words,
+                start,
+                rest,
+                material.lam,
                 ring,
                 i.attrs["truncate"],
                 width,
                 leader,
+                out,
+                space,
             )
-            yield bits.pack(as_words(flat[start:stop], width), width)
-            start = stop
+            yield packing.packed_bytes(space)
 
-    received = yield Round(pieces(), (flat.size * width + 7) // 8)
-    delta = as_words(flat, width)
-    local.add_shares(delta, bits.unpack(received, flat.size, width), width)
-    return delta.reshape(i.value.shape)
+    return (yield from open_packed(out, width, pieces())).reshape(i.value.shape)

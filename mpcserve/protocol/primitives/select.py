@@ -13,14 +13,14 @@ Source: ABY2.0, ASTRA (masked evaluation); MSB-dependent wrap as in SIRNN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from mpcserve.kernels import bits, local
+from mpcserve.kernels import bits, local, packing
 from mpcserve.plan.plan import Instruction
-from mpcserve.protocol.opening import open_share
+from mpcserve.protocol.opening import open_packed, open_share, tiles
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
 from mpcserve.ring import Words, as_words, word_type
 
@@ -33,10 +33,21 @@ class ExtendMaterial(NamedTuple):
     lam: Words
 
 
-class SelectMaterial(NamedTuple):
-    """For each pair Λ_0, Λ_1, βΛ_0, βΛ_1, β as rows; the output's mask; one server's shares."""
+class Pair(NamedTuple):
+    """One server's shares of λ, β, β·λ and, where the result is wider, carry, λ_msb and β·λ_msb."""
 
-    dealt: tuple[Words, ...]
+    half: Words
+    beta: Words
+    cross: Words
+    carry: Words
+    top: Words
+    beta_top: Words
+
+
+class SelectMaterial(NamedTuple):
+    """What is dealt of every pair; the output's mask."""
+
+    pairs: tuple[Pair, ...]
     lam: Words
 
 
@@ -121,48 +132,57 @@ def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
 def prepare_select(
     io: PrepareIO, i: Instruction, halves: Sequence[Words]
 ) -> tuple[Words, SelectMaterial]:
-    """Shares of Λ_0, Λ_1, βΛ_0, βΛ_1 and β of every pair."""
+    """This side's shares."""
     pairs = tuple(_prepare_pair(io, i, half) for half in halves[1::2])
     lam = io.mask(i.value.shape, i.value.width)
     return lam, SelectMaterial(pairs, lam.reshape(-1))
 
 
-def _prepare_pair(io: PrepareIO, i: Instruction, half: Words) -> Words:
+def _prepare_pair(io: PrepareIO, i: Instruction, half: Words) -> Pair:
     n, m, shape = i.value.width, i.attrs["width"], (i.value.size,)
-    dealt = np.empty((5, i.value.size), word_type(n))
-    dealt[4] = io.dealt(shape, n)
-    dealt[3] = io.dealt(shape, n)
-    dealt[2] = dealt[3]
+    beta, cross = io.dealt(shape, n), io.dealt(shape, n)
     if n > m:
         carry, top, beta_top = (as_words(io.dealt(shape, n - m), n) for _ in range(3))
-        dealt[2] -= beta_top << word_type(n)(m)
     else:
-        carry = top = np.zeros(shape, word_type(n))
-    local.wide_masks(_flat(half, n), m, carry, top, dealt[0], dealt[1])
-    return dealt
+        carry = top = beta_top = np.empty(0, word_type(n))
+    return Pair(np.ascontiguousarray(half).reshape(-1), beta, cross, carry, top, beta_top)
 
 
 def evaluate_select(
     side: Side, i: Instruction, material: SelectMaterial, deltas: Sequence[Words]
 ) -> Steps[Words]:
     """1 round of n bits each way, however many pairs."""
-    n = i.value.width
+    n, last = i.value.width, len(material.pairs) - 1
     out = np.empty(i.value.size, word_type(n))
-    flats = [_flat(x, n) for x in deltas[1::2]]
+    flats = [
+        np.ascontiguousarray(x).reshape(-1).astype(pair.half.dtype, copy=False)
+        for x, pair in zip(deltas[1::2], material.pairs, strict=True)
+    ]
 
-    def fill(part: slice) -> None:
-        out[part] = material.lam[part]
-        for bit, x, dealt in zip(deltas[::2], flats, material.dealt, strict=True):
-            local.select_share(
-                x[part],
-                bit[part.start // 64 :],
-                np.ascontiguousarray(dealt[:, part]),
-                i.attrs["width"],
-                _offset(i),
-                bool(i.attrs["when"]),
-                n,
-                side == "alice",
-                out[part],
-            )
+    def pieces() -> Iterator[memoryview]:
+        for part in tiles(out.size):
+            space = packing.packed_space(part.stop - part.start, n)
+            for number, (x, bit, pair) in enumerate(
+                zip(flats, deltas[::2], material.pairs, strict=True)
+            ):
+                local.select_share(
+                    x,
+                    pair.half,
+                    bit,
+                    *pair[1:],
+                    part.start,
+                    part.stop,
+                    i.attrs["width"],
+                    _offset(i),
+                    bool(i.attrs["when"]),
+                    material.lam,
+                    n,
+                    side == "alice",
+                    number == 0,
+                    number == last,
+                    out,
+                    space,
+                )
+            yield packing.packed_bytes(space)
 
-    return (yield from open_share(out, n, fill)).reshape(i.value.shape)
+    return (yield from open_packed(out, n, pieces())).reshape(i.value.shape)

@@ -14,16 +14,16 @@ Source: SecFormer, SHAFT (Fourier series on masked values).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from mpcserve.kernels import local, waves
+from mpcserve.kernels import local, packing, waves
 from mpcserve.plan.plan import Instruction
-from mpcserve.protocol.opening import open_share
+from mpcserve.protocol.opening import open_packed, tiles
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
-from mpcserve.ring import Words, as_words, reduce, word_type
+from mpcserve.ring import Words, reduce, word_type
 
 
 class Material(NamedTuple):
@@ -59,16 +59,25 @@ def evaluate(side: Side, i: Instruction, material: Material, delta: Words) -> St
     at, n = i.attrs, i.value.width
     angles, table = _angles(delta, at["width"]), waves.tables(at["width"])
     sine, cosine = (np.array(at[name], np.int64) for name in ("sine", "cosine"))
-    out = np.empty(i.value.size, word_type(n))
+    out, nothing = np.empty(i.value.size, word_type(n)), np.zeros(i.value.size, np.uint64)
 
-    def fill(part: slice) -> None:
-        z = np.empty(part.stop - part.start, np.uint64)
-        dealt = np.ascontiguousarray(material.dealt[:, part].astype(np.uint64))
-        waves.wave_share(angles[part], at["width"], *table, sine, cosine, dealt, z)
-        lam = as_words(material.lam[part], n).astype(np.uint64)
-        nothing = np.zeros_like(z)
-        leader = side == "alice"
-        local.finish_product(z, nothing, lam, at["ring"], at["truncate"], n, leader)
-        out[part] = as_words(z, n)
+    def pieces() -> Iterator[memoryview]:
+        for part in tiles(out.size):
+            z, space = np.empty_like(angles[part]), packing.packed_space(part.stop - part.start, n)
+            dealt = np.ascontiguousarray(material.dealt[:, part].astype(np.uint64))
+            waves.wave_share(angles[part], at["width"], *table, sine, cosine, dealt, z)
+            local.finish_product(
+                z,
+                part.start,
+                nothing,
+                material.lam,
+                at["ring"],
+                at["truncate"],
+                n,
+                side == "alice",
+                out,
+                space,
+            )
+            yield packing.packed_bytes(space)
 
-    return (yield from open_share(out, n, fill)).reshape(i.value.shape)
+    return (yield from open_packed(out, n, pieces())).reshape(i.value.shape)

@@ -1,0 +1,72 @@
+"""Places in memory, for compiled code: a pointer to a word, and words at any byte.
+
+Only for arguments of a kernel: an array that a kernel makes may be freed after its last use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numba
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
+
+from mpcserve.kernels.jit import F
+
+Place = Any
+"""In compiled code a pointer: place[n] is the n-th word from there."""
+
+# numba writes the IR in place of the call; its own annotations miss that it passes `typingctx`.
+inline: Callable[[Callable[..., Any]], Any] = intrinsic
+pointer: Any = types.CPointer
+
+
+def part(function: F) -> F:
+    """Compiled, with the types that it meets, into the kernels that call it."""
+    return cast(F, numba.njit(nogil=True, boundscheck=False)(function))
+
+
+@inline
+def place_of(typingctx, array, n):  # type: ignore[no-untyped-def]
+    """Where word n of a contiguous array lies."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(array)(context, builder, value=args[0]).data
+        return builder.gep(data, [args[1]])
+
+    return pointer(array.dtype)(array, types.int64), codegen
+
+
+@inline
+def on(typingctx, place, n):  # type: ignore[no-untyped-def]
+    """The place n words further on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.gep(args[0], [args[1]])
+
+    return place(place, types.int64), codegen
+
+
+@inline
+def load_word(typingctx, place, n):  # type: ignore[no-untyped-def]
+    """The 8 bytes from byte n on, little-endian, wherever they lie."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(64).as_pointer())
+        return builder.load(at, align=1)
+
+    return types.uint64(place, types.int64), codegen
+
+
+@inline
+def store_word(typingctx, place, n, word):  # type: ignore[no-untyped-def]
+    """Inverse of `load_word`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(64).as_pointer())
+        builder.store(args[2], at, align=1)
+        return context.get_dummy_value()
+
+    return types.void(place, types.int64, types.uint64), codegen
