@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mpcserve.plan.plan import Instruction, Plan
@@ -62,22 +61,36 @@ def _product(i: Instruction, z: Int, xs: Sequence[Int]) -> Int:
     return _truncate(z, i.attrs["truncate"])
 
 
+def _matmul(x: Int, y: Int) -> Int:
+    """x @ y mod 2^64. Sums that float64 holds exactly are left to its fast products."""
+    sizes = [int(np.abs(v).max(initial=0)) for v in (x, y)]
+    if sizes[0] * sizes[1] * x.shape[-1] < EXACT:
+        return np.asarray(x.astype(np.float64) @ y.astype(np.float64)).astype(np.int64)
+    larger = int(sizes[1] > sizes[0])
+    half = sizes[larger].bit_length() // 2
+    top = (x, y)[larger] >> np.int64(half)
+    rest = (x, y)[larger] - (top << np.int64(half))
+    parts = [_matmul(x, p) if larger else _matmul(p, y) for p in (top, rest)]
+    return (parts[0] << np.int64(half)) + parts[1]
+
+
+EXACT = 1 << 53
+"""Integers below are exact in float64."""
+
+
 def _conv(i: Instruction, x: Int, w: Int) -> Int:
     at = i.attrs
     top, left, bottom, right = at["pads"]
     (sh, sw), (dh, dw), g = at["strides"], at["dilations"], at["groups"]
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    kh, kw = w.shape[2:]
-    windows = sliding_window_view(x, ((kh - 1) * dh + 1, (kw - 1) * dw + 1), axis=(2, 3))
-    windows = windows[:, :, ::sh, ::sw, ::dh, ::dw]
-    n, c, oh, ow = windows.shape[:4]
-    parts = []
-    for k in range(g):
-        cols = windows[:, k * c // g : (k + 1) * c // g].transpose(0, 2, 3, 1, 4, 5)
-        rows = w[k * w.shape[0] // g : (k + 1) * w.shape[0] // g].reshape(w.shape[0] // g, -1)
-        parts.append(cols.reshape(n * oh * ow, -1) @ rows.T)
-    out: Int = np.concatenate(parts, axis=1).reshape(n, oh, ow, -1)
-    return out.transpose(0, 3, 1, 2)
+    n, _, oh, ow = i.value.shape
+    total = np.zeros((n, g, w.shape[0] // g, oh * ow), np.int64)
+    for r, c in np.ndindex(w.shape[2:]):
+        seen = x[:, :, r * dh : r * dh + (oh - 1) * sh + 1 : sh]
+        seen = seen[:, :, :, c * dw : c * dw + (ow - 1) * sw + 1 : sw]
+        tap = w[:, :, r, c].reshape(g, w.shape[0] // g, -1)
+        total += _matmul(tap, seen.reshape(n, g, -1, oh * ow))
+    return total.reshape(i.value.shape)
 
 
 def _pad(i: Instruction, xs: Sequence[Int]) -> Int:
@@ -138,7 +151,7 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
     "odd": lambda i, xs: xs[0] & 1,
     "xor": lambda i, xs: np.bitwise_xor.reduce(xs) ^ np.int64(i.attrs["flip"]),
     "mul": lambda i, xs: _product(i, xs[0] * xs[1], xs),
-    "matmul": lambda i, xs: _product(i, xs[0] @ xs[1], xs),
+    "matmul": lambda i, xs: _product(i, _matmul(xs[0], xs[1]), xs),
     "conv": lambda i, xs: _product(i, _conv(i, xs[0], xs[1]), xs),
     "sign": lambda i, xs: (xs[0] < 0).astype(np.int64),
     "all": lambda i, xs: np.logical_and.reduce(
