@@ -83,7 +83,7 @@ class Builder:
         self.layer = ""
         self.n_outputs = 1
         self._steps: list[Step] = []
-        self._arrays: dict[str, NDArray[np.float64]] = {}
+        self._arrays: dict[str, NDArray[np.floating]] = {}
         self._inputs: list[InputSpec] = []
         self._outputs: list[OutputSpec] = []
         self._labels: dict[int, tuple[str, ...]] = {}
@@ -127,7 +127,9 @@ class Builder:
         `span`: what bounds are computed from instead of the values, of which they then tell less.
         """
         frac_bits = self.frac_bits if frac_bits is None else frac_bits
-        reals = np.asarray(values, np.float64)
+        reals = np.asarray(values)
+        if reals.dtype != np.float32:  # kept as it is: half the memory
+            reals = reals.astype(np.float64)
         if not np.isfinite(reals).all():
             raise Unsupported(
                 "adds or multiplies infinite numbers", "an infinite mask must go into a softmax"

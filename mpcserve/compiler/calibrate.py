@@ -30,6 +30,9 @@ TRIED = 8
 FEW = 16
 """With fewer samples than this, and with random ones, ranges get a bit more margin."""
 
+LARGE = 1e12
+"""Squares of larger numbers may add up to more than float32 holds."""
+
 ASSUMED = 16.0
 """Inputs are taken to lie in [−16, 16] when nothing is declared and no samples are given."""
 
@@ -118,9 +121,14 @@ def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
 
 
 def _seen(value: Array) -> Seen:
-    flat = value.ravel().astype(np.float64, copy=False)
+    flat = value.ravel()
+    if flat.dtype != np.float32:
+        flat = flat.astype(np.float64)
+    low, high = float(flat.min()), float(flat.max())
+    if max(-low, high) > LARGE:
+        flat = flat.astype(np.float64)
     active = np.count_nonzero(flat) / flat.size
-    return Seen(float(flat.min()), float(flat.max()), float(flat @ flat) / flat.size, active)
+    return Seen(low, high, float(flat @ flat) / flat.size, active)
 
 
 def _joined(parts: list[Seen]) -> Seen:

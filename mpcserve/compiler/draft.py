@@ -67,7 +67,7 @@ class Draft:
     steps: tuple[Step, ...]
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
-    arrays: Mapping[str, NDArray[np.float64]] = field(default_factory=lambda: MappingProxyType({}))
+    arrays: Mapping[str, NDArray[np.floating]] = field(default_factory=lambda: MappingProxyType({}))
     tensors: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def users(self) -> dict[int, list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import frexp
 
 import numpy as np
@@ -21,18 +22,28 @@ EPSILON = 2.0**-50
 """Relative slack of a float64 result; a dot product of n terms takes n times it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Interval:
-    """low ≤ x ≤ high, elementwise; both arrays have the value's rank and broadcast to its shape."""
+    """low ≤ x ≤ high, elementwise; both arrays have the value's rank and broadcast to its shape.
+
+    Of known numbers, weights above all, both are the same array.
+    """
 
     low: Reals
     high: Reals
 
     @property
+    def known(self) -> bool:
+        """Whether every element is one number."""
+        return self.low is self.high
+
+    @cached_property
     def magnitude(self) -> float:
         """max |x|."""
         if self.low.size == 0:
             return 0.0
+        if self.known:
+            return float(max(-self.low.min(), self.high.max()))
         return float(max(-self.low.min(), self.high.max(), self.low.max(), -self.high.min(), 0.0))
 
     @property
@@ -111,9 +122,11 @@ def matmul(inner: int, x: Interval, y: Interval) -> Interval:
     """x @ y over `inner` terms, by centres and radii: tight when either side is exact."""
     a, b = _spread(x, -1, inner), _spread(y, -2, inner)
     ac, ar, bc, br = _centre(a), _radius(a), _centre(b), _radius(b)
-    centre = ac @ bc
-    radius = ar @ (np.abs(bc) + br) + np.abs(ac) @ br
-    slack = (inner + 4) * EPSILON * (np.abs(ac) @ np.abs(bc) + radius)
+    centre, sizes = ac @ bc, np.abs(bc)
+    radius = ar @ (sizes if b.known else sizes + br)
+    if not b.known:
+        radius = radius + np.abs(ac) @ br
+    slack = (inner + 4) * EPSILON * (np.abs(ac) @ sizes + radius)
     return Interval(centre - radius - slack, centre + radius + slack)
 
 
@@ -199,14 +212,15 @@ def conv(x: Interval, w: Interval, shape_w: Shape, groups: int, padded: bool) ->
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
     outputs, per_group, kh, kw = shape_w
     if w.low.shape != shape_w:
-        w = Interval(np.broadcast_to(w.low, shape_w), np.broadcast_to(w.high, shape_w))
+        low_w = np.broadcast_to(w.low, shape_w)
+        w = Interval(low_w, low_w if w.known else np.broadcast_to(w.high, shape_w))
     shape = (low.shape[0], groups * per_group)
     each = Interval(np.broadcast_to(low, shape), np.broadcast_to(high, shape))
-    wc, wr = _centre(w), _radius(w)
+    wc = _centre(w)
     # The centre is the same for every tap, so the taps' weights add up; the radii do not cancel.
-    weight = wc.sum(axis=(2, 3))
-    spread = (np.abs(wc) + wr).sum(axis=(2, 3))
-    error = wr.sum(axis=(2, 3))
+    weight, spread = wc.sum(axis=(2, 3)), np.abs(wc).sum(axis=(2, 3))
+    error = np.zeros_like(weight) if w.known else _radius(w).sum(axis=(2, 3))
+    spread = spread + error
     lows, highs = [], []
     for g in range(groups):
         xs = slice(g * per_group, (g + 1) * per_group)
@@ -238,7 +252,8 @@ def _spread(x: Interval, axis: int, size: int) -> Interval:
         return x
     shape = list(x.low.shape)
     shape[axis] = size
-    return Interval(np.broadcast_to(x.low, shape), np.broadcast_to(x.high, shape))
+    low = np.broadcast_to(x.low, shape)
+    return Interval(low, low if x.known else np.broadcast_to(x.high, shape))
 
 
 def _without(shape: Shape, axis: int) -> Shape:

@@ -22,7 +22,7 @@ from mpcserve.compiler.precision import (
     with_weight_bits,
 )
 from mpcserve.compiler.problems import Problem
-from mpcserve.compiler.ranges import settle_all
+from mpcserve.compiler.ranges import rescaled, settle_all
 from mpcserve.compiler.rings import (
     Allocation,
     Choice,
@@ -124,8 +124,7 @@ def _coarsened(draft: Draft, choice: Choice) -> Draft:
             inputs[place] = len(steps)
             steps.append(_shifted(draft.steps[step.inputs[place]], number, step, place, by[id]))
             for addend in inputs[2:]:
-                frac_bits = steps[addend].frac_bits - by[id]
-                steps[addend] = replace(steps[addend], frac_bits=frac_bits)
+                steps[addend] = rescaled(draft, steps[addend], -by[id])
             truncate = step.attrs["truncate"] - by[id]
             step = replace(step, attrs=dict(step.attrs) | {"truncate": truncate})
         number.append(len(steps))

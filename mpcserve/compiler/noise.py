@@ -134,7 +134,7 @@ def _powers(draft: Draft) -> Iterator[float]:
 
 def _power(draft: Draft, step: Step, known: list[float]) -> float:
     if step.op == "weight":
-        return float(np.square(draft.arrays[step.attrs["name"]]).mean())
+        return float(np.square(draft.arrays[step.attrs["name"]]).mean(dtype=np.float64))
     most = step.interval.magnitude**2
     if step.power is not None:
         return step.power

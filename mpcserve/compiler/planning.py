@@ -106,9 +106,15 @@ def planned(task: Task, precision: Precision) -> Made:
 def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:
     """Each weight as integers at its value's fraction bits."""
     return {
-        name: np.rint(np.ldexp(draft.arrays[name], plan.value(id).frac_bits)).astype(np.int64)
+        name: _integers(draft.arrays[name], plan.value(id).frac_bits)
         for name, id in plan.weights.items()
     }
+
+
+def _integers(values: NDArray[np.floating], frac_bits: int) -> NDArray[np.int64]:
+    scaled = np.asarray(np.multiply(values, 2.0**frac_bits, dtype=np.float64))
+    integers: NDArray[np.int64] = np.rint(scaled, out=scaled).astype(np.int64)
+    return integers
 
 
 def _alternatives(task: Task, precision: Precision) -> list[Made]:

@@ -16,7 +16,7 @@ from mpcserve.compiler.draft import Draft, Step
 from mpcserve.compiler.functions import WIDEST_BOUND
 from mpcserve.compiler.lower import Ranges
 from mpcserve.compiler.problems import Problem
-from mpcserve.compiler.ranges import settle_all
+from mpcserve.compiler.ranges import rescaled, settle_all
 from mpcserve.compiler.widths import rings_of
 from mpcserve.plan.ops import PRODUCTS
 from mpcserve.ring import HALF_BITS
@@ -68,7 +68,12 @@ def tune_weights(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Dra
 
 def with_weight_bits(draft: Draft, change: Mapping[int, int]) -> Draft:
     """Fraction bits added to some weights (taken away where negative)."""
-    return settle_all(_apply(draft, change)) if change else draft
+    if not change:
+        return draft
+    steps = list(draft.steps)
+    for id, by in change.items():
+        steps[id] = rescaled(draft, steps[id], by)
+    return _products_moved(draft, steps, change)
 
 
 def finer_inputs(ranges: Ranges, frac_bits: int) -> dict[str, int]:
@@ -102,11 +107,8 @@ def tune_inputs(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Draf
         return draft
     steps = list(draft.steps)
     for id, by in change.items():
-        steps[id] = replace(steps[id], frac_bits=steps[id].frac_bits + by)
-    for id, step in enumerate(draft.steps):
-        if step.op in PRODUCTS and (moved := [change[x] for x in step.inputs[:2] if x in change]):
-            steps[id] = _moved(steps, id, moved[0])
-    return settle_all(replace(draft, steps=tuple(steps)))
+        steps[id] = rescaled(draft, steps[id], by)
+    return _products_moved(draft, steps, change)
 
 
 def check_fit(draft: Draft, frac_bits: int) -> list[Problem]:
@@ -267,22 +269,16 @@ def _tunes(draft: Draft, users: Mapping[int, list[int]], product: int, weight: i
     return _other(draft, product, weight).op != "weight" and _own_addends(draft, users, product)
 
 
-def _apply(draft: Draft, change: Mapping[int, int]) -> Draft:
-    steps = list(draft.steps)
-    for id, by in change.items():
-        steps[id] = replace(steps[id], frac_bits=steps[id].frac_bits + by)
+def _products_moved(draft: Draft, steps: list[Step], change: Mapping[int, int]) -> Draft:
+    """With the products that read what has changed: they truncate more, their addends are finer."""
+    changed = set(change)
     for id, step in enumerate(draft.steps):
         if step.op not in PRODUCTS:
             continue
-        for weight in step.inputs[:2]:
-            if weight in change:
-                steps[id] = _moved(steps, id, change[weight])
-    return replace(draft, steps=tuple(steps))
-
-
-def _moved(steps: list[Step], product: int, by: int) -> Step:
-    """The product with `by` more weight bits: it truncates more, its addend is finer."""
-    step = steps[product]
-    for addend in step.inputs[2:]:
-        steps[addend] = replace(steps[addend], frac_bits=steps[addend].frac_bits + by)
-    return replace(step, attrs=dict(step.attrs) | {"truncate": step.attrs["truncate"] + by})
+        for by in [change[x] for x in step.inputs[:2] if x in change][:1]:
+            for addend in step.inputs[2:]:
+                steps[addend] = rescaled(draft, steps[addend], by)
+            attrs = dict(step.attrs) | {"truncate": step.attrs["truncate"] + by}
+            steps[id] = replace(step, attrs=attrs)
+            changed |= {id, *step.inputs[2:]}
+    return settle_all(replace(draft, steps=tuple(steps)), changed)

@@ -6,7 +6,7 @@ weights as encoded and with every truncation's error, not of the ideal real func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -55,16 +55,24 @@ def settle(step: Step, operands: Sequence[Step]) -> Step:
     return replace(step, interval=proved, known=known)
 
 
-def settle_all(draft: Draft) -> Draft:
-    """All intervals anew, for when fraction bits have changed."""
+def settle_all(draft: Draft, changed: Collection[int] | None = None) -> Draft:
+    """Intervals anew, of the steps that have `changed` and of what depends on them; or all."""
     steps: list[Step] = []
-    for step in draft.steps:
-        if step.op == "weight":
-            values = encoded(draft.arrays[step.attrs["name"]], step.frac_bits)
-            held = iv.exactly(values) if step.stated is None else step.stated
-            step = replace(step, interval=held)
-        steps.append(settle(step, [steps[j] for j in step.inputs]))
+    moved = set(range(len(draft.steps)) if changed is None else changed)
+    for id, step in enumerate(draft.steps):
+        if id in moved or not moved.isdisjoint(step.inputs):
+            new = settle(step, [steps[j] for j in step.inputs])
+            if not _same(new, step):
+                moved.add(id)
+            step = new
+        steps.append(step)
     return replace(draft, steps=tuple(steps))
+
+
+def _same(x: Step, y: Step) -> bool:
+    a, b = x.interval, y.interval
+    equal = a is b or (np.array_equal(a.low, b.low) and np.array_equal(a.high, b.high))
+    return equal and x.known == y.known
 
 
 def spanned(weight: Step, low: float, high: float) -> Step:
@@ -73,9 +81,20 @@ def spanned(weight: Step, low: float, high: float) -> Step:
     return replace(weight, interval=held, stated=held, known="proved")
 
 
-def encoded(values: iv.Reals, frac_bits: int) -> iv.Reals:
+def encoded(values: NDArray[np.floating], frac_bits: int) -> iv.Reals:
     """The reals that a weight becomes: rounded to `frac_bits`."""
-    return np.ldexp(np.rint(np.ldexp(values, frac_bits)), -frac_bits)
+    scaled: iv.Reals = np.asarray(np.multiply(values, 2.0**frac_bits, dtype=np.float64))
+    np.rint(scaled, out=scaled)
+    return np.multiply(scaled, 2.0**-frac_bits, out=scaled)
+
+
+def rescaled(draft: Draft, step: Step, by: int) -> Step:
+    """A weight with `by` more fraction bits; of another step, only its scale."""
+    step = replace(step, frac_bits=step.frac_bits + by)
+    if step.op != "weight" or step.stated is not None:
+        return step
+    values = encoded(draft.arrays[step.attrs["name"]], step.frac_bits)
+    return replace(step, interval=iv.exactly(values))
 
 
 def _ulp(step: Step) -> float:
@@ -91,7 +110,8 @@ def _ranked(x: Interval, rank: int) -> Interval:
     lead = (1,) * (rank - x.low.ndim)
     if not lead:
         return x
-    return Interval(x.low.reshape(lead + x.low.shape), x.high.reshape(lead + x.high.shape))
+    low = x.low.reshape(lead + x.low.shape)
+    return Interval(low, low if x.known else x.high.reshape(lead + x.high.shape))
 
 
 def _product(exact: Callable[[Step, Sequence[Step]], Interval]) -> Rule:

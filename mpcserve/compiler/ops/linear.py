@@ -28,9 +28,9 @@ def gemm(
     """alpha · x @ w + beta · c, one product."""
     x, w = _turned(b, x, transA), _turned(b, w, transB)
     if isinstance(x, np.ndarray):
-        x, alpha = alpha * x, 1.0
+        x, alpha = _times(x, alpha), 1.0
     elif isinstance(w, np.ndarray):
-        w, alpha = alpha * w, 1.0
+        w, alpha = _times(w, alpha), 1.0
     x, w = secret(b, x), secret(b, w)
     if alpha == 1.0 and not isinstance(c, Ref):
         return b.matmul(x, w, _bias(b, x, w, None if c is None else beta * c))
@@ -64,6 +64,10 @@ def _bias(b: Builder, x: Ref, w: Ref, values: Array | None) -> Ref | None:
 
 def _scaled(b: Builder, c: Operand, beta: float) -> Operand:
     return times(b, c, beta) if isinstance(c, Ref) else beta * c
+
+
+def _times(values: Array, factor: float) -> Array:
+    return values if factor == 1.0 else factor * values
 
 
 def _turned(b: Builder, x: Operand, transpose: int) -> Operand:
