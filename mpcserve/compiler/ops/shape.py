@@ -70,7 +70,7 @@ def unsqueeze(
 @lowers("Concat", since=4)
 def concat(b: Builder, *xs: Operand, axis: int) -> Ref:
     """Joined along an axis."""
-    refs = aligned(b, *xs)
+    refs = aligned(b, *(x for x in xs if isinstance(x, Ref) or x.size))
     return b.concat(refs, axis_of(axis, len(refs[0].shape)))
 
 
@@ -246,5 +246,18 @@ def cast(b: Builder, x: Ref, /, *, to: int, saturate: int = 1, round_mode: str =
     if to not in _FLOATS:
         raise Unsupported(
             f"casts a secret value to ONNX element type {to}", "only casts between floats are free"
+        )
+    return x
+
+
+@lowers("CastLike", since=15)
+def cast_like(
+    b: Builder, x: Ref, like: Operand, /, *, saturate: int = 1, round_mode: str = "up"
+) -> Ref:
+    """x, where the other operand is a real number too."""
+    whole = like.frac_bits == 0 if isinstance(like, Ref) else like.dtype.kind in "iub"
+    if whole:
+        raise Unsupported(
+            "casts a secret value to whole numbers", "only casts between floats are free"
         )
     return x
