@@ -267,3 +267,26 @@ def test_what_does_not_fit_says_which_node_and_how_many_bits_are_missing() -> No
 def test_an_input_range_beyond_all_widths_is_refused() -> None:
     with pytest.raises(ModelError, match="does not fit 64 bits"):
         compile_model(single(), input_range=(-1e30, 1e30))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_reshaped_interval_is_that_of_every_element(seed: int) -> None:
+    rng = rng_of(seed)
+    factors = rng.integers(1, 4, 6).tolist()
+    shapes = []
+    for _ in range(2):
+        cuts = sorted(rng.integers(0, 7, 3).tolist())
+        parts = (factors[a:b] for a, b in zip([0, *cuts], [*cuts, 6], strict=True))
+        shapes.append(tuple(int(np.prod(p, dtype=int)) for p in parts))
+    old, new = shapes
+    low = rng.uniform(-2, 0, [d if rng.integers(2) else 1 for d in old])
+    found = iv.reshape(iv.Interval(low, low + 1), old, new)
+    expected = np.broadcast_to(low, old).reshape(new)
+    assert np.array_equal(np.broadcast_to(found.low, new), expected)
+    assert found.low.size <= expected.size
+
+
+def test_a_reshape_of_space_leaves_channels_compact() -> None:
+    low = np.zeros((1, 64, 1, 1))
+    found = iv.reshape(iv.Interval(low, low), (1, 64, 112, 112), (1, 8, 8, 112 * 112))
+    assert found.low.shape == (1, 8, 8, 1)

@@ -7,9 +7,11 @@ are widened by their own rounding error, and a truncation by the ulps that it ma
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from math import frexp
 
 import numpy as np
@@ -131,18 +133,23 @@ def matmul(inner: int, x: Interval, y: Interval) -> Interval:
 
 
 def reshape(x: Interval, old: Shape, new: Shape) -> Interval:
-    """Keeps the leading axes compact where both shapes share them."""
-    lead = 0
-    while lead < min(len(old), len(new)) and old[lead] == new[lead]:
-        lead += 1
-    if x.low.size == 1:
-        shape: Shape = (1,) * len(new)
-        return Interval(x.low.reshape(shape), x.high.reshape(shape))
-    head = x.low.shape[:lead]
-    full = (*head, *old[lead:])
-    return Interval(
-        *(np.broadcast_to(end, full).reshape((*head, *new[lead:])) for end in (x.low, x.high))
-    )
+    """Axes that do not vary stay compact, unless they are joined with or cut from some that do."""
+    held: list[int] = []
+    made: list[int] = []
+    for before, after in _joints(old, new):
+        varies = any(n > 1 for n in x.low.shape[before])
+        held += old[before] if varies else [1] * len(old[before])
+        made += new[after] if varies else [1] * len(new[after])
+    return Interval(*(np.broadcast_to(e, held).reshape(made) for e in (x.low, x.high)))
+
+
+def _joints(old: Shape, new: Shape) -> list[tuple[slice, slice]]:
+    """The finest runs of axes that hold equally many elements in both shapes."""
+    ends = [
+        {n: k for k, n in enumerate(accumulate(s, operator.mul, initial=1))} for s in (old, new)
+    ]
+    cuts = [(0, 0), *((ends[0][n], ends[1][n]) for n in ends[0] if n in ends[1])]
+    return [(slice(a, c), slice(b, d)) for (a, b), (c, d) in pairwise(cuts)]
 
 
 def pad(x: Interval, before: Sequence[int], after: Sequence[int], value: float) -> Interval:
