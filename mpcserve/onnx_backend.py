@@ -108,11 +108,14 @@ class MpcBackend(Backend):
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A model specialised to public inputs: `fixed` are outputs that depend on no secret."""
+    """A model specialised to public inputs: `fixed` are outputs that depend on no secret.
+
+    `outputs`: the type of each in the model's order.
+    """
 
     compiled: CompiledModel | None
     secret: tuple[str, ...]
-    outputs: tuple[str, ...]
+    outputs: Mapping[str, np.dtype[Any]]
     fixed: Mapping[str, Array]
 
 
@@ -138,7 +141,7 @@ class SecretModel(BackendRep):
             results, self.bill = simulate(plan, ready.compiled.weights, arrays)
             values |= {o.name: x for o, x in zip(plan.outputs, results, strict=True)}
         result: tuple[Any, ...] = namedtupledict("Outputs", list(ready.outputs))(
-            *(values[name] for name in ready.outputs)
+            *(values[name].astype(dtype) for name, dtype in ready.outputs.items())
         )
         return result
 
@@ -204,7 +207,8 @@ def _down(x: float) -> float:
 
 def _compiled(model: onnx.ModelProto, options: Options) -> _Ready:
     """Compile what depends on a secret; compute the rest. Raises: ModelError."""
-    names = tuple(o.name for o in model.graph.output)
+    kinds = {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
+    names = {k: np.dtype(helper.tensor_dtype_to_np_dtype(v)) for k, v in kinds.items()}
     found = registry()
     imported = import_model(model, 1, found)
     graph = sound_graph(imported, found)

@@ -10,11 +10,13 @@ import numpy as np
 import onnx
 import pytest
 
-from mpcserve.compiler import compile_model, importing
+from mpcserve.compiler import compile_model
+from mpcserve.compiler.check import import_model
 from mpcserve.compiler.graph import FUSED, Graph, to_onnx
 from mpcserve.compiler.passes.fuse_activations import fuse_activations
 from mpcserve.compiler.passes.fuse_attention import fuse_attention
 from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
+from mpcserve.compiler.registry import registry
 from mpcserve.plan import bill_of
 from mpcserve.protocol import Together
 from tests.onnx_cases import Array, model_of, node, on_grid, plain, rng_of
@@ -24,7 +26,8 @@ F32 = np.float32
 
 def fused(model: onnx.ModelProto) -> Graph:
     """The graph behind the passes; written back, it computes what the model does."""
-    graph = importing.folded_graph(importing.folded(importing.named(model)), "small")
+    graph = import_model(model, 1, registry()).graph
+    assert graph is not None
     for run in (fuse_activations, fuse_normalizations, fuse_attention):
         graph = run(graph)
     return graph

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from mpcserve.compiler.builder import Seen
 from mpcserve.compiler.dtypes import natural_range
 from mpcserve.compiler.graph import Graph, to_onnx
-from mpcserve.compiler.importing import runner
 from mpcserve.compiler.lower import Ranges, Reach
+from mpcserve.compiler.running import runner
 from mpcserve.compiler.samples import Given, Samples, samples_of
 from mpcserve.errors import InputError
 

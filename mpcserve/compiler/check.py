@@ -8,16 +8,29 @@ import onnx
 
 from mpcserve.compiler import importing
 from mpcserve.compiler.calibrate import Declared, ranges_of
-from mpcserve.compiler.expand import expanded, kept_functions
 from mpcserve.compiler.graph import Graph
-from mpcserve.compiler.load import Source, load_model, structure_digest
+from mpcserve.compiler.load import (
+    OLDEST_OPSET,
+    Source,
+    load_model,
+    opset_of,
+    structure_digest,
+)
 from mpcserve.compiler.lower import Ranges, Scales, lower
 from mpcserve.compiler.ml.rewrite import in_standard_operators
 from mpcserve.compiler.passes import rewritten
-from mpcserve.compiler.problems import Problem
+from mpcserve.compiler.problems import Problem, Unsupported
 from mpcserve.compiler.registry import Registry, registry
+from mpcserve.compiler.running import readable
 from mpcserve.compiler.samples import Given
-from mpcserve.compiler.survey import fix_batch, secret_nodes, survey, unknown_operators
+from mpcserve.compiler.survey import (
+    fix_batch,
+    numbers_of,
+    secret_nodes,
+    too_old,
+    types_of,
+    unknown_operators,
+)
 from mpcserve.errors import ModelError
 
 
@@ -39,12 +52,16 @@ class NodeReport:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """`graph` is None when the model is too broken to be read further; then there are problems."""
+    """`graph` is None when the model is too broken to be read further; then there are problems.
+
+    `public`: names of nodes that were computed.
+    """
 
     name: str
     digest: str
     model: onnx.ModelProto
     graph: Graph | None
+    public: frozenset[str]
     problems: tuple[Problem, ...]
 
 
@@ -52,27 +69,26 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     """Load, convert, fold. Raises: ModelError only when the source is not an ONNX model."""
     model, name, problems = load_model(source)
     digest = structure_digest(model)
-    given = importing.readable(importing.named(model))
-    blocking = [*problems, *fix_batch(given, batch)]
-    problems = [*blocking, *survey(given)]
-    graph = None
+    given = readable(importing.named(model))
+    problems += fix_batch(given, batch)
+    blocked = bool(problems)
+    problems += types_of(given.graph)
+    graph, public = None, frozenset[str]()
     model, held = importing.lightened(given)
-    weights = {t.name for t in held}
     try:
         importing.checked(model)
         model = in_standard_operators(importing.converted(model))
-        if not blocking:
-            model = expanded(importing.inferred(model), found, weights)
-        problems += unknown_operators(model, found, weights)
-        if not blocking:
-            kept = kept_functions(model, found, weights)
-            folded = importing.restored(importing.folded(model, kept), held)
-            graph = importing.folded_graph(folded, name)
-    except ModelError as e:
-        # A model with unknown operators need not load; say only what is already known.
-        problems = problems or [*unknown_operators(model, found, weights)]
-        problems = problems or [Problem("", "", e.message, e.hint)]
-    return Imported(name, digest, given, graph, tuple(problems))
+        problems += too_old(model)
+        if not blocked and opset_of(model) >= OLDEST_OPSET:
+            graph, unfolding = importing.unfolded(model, held, name, found)
+            problems += [*numbers_of(graph), *unfolding.problems]
+            public = frozenset(unfolding.public)
+    except (ModelError, Unsupported) as e:
+        # What is already known may well be the reason.
+        problems += [] if problems else [Problem("", "", str(e), e.hint)]
+    if graph is None:
+        problems += unknown_operators(model, found, {t.name for t in held})
+    return Imported(name, digest, given, graph, public, tuple(problems))
 
 
 def check_model(
@@ -99,7 +115,7 @@ def check_model(
     by_node: dict[str, list[Problem]] = {}
     for p in problems:
         by_node.setdefault(p.node, []).append(p)
-    secret = {n.name for n in secret_nodes(imported.model.graph)}
+    secret = {n.name for n in secret_nodes(imported.model.graph)} - imported.public
     reports = []
     for node in imported.model.graph.node:
         bad = by_node.pop(node.name, [])
@@ -114,7 +130,7 @@ def check_model(
 def lowering_problems(
     graph: Graph, found: Registry, known: list[Problem], ranges: Ranges | None = None
 ) -> list[Problem]:
-    """What lowering finds that is not in `known`, where unknown operators already are."""
+    """What lowering finds that is not in `known`."""
     if ranges is None:
         ranges = Ranges({i.name: (-1.0, 1.0, "assumed") for i in graph.inputs}, {})
     seen = {(p.node, p.op) for p in known}

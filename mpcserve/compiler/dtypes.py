@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 _REALS = ("float32", "float64", "float16", "bfloat16")
 _INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "bool")
@@ -26,3 +29,8 @@ def natural_range(dtype: str) -> tuple[float, float] | None:
         info = np.iinfo(dtype)
         return float(info.min), float(info.max)
     return None
+
+
+def held(x: NDArray[Any]) -> NDArray[Any]:
+    """Reals of 16 bits as float32: the compiler computes with what weights are encoded from."""
+    return x.astype(np.float32) if str(x.dtype) in ("float16", "bfloat16") else x

@@ -1,8 +1,8 @@
 """The float graph between ONNX and the plan: nodes in topological order, constants as arrays.
 
-Rules: every name is defined once, before it is used; constants hold no NaN and no infinity; all
-shapes are static. `to_onnx` writes the graph back, so that any pass can be checked, and ranges can
-be measured, by running onnxruntime.
+Rules: every name is defined once, before it is used; constants hold no NaN, and −∞ only as masks;
+all shapes are static; reals of 16 bits are held as float32. `to_onnx` writes the graph back, so
+that any pass can be checked, and ranges can be measured, by running onnxruntime.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+
+from mpcserve.compiler.dtypes import held
 
 Shape = tuple[int, ...]
 
@@ -88,52 +90,15 @@ class Graph:
         return replace(self, nodes=tuple(nodes), constants=kept)
 
 
-def graph_of(model: onnx.ModelProto, name: str) -> Graph:
-    """Read a checked, folded model whose shapes are all static."""
-    g = model.graph
-    constants = {t.name: numpy_helper.to_array(t) for t in g.initializer}
-    shapes: dict[str, Shape] = {k: v.shape for k, v in constants.items()}
-    for info in (*g.value_info, *g.input, *g.output):
-        if (shape := static_shape(info)) is not None:
-            shapes[info.name] = shape
-    nodes = []
-    for n in g.node:
-        node = Node(
-            n.op_type,
-            tuple(n.input),
-            tuple(n.output),
-            attributes_of(n),
-            n.name or n.output[0],
-            n.domain,
-        )
-        nodes.append(node)
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    inputs = tuple(_tensor(i) for i in g.input if i.name not in constants)
-    outputs = tuple(map(_tensor, g.output))
-    used = {n.domain for n in g.node} - {"", "ai.onnx"}
-    versions = {o.domain: o.version for o in model.opset_import if o.domain in used}
-    return Graph(name, opset, tuple(nodes), constants, inputs, outputs, shapes, versions)
-
-
 def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
     """Write the graph as a model; with `every_value`, all intermediate tensors are outputs."""
     written = [w for n in graph.nodes for w in n.written()]
-    outputs = [
-        helper.make_tensor_value_info(
-            o.name, helper.np_dtype_to_tensor_dtype(np.dtype(o.dtype)), o.shape
-        )
-        for o in graph.outputs
-    ]
+    outputs = [helper.make_tensor_value_info(o.name, _kind(o), o.shape) for o in graph.outputs]
     if every_value:
         known = {o.name for o in graph.outputs}
         names = [o for n in written for o in n.outputs if o and o not in known]
         outputs += [onnx.ValueInfoProto(name=name) for name in names]
-    inputs = [
-        helper.make_tensor_value_info(
-            i.name, helper.np_dtype_to_tensor_dtype(np.dtype(i.dtype)), i.shape
-        )
-        for i in graph.inputs
-    ]
+    inputs = [helper.make_tensor_value_info(i.name, _kind(i), i.shape) for i in graph.inputs]
     nodes = [
         helper.make_node(
             n.op, n.inputs, n.outputs, name=n.name, domain=n.domain, **_protos(n.attrs)
@@ -148,18 +113,12 @@ def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
     return helper.make_model(proto, opset_imports=opsets, ir_version=ir_version)
 
 
-def static_shape(info: onnx.ValueInfoProto) -> Shape | None:
-    """The shape, or None where any axis is unknown."""
-    kind = info.type.tensor_type
-    if not kind.HasField("shape"):
+def static_shape(kind: onnx.TypeProto) -> Shape | None:
+    """The shape of a tensor type, or None where any axis is unknown."""
+    if not kind.tensor_type.HasField("shape"):
         return None
-    dims = kind.shape.dim
+    dims = kind.tensor_type.shape.dim
     return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
-
-
-def _tensor(info: onnx.ValueInfoProto) -> Tensor:
-    dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
-    return Tensor(info.name, str(np.dtype(dtype)), static_shape(info) or ())
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
@@ -175,6 +134,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
     return value
+
+
+def _kind(tensor: Tensor) -> int:
+    """The element type in which a graph computes: 16-bit reals are held as float32."""
+    return int(helper.np_dtype_to_tensor_dtype(held(np.zeros(0, tensor.dtype)).dtype))
 
 
 def _protos(attrs: Mapping[str, Any]) -> dict[str, Any]:

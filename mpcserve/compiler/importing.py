@@ -1,36 +1,27 @@
-"""ONNX → graph: conversion, shapes and folding are done by onnx and onnxruntime themselves."""
+"""ONNX → graph: checking and conversion are onnx's own; what is public is computed on the way."""
 
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Collection
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime as ort
-from onnx import helper, inliner, numpy_helper, shape_inference, version_converter
+from onnx import helper, inliner, version_converter
 
-from mpcserve.compiler.cut import rejoined, without
-from mpcserve.compiler.graph import Graph, Node, graph_of
+from mpcserve.compiler.graph import Graph, Tensor, static_shape
 from mpcserve.compiler.load import opset_of
-from mpcserve.compiler.survey import secret_nodes
+from mpcserve.compiler.registry import Registry
+from mpcserve.compiler.running import newest_opset
+from mpcserve.compiler.unfold import Scope, Unfolding
 from mpcserve.errors import ModelError
 
-LARGE_BYTES = 1 << 30
-"""From here on a model is too large for the tools of onnx, whose protobufs end at 2 GiB: its large
-weights are set aside while they work, and go to onnxruntime by a file."""
-
 HELD_BYTES = 1 << 16
-"""Weights from this size on are set aside in a large model; shapes and axes are smaller."""
+"""Weights from this size on are set aside while the tools of onnx work on a model: they would only
+be copied, and a protobuf ends at 2 GiB. Shapes and axes are smaller."""
 
-OLDEST_IR = 8
-"""Older intermediate representations are read by every onnxruntime that we support."""
 
-_DISABLED = ["MatMulAddFusion"]
-"""It would rename nodes and reshape batches; a bias after a MatMul is taken in by `fold_affine`."""
+CONSTANTS_ARE_NO_INPUTS = 4
+"""From this intermediate representation on, initialisers need not be inputs."""
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -48,6 +39,7 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
     inputs = [i for i in model.graph.input if i.name not in constants]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, CONSTANTS_ARE_NO_INPUTS)
     taken: set[str] = set()
     for position, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
@@ -69,10 +61,8 @@ def _drop_zipmaps(graph: onnx.GraphProto) -> None:
 
 
 def lightened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
-    """(model, weights set aside). In a large model these become inputs until `restored`."""
+    """(model, weights set aside). These are inputs until `restored`."""
     tensors = model.graph.initializer
-    if sum(len(t.raw_data) for t in tensors) < LARGE_BYTES:
-        return model, []
     held = [t for t in tensors if len(t.raw_data) >= HELD_BYTES]
     names = {t.name for t in held}
     light = onnx.ModelProto()
@@ -111,120 +101,6 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def readable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Stamped with no newer intermediate representation than its opset needs."""
-    needed = helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
-    model.ir_version = min(model.ir_version, max(needed, OLDEST_IR))
-    return model
-
-
-def newest_opset() -> int:
-    """The newest opset that onnx writes and onnxruntime reads."""
-    info = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    out = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [info], [out])
-    for opset in range(onnx.defs.onnx_opset_version(), 7, -1):
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-        try:
-            session(readable(model))
-        except ModelError:
-            continue
-        return opset
-    raise ModelError("onnx and onnxruntime share no opset", "install matching versions of the two")
-
-
-def session(model: onnx.ModelProto, optimized: Path | None = None) -> ort.InferenceSession:
-    """onnxruntime on a model; with `optimized`, its basic optimisation is written there."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = (
-        level.ORT_ENABLE_BASIC if optimized else level.ORT_DISABLE_ALL
-    )
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    size = sum(len(t.raw_data) for t in model.graph.initializer)
-    with tempfile.TemporaryDirectory(prefix="mpcserve-") as folder:
-        source: str | bytes
-        if size < LARGE_BYTES:
-            source = model.SerializeToString()
-        else:
-            source = str(Path(folder) / "model.onnx")
-            onnx.save(model, source, save_as_external_data=True, location="data")
-        return _opened(source, options, None if optimized is None else _DISABLED)
-
-
-def _opened(
-    source: str | bytes, options: ort.SessionOptions, disabled: list[str] | None
-) -> ort.InferenceSession:
-    try:
-        return ort.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-        )
-    except Exception as e:  # onnxruntime's own exception classes share no base
-        reason = str(e).splitlines()[0].split(" : ")[-1]
-        kind = (
-            Unimplemented if reason.startswith("Could not find an implementation") else ModelError
-        )
-        raise kind(
-            f"onnxruntime cannot load the model: {reason}", "check it with onnx.checker"
-        ) from None
-
-
-class Unimplemented(ModelError):
-    """A valid model with an operator, or a version of one, that onnxruntime has no kernel for."""
-
-
-class Runner(Protocol):
-    """What runs a float model."""
-
-    def run(self, names: Any, feed: Any, /) -> Any:
-        """The named outputs."""
-
-
-def runner(model: onnx.ModelProto) -> Runner:
-    """onnxruntime; where it lacks an operator, onnx's own slow reference. Raises: ModelError."""
-    try:
-        found: Runner = session(model)
-    except Unimplemented:
-        from onnx.reference import ReferenceEvaluator
-
-        found = ReferenceEvaluator(model)
-    return found
-
-
-def folded(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
-    """Constants and Conv/BatchNormalization folded, shapes everywhere.
-
-    Nodes named in `kept` stay as they are: onnxruntime would write functions out.
-    """
-    model = inferred(model)
-    cut = without(model, kept)
-    if not cut.graph.node or not cut.graph.output:
-        return model
-    with tempfile.TemporaryDirectory(prefix="mpcserve-") as folder:
-        path = Path(folder) / "optimized.onnx"
-        try:
-            session(cut, path)
-        except Unimplemented:
-            return model
-        optimized = onnx.load(path)
-    return inferred(rejoined(optimized, model, kept))
-
-
-def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """All shapes anew from the inputs'. Raises: ModelError when they contradict each other."""
-    del model.graph.value_info[:]
-    for output in model.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    try:
-        return shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    except (shape_inference.InferenceError, RuntimeError) as e:
-        reason = _plain(str(e))
-        raise ModelError(f"shapes do not fit: {reason}", "export the model again") from None
-
-
 def checked(model: onnx.ModelProto) -> None:
     """onnx's own checker. Raises: ModelError."""
     for output in model.graph.output:
@@ -243,47 +119,33 @@ def _plain(message: str) -> str:
     return " ".join(message.split()).rstrip(".")
 
 
-def folded_graph(model: onnx.ModelProto, name: str) -> Graph:
-    """The graph of a folded model; constant nodes that are left are computed here."""
-    graph = graph_of(named(model), name)
-    infos = (*model.graph.value_info, *model.graph.output)
-    types = {i.name: i.type.tensor_type.elem_type for i in infos}
-    secret = {n.name for n in secret_nodes(model.graph)}
-    constants: dict[str, Any] = dict(graph.constants)
-    nodes = []
-    for node in graph.nodes:
-        if all(0 in graph.shapes.get(o, ()) for o in node.outputs if o):
-            for o in filter(None, node.outputs):
-                dtype = helper.tensor_dtype_to_np_dtype(types[o])
-                constants[o] = np.zeros(graph.shapes[o], dtype)
-        elif node.name in secret:
-            nodes.append(node)
-        else:
-            constants.update(_evaluated(node, constants, graph))
-    return graph.with_nodes(nodes, constants)
-
-
-def _evaluated(node: Node, constants: dict[str, Any], graph: Graph) -> dict[str, Any]:
-    """A constant node's outputs."""
-    if node.op in ("Shape", "Size") and node.inputs[0] not in constants:
-        shape = np.array(graph.shapes[node.inputs[0]], np.int64)
-        start, end = node.attrs.get("start", 0), node.attrs.get("end")
-        value = shape[start:end] if node.op == "Shape" else np.prod(shape)
-        return {node.outputs[0]: np.asarray(value, np.int64)}
-    from onnx.reference import ReferenceEvaluator
-
-    inputs = [helper.make_value_info(i, onnx.TypeProto()) for i in node.inputs if i]
-    outputs = [helper.make_value_info(o, onnx.TypeProto()) for o in node.outputs if o]
-    attrs = {
-        k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v
-        for k, v in node.attrs.items()
-    }
-    proto = helper.make_node(
-        node.op, node.inputs, node.outputs, node.name, domain=node.domain, **attrs
+def unfolded(
+    model: onnx.ModelProto, held: list[onnx.TensorProto], name: str, found: Registry
+) -> tuple[Graph, Unfolding]:
+    """(what is left of a model when all that is public is computed, how it came about)."""
+    opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in model.opset_import}
+    u = Unfolding(found, opsets)
+    weights = {t.name for t in held}
+    given = [i for i in model.graph.input if i.name not in weights]
+    scope = Scope({i.name: u.secret(i.name, i.type) for i in given})
+    u.weights(held, scope)
+    outputs = []
+    for info, value in zip(model.graph.output, u.graph(model.graph, scope), strict=True):
+        if u.is_known(value):
+            u.called(info.name, value)
+            outputs.append(_tensor(info, u.types.get(value, info.type)))
+    inputs = [_tensor(i, i.type) for i in given]
+    shapes = {k: s for k, t in u.types.items() if (s := static_shape(t)) is not None}
+    domains = {n.domain for n in u.nodes} - {""}
+    versions = {d: v for d, v in opsets.items() if d in domains}
+    graph = Graph(
+        name, opsets.get("", 1), (), u.constants, tuple(inputs), tuple(outputs), shapes, versions
     )
-    model = helper.make_model(
-        helper.make_graph([proto], "constant", inputs, outputs),
-        opset_imports=[helper.make_opsetid(node.domain, graph.opset)],
-    )
-    values = ReferenceEvaluator(model).run(None, {i: constants[i] for i in node.inputs if i})
-    return dict(zip([o for o in node.outputs if o], values, strict=True))
+    return graph.with_nodes(u.nodes), u
+
+
+def _tensor(info: onnx.ValueInfoProto, kind: onnx.TypeProto) -> Tensor:
+    """`info` says the element type, `kind` the shape. bfloat16, which NumPy lacks, is float32."""
+    given = info.type.tensor_type.elem_type or kind.tensor_type.elem_type
+    dtype = str(np.dtype(helper.tensor_dtype_to_np_dtype(given)))
+    return Tensor(info.name, "float32" if dtype == "bfloat16" else dtype, static_shape(kind) or ())

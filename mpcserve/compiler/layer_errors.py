@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.artifact import CompiledModel
 from mpcserve.compiler.graph import Graph, Node, to_onnx
-from mpcserve.compiler.importing import runner
+from mpcserve.compiler.running import runner
 from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan
 from mpcserve.reference import evaluate_clear

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcserve.compiler.dtypes import held
 from mpcserve.compiler.graph import Tensor
 from mpcserve.errors import InputError
 
@@ -46,8 +47,8 @@ class Samples:
         batch = inputs[0].shape[0] if inputs[0].shape else 1
         for start in range(0, self.count, batch):
             rows = np.minimum(np.arange(start, start + batch), self.count - 1)
-            yield {i.name: self.arrays[i.name][rows].astype(i.dtype).reshape(i.shape)
-                   for i in inputs}  # fmt: skip
+            taken = {i.name: self.arrays[i.name][rows].astype(i.dtype) for i in inputs}
+            yield {i.name: held(taken[i.name]).reshape(i.shape) for i in inputs}
 
 
 def samples_of(given: Given, inputs: tuple[Tensor, ...], reaches: Reaches) -> Samples:

@@ -20,8 +20,8 @@ import onnx
 from numpy.typing import NDArray
 
 from mpcserve.compiler.graph import Graph, Node, Shape, to_onnx
-from mpcserve.compiler.importing import runner
 from mpcserve.compiler.lower import Ranges
+from mpcserve.compiler.running import runner
 
 Array = NDArray[Any]
 Change = tuple[float, ...]

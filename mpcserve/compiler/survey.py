@@ -6,12 +6,11 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
-from onnx.external_data_helper import uses_external_data
+from onnx import helper
 
 from mpcserve.compiler.dtypes import is_supported
-from mpcserve.compiler.graph import Node
-from mpcserve.compiler.load import OLDEST_OPSET, opset_of, tensors_of
+from mpcserve.compiler.graph import Graph, Node
+from mpcserve.compiler.load import OLDEST_OPSET, opset_of
 from mpcserve.compiler.lower import unknown_op
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.registry import Registry
@@ -23,27 +22,17 @@ _FIRST_ONLY = frozenset({"CastLike"})
 """Operators that read only the type of their other inputs."""
 
 
-_MASKING = frozenset(
-    {"Add", "Attention", "Concat", "Expand", "Gather", "Mul", "Reshape", "Slice", "Trilu"}
-    | {"Unsqueeze", "Where"}
-)
-"""Operators of which −∞ may be a constant: it hides scores from a softmax."""
-
-
 _VANISHING = frozenset({"IsNaN", "Where"})
 """Operators that passes may take away: guards and masks of attention."""
 
-_SETS = "attribute 'membership_values'"
-"""Sets that trees ask for: a NaN ends each."""
 
-
-def survey(model: onnx.ModelProto) -> list[Problem]:
-    """Everything that is wrong with the model's numbers and types."""
+def too_old(model: onnx.ModelProto) -> list[Problem]:
+    """A problem where conversion could not bring the model to an opset that has lowerings."""
     opset = opset_of(model)
-    if opset < OLDEST_OPSET:
-        reason = f"opset {opset} is older than {OLDEST_OPSET}"
-        return [Problem("", "", reason, f"export the model with opset {OLDEST_OPSET} or newer")]
-    return [*_types(model.graph), *_numbers(model.graph)]
+    if opset >= OLDEST_OPSET:
+        return []
+    reason = f"opset {opset} is older than {OLDEST_OPSET}, and cannot be converted"
+    return [Problem("", "", reason, f"export the model with opset {OLDEST_OPSET} or newer")]
 
 
 def secret_nodes(graph: onnx.GraphProto, held: Collection[str] = ()) -> list[onnx.NodeProto]:
@@ -104,7 +93,8 @@ def _dynamic(name: str, axis: int, symbol: str) -> Problem:
     )
 
 
-def _types(graph: onnx.GraphProto) -> Iterator[Problem]:
+def types_of(graph: onnx.GraphProto) -> Iterator[Problem]:
+    """Inputs whose elements are no numbers."""
     for i in graph.input:
         dtype = str(helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type))
         if not is_supported(dtype):
@@ -112,30 +102,19 @@ def _types(graph: onnx.GraphProto) -> Iterator[Problem]:
             yield Problem(f"input {i.name!r}", "", f"has elements of type {dtype}", hint)
 
 
-def _numbers(graph: onnx.GraphProto) -> Iterator[Problem]:
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    called = {
-        f"attribute {a.name!r} of node {n.name!r}": n.output[0]
-        for n in graph.node
-        if n.op_type == "Constant"
-        for a in n.attribute
-    }
-    for holder, tensor in tensors_of(graph):
-        if uses_external_data(tensor) or holder.startswith(_SETS):
-            continue
-        array = numpy_helper.to_array(tensor)
-        if not np.issubdtype(array.dtype, np.inexact):
-            continue
-        found = readers.get(called.get(holder, tensor.name), [])
-        masks = bool(found) and all(n.op_type in _MASKING for n in found)
-        allowed = np.isfinite(array) | (np.isneginf(array) if masks else False)
-        if bad := int(array.size - np.count_nonzero(allowed)):
-            where = (found[0].name, found[0].op_type) if found else ("", "")
-            reason = f"{holder} holds {bad} numbers that are NaN or infinite"
-            yield Problem(*where, reason, "train or export the model again")
+def numbers_of(graph: Graph) -> Iterator[Problem]:
+    """Constants that are no numbers, at the first node that reads them. −∞ may be a mask."""
+    told: set[str] = set()
+    for node in graph.nodes:
+        for name in node.inputs:
+            array = graph.constants.get(name)
+            if array is None or array.dtype.kind != "f" or name in told:
+                continue
+            if bad := int(array.size - np.count_nonzero(array < np.inf)):
+                told.add(name)
+                reason = f"constant {name!r} holds {bad} numbers that are NaN or infinite"
+                hint = "train or export the model again"
+                yield Problem(node.name, node.op, reason, hint)
 
 
 def unknown_operators(

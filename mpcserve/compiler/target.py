@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.artifact import CompiledModel, Trace
 from mpcserve.compiler.graph import Graph, to_onnx
-from mpcserve.compiler.importing import runner
 from mpcserve.compiler.layer_errors import entering, layer_errors
 from mpcserve.compiler.planning import Made, Precision, Task, encoded_weights, planned, varies
+from mpcserve.compiler.running import runner
 from mpcserve.errors import ConfigError, ModelError
 from mpcserve.plan import Bill, bill_of
 from mpcserve.reference import evaluate_clear
