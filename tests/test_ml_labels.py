@@ -66,7 +66,15 @@ def test_labels_in_arithmetic_progression_cost_nothing() -> None:
         for labels in ([0, 1, 2], [7, 5, 3], [4, -9, 11])
     ]
     signs = [ops_of(plan).count("sign") for plan in plans]
-    assert signs[0] == signs[1] == signs[2] - 2
+    assert signs[0] == signs[1] == signs[2] - 1
+
+
+def test_other_numbers_of_classes_stay_secret() -> None:
+    plans = [
+        compile_model(three_classes(classlabels_ints=labels), **SCALE).plan
+        for labels in ([4, -9, 11], [5, -8, 10])
+    ]
+    assert plans[0].digest == plans[1].digest
 
 
 def test_a_class_may_be_looked_up_in_a_constant_array() -> None:

@@ -31,7 +31,8 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     if model.functions:
         model = inliner.inline_local_functions(model)
-    versions = {o.domain: o.version for o in model.opset_import}
+    versions = {"": newest_opset()} if not opset_of(model) else {}
+    versions |= {o.domain: o.version for o in model.opset_import}
     del model.opset_import[:]
     model.opset_import.extend(helper.make_opsetid(d, v) for d, v in versions.items())
     _drop_zipmaps(model.graph)

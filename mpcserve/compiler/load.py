@@ -82,7 +82,7 @@ def _parsed(data: bytes, source: str) -> onnx.ModelProto:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-        valid = bool(model.graph.node or model.graph.output) and opset_of(model) > 0
+        valid = bool(model.graph.node or model.graph.output) and bool(model.opset_import)
     except Exception:  # protobuf's DecodeError differs between its implementations
         valid = False
     if not valid:

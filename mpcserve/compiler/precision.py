@@ -37,8 +37,11 @@ FEWEST_SIGNIFICANT_BITS = 10
 FEWEST_NARROW = 6
 """The same in 32 bits, for the largest weight of a layer and for its largest activation."""
 
-FEATURE_BITS, COMPARED_BITS = 20, 40
-"""Significant bits of the feature that reaches least, and the most that any of them may have."""
+FEATURE_BITS, COMPARED_BITS = 30, 48
+"""Significant bits of the feature that reaches least, and the most that any of them may have.
+
+float32 has 24: a feature is exact down to a 64th of its reach, so that it equals a threshold
+wherever it does so in float32."""
 
 COARSEST = 6
 """Fewer fraction bits than this are not worth proposing."""

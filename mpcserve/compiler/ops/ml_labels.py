@@ -58,21 +58,28 @@ def label_encoder(
 def looked_up(b: Builder, index: Ref, values: Sequence[Any]) -> Ref:
     """values[index] for a secret index in 0 … n − 1.
 
-    Names stay an index that the data owner looks up. Numbers in arithmetic progression cost
-    nothing, others n − 1 comparisons and a selection.
+    Names of classes stay an index that the data owner looks up: they are public. Numbers in
+    arithmetic progression are a sum; others are secret, and cost n − 1 comparisons, a selection and
+    a product.
     """
     if index.frac_bits:
         raise Unsupported("its index is not a whole number")
-    values = [v.decode() if isinstance(v, bytes) else v for v in values]
-    if isinstance(values[0], str):
-        return b.labelled(b.scale(index, 1), values)
+    names = [v.decode() if isinstance(v, bytes) else v for v in values]
+    if isinstance(names[0], str):
+        if len(set(names)) < len(names):
+            raise Unsupported("its names are not those of classes", "look up numbers instead")
+        return b.labelled(b.scale(index, 1), names)
     numbers = np.asarray(values, np.float64)
-    if np.any(numbers != np.rint(numbers)):
-        raise Unsupported("its values are not whole numbers", "label classes by whole numbers")
     steps = np.diff(numbers)
-    if len(set(steps.tolist())) < 2:
+    whole = bool(np.all(numbers == np.rint(numbers)))
+    if whole and len(set(steps.tolist())) < 2:
         return b.offset(b.scale(index, int(steps[0]) if steps.size else 0), float(numbers[0]))
-    # 1 where index > k, and there the step from class k to the next.
-    passed = [b.sign(b.offset(b.scale(index, -1), float(k))) for k in range(len(steps))]
-    found = b.offset(b.weighted(passed, steps.tolist(), 0), float(numbers[0]))
-    return b.within(found, numbers.min(), numbers.max())
+    frac_bits = 0 if whole else b.frac_bits
+    count = int(np.prod(index.shape))
+    column = b.expand(b.reshape(b.scale(index, -1), (count, 1)), (count, len(steps)))
+    # 1 where index > k, and there the step from entry k to the next.
+    passed = b.number(b.sign(b.add(column, b.constant(np.arange(len(steps))[None, :]))))
+    first = b.weight(numbers[:1, None], frac_bits)
+    found = b.matmul(passed, b.weight(steps[:, None], frac_bits), first, to=frac_bits)
+    found = b.within(found, numbers.min(), numbers.max())
+    return b.reshape(found, index.shape)

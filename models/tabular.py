@@ -1,0 +1,373 @@
+"""Models of tables: train, export, compile, verify and measure all of them.
+
+    python -m models.tabular               # every model, some minutes
+    python -m models.tabular -k forest     # those whose name, family or data hold a word
+    python -m models.tabular --write       # and write docs/models/tabular.json
+
+Every fifth row is a test row. Each model is compiled on its training rows and evaluated on all test
+rows by the real protocol of the three roles in one process, then compared with onnxruntime on the
+exported model. Needs scikit-learn and skl2onnx; xgboost, lightgbm and onnxmltools for theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+Array = NDArray[Any]
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "models" / "tabular.json"
+TEST_EVERY = 5
+BATCH = 64
+TIE = 1e-3
+"""Scores nearer than this are a tie: then either class is right."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to train. `make`: a fresh estimator; `options`: of its conversion."""
+
+    family: str
+    model: str
+    dataset: str
+    make: Callable[[], Any]
+    options: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """What -k looks into."""
+        return f"{self.family} {self.model} {self.dataset}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line. `agreement`: of labels, ties aside; else of values within 1e-3 of their range.
+
+    Rounds and bytes are those of one row; `online_mb` both ways between the servers, `seconds` of
+    processor time for one row: dealing, preparing and evaluating by all three roles.
+    """
+
+    family: str
+    model: str
+    dataset: str
+    parameters: int
+    max_abs_error: float
+    agreement: float
+    rounds: int
+    online_mb: float
+    dealt_mb: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows and targets, the test rows apart."""
+
+    train: Array
+    train_targets: Array
+    test: Array
+    test_targets: Array
+
+
+def load(name: str) -> Data:
+    """One of scikit-learn's data sets as float32."""
+    from sklearn import datasets
+
+    rows, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
+    test = np.arange(len(rows)) % TEST_EVERY == TEST_EVERY - 1
+    rows = rows.astype(np.float32)
+    return Data(rows[~test], targets[~test], rows[test], targets[test])
+
+
+# what is trained
+
+
+def linear() -> Iterator[Case]:
+    """Linear models, discriminants and naive Bayes."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis as LDA
+    from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier
+    from sklearn.naive_bayes import GaussianNB
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
+
+    def logistic() -> Any:
+        return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+
+    yield Case("linear", "scaler + logistic regression", "breast_cancer", logistic)
+    yield Case("linear", "scaler + logistic regression", "wine", logistic)
+    yield Case("linear", "logistic regression", "digits", lambda: LogisticRegression(max_iter=300))
+    yield Case("linear", "linear regression", "diabetes", LinearRegression)
+    yield Case("linear", "ridge", "diabetes", Ridge)
+    yield Case("linear", "ridge classifier", "wine", RidgeClassifier)
+    yield Case("linear", "LDA", "wine", LDA)
+    yield Case("linear", "linear SVC", "digits", lambda: LinearSVC(max_iter=300))
+    yield Case("linear", "Gaussian naive Bayes", "wine", GaussianNB)
+
+
+def machines() -> Iterator[Case]:
+    """Support vector machines, networks and neighbours."""
+    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC, SVR, OneClassSVM
+
+    def scaled(estimator: Any) -> Callable[[], Any]:
+        return lambda: make_pipeline(StandardScaler(), estimator)
+
+    yield Case("SVM", "SVC linear", "breast_cancer", scaled(SVC(kernel="linear")))
+    yield Case("SVM", "SVC RBF", "breast_cancer", scaled(SVC()))
+    yield Case("SVM", "SVC RBF", "wine", scaled(SVC()))
+    yield Case("SVM", "SVC RBF", "digits", SVC)
+    yield Case("SVM", "SVC polynomial", "wine", scaled(SVC(kernel="poly", coef0=0.5)))
+    yield Case("SVM", "SVC sigmoid", "wine", scaled(SVC(kernel="sigmoid")))
+    yield Case("SVM", "SVR RBF", "diabetes", scaled(SVR(C=100.0)))
+    yield Case("SVM", "SVR linear", "diabetes", scaled(SVR(kernel="linear")))
+    yield Case("SVM", "one class", "breast_cancer", scaled(OneClassSVM(nu=0.1)))
+    hidden = {"hidden_layer_sizes": (32, 16), "random_state": 0, "max_iter": 400}
+    yield Case("MLP", "MLP 64-32-16-10", "digits", lambda: MLPClassifier(**hidden))
+    yield Case("MLP", "MLP tanh", "wine", scaled(MLPClassifier(activation="tanh", **hidden)))
+    yield Case("MLP", "MLP", "diabetes", scaled(MLPRegressor(**hidden)))
+    yield Case("neighbours", "5 nearest", "wine", scaled(KNeighborsClassifier()))
+    yield Case("neighbours", "5 nearest", "diabetes", scaled(KNeighborsRegressor()))
+
+
+def trees() -> Iterator[Case]:
+    """Trees and ensembles of them."""
+    from sklearn import ensemble as of
+    from sklearn import tree
+
+    for dataset in ("breast_cancer", "digits"):
+        yield Case("trees", "decision tree", dataset, seeded(tree.DecisionTreeClassifier))
+    yield Case("trees", "decision tree", "diabetes", seeded(tree.DecisionTreeRegressor))
+    for dataset in ("breast_cancer", "wine", "digits"):
+        yield Case("trees", "random forest, 100", dataset, seeded(of.RandomForestClassifier))
+    forest = seeded(of.RandomForestRegressor, max_leaf_nodes=128)
+    yield Case("trees", "random forest, 100", "diabetes", forest)
+    yield Case("trees", "extra trees, 100", "breast_cancer", seeded(of.ExtraTreesClassifier))
+    isolation = seeded(of.IsolationForest, n_estimators=20, max_samples=64)
+    yield Case("trees", "isolation forest, 20", "breast_cancer", isolation)
+    for dataset in ("breast_cancer", "wine"):
+        boosted = seeded(of.GradientBoostingClassifier)
+        yield Case("boosting", "gradient boosting, 100", dataset, boosted)
+        boosted = seeded(of.HistGradientBoostingClassifier, max_iter=50)
+        yield Case("boosting", "histogram boosting, 50", dataset, boosted)
+        boosted = seeded(of.AdaBoostClassifier, n_estimators=20)
+        yield Case("boosting", "AdaBoost, 20", dataset, boosted)
+    regressor = seeded(of.GradientBoostingRegressor)
+    yield Case("boosting", "gradient boosting, 100", "diabetes", regressor)
+    regressor = seeded(of.HistGradientBoostingRegressor, max_iter=50)
+    yield Case("boosting", "histogram boosting, 50", "diabetes", regressor)
+
+
+def seeded(estimator: Any, **options: Any) -> Callable[[], Any]:
+    """A fresh estimator, whose random numbers are always the same."""
+    return lambda: estimator(random_state=0, **options)
+
+
+def boosted() -> Iterator[Case]:
+    """Of xgboost and lightgbm."""
+    import lightgbm
+    import xgboost
+
+    few: dict[str, Any] = {"n_estimators": 50, "max_depth": 4, "n_jobs": 1}
+    quiet: dict[str, Any] = {"verbose": -1, "n_estimators": 50, "n_jobs": 1}
+    for dataset in ("breast_cancer", "wine", "digits"):
+        yield Case("xgboost", "classifier, 50", dataset, lambda: xgboost.XGBClassifier(**few))
+        yield Case("lightgbm", "classifier, 50", dataset, lambda: lightgbm.LGBMClassifier(**quiet))
+    yield Case("xgboost", "regressor, 50", "diabetes", lambda: xgboost.XGBRegressor(**few))
+    yield Case("lightgbm", "regressor, 50", "diabetes", lambda: lightgbm.LGBMRegressor(**quiet))
+
+
+def pipelines() -> Iterator[Case]:
+    """Several steps."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MinMaxScaler, Normalizer, PolynomialFeatures, StandardScaler
+
+    def reduced() -> Any:
+        return make_pipeline(StandardScaler(), PCA(16), LogisticRegression(max_iter=500))
+
+    def squares() -> Any:
+        return make_pipeline(StandardScaler(), PolynomialFeatures(2), Ridge(10.0))
+
+    def directions() -> Any:
+        return make_pipeline(MinMaxScaler(), Normalizer(), LogisticRegression(max_iter=500))
+
+    yield Case("pipelines", "scaler + PCA + logistic regression", "digits", reduced)
+    yield Case("pipelines", "scaler + squares + ridge", "diabetes", squares)
+    yield Case("pipelines", "min-max + norm + logistic regression", "wine", directions)
+
+
+FAMILIES = (linear, machines, trees, boosted, pipelines)
+
+
+# how it is exported
+
+
+def exported(case: Case, data: Data) -> onnx.ModelProto:
+    """Trained and converted as users do."""
+    estimator = case.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if case.model in ("one class", "isolation forest, 20"):
+            estimator.fit(data.train)
+        else:
+            estimator.fit(data.train, data.train_targets)
+        if case.family in ("xgboost", "lightgbm"):
+            return _by_onnxmltools(estimator, case.family, data)
+        from skl2onnx import to_onnx
+
+        with mock.patch("skl2onnx.common._container.make_node", _make_node):
+            return to_onnx(estimator, data.train[:1], options=case.options)
+
+
+def _by_onnxmltools(estimator: Any, family: str, data: Data) -> onnx.ModelProto:
+    import onnxmltools
+    from onnxmltools.convert.common.data_types import FloatTensorType
+
+    convert = getattr(onnxmltools, f"convert_{family}")
+    kind = FloatTensorType([None, data.train.shape[1]])
+    return convert(estimator, initial_types=[("X", kind)], target_opset=15)
+
+
+def _make_node(op: str, *names: Any, **attrs: Any) -> onnx.NodeProto:
+    """skl2onnx 1.20 hands NumPy's numbers to onnx, which takes Python's."""
+    plain = {
+        k: [x.item() if isinstance(x, np.generic) else int(x) if isinstance(x, bool) else x
+            for x in v] if isinstance(v, list) else v
+        for k, v in attrs.items()
+    }  # fmt: skip
+    return onnx.helper.make_node(op, *names, **plain)
+
+
+# what is measured
+
+
+def measured(case: Case) -> Result:
+    """Train, export, compile, evaluate, compare."""
+    from mpcserve import compile as compile_model
+    from mpcserve.plan import bill_of
+    from mpcserve.protocol import Together
+    from mpcserve.serving.inputs import batches, check_inputs, join_outputs
+
+    data = load(case.dataset)
+    model = exported(case, data)
+    compiled = compile_model(model, calibrate=data.train, batch=BATCH)
+    together = Together(compiled.plan, compiled.weights)
+    parts = [
+        (used, together.infer(rows)[0])
+        for used, rows in batches(compiled.plan, check_inputs(compiled.plan, data.test, "clamp"))
+    ]
+    got = list(join_outputs(compiled.plan, parts).values())
+    error, agreement = compared(got, plain(model, data.test))
+    single = compile_model(model, calibrate=data.train)
+    bill = bill_of(single.plan)
+    return Result(
+        case.family,
+        case.model,
+        case.dataset,
+        parameters(model),
+        error,
+        agreement,
+        bill.rounds,
+        (bill.bytes["alice->bob"] + bill.bytes["bob->alice"]) / 1e6,
+        bill.dealt_bytes / 1e6,
+        seconds(Together(single.plan, single.weights), data.test[:1]),
+    )
+
+
+def plain(model: onnx.ModelProto, rows: Array) -> list[Array]:
+    """onnxruntime's answer; maps of probabilities as rows."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {session.get_inputs()[0].name: rows})
+    return [
+        np.array([list(row.values()) for row in o]) if isinstance(o, list) else np.asarray(o)
+        for o in outputs
+    ]
+
+
+def compared(got: list[Array], expected: list[Array]) -> tuple[float, float]:
+    """(largest error of the last output, agreement)."""
+    scores, exact = (x[-1].astype(np.float64).reshape(len(x[-1]), -1) for x in (got, expected))
+    error = float(np.abs(scores - exact).max())
+    if len(expected) == 1:
+        span = float(exact.max() - exact.min()) or 1.0
+        return error, float(np.mean(np.abs(scores - exact) <= 1e-3 * span))
+    labels, wanted = (x[0].ravel() for x in (got, expected))
+    ordered = np.sort(exact, axis=1)
+    if exact.shape[1] > 1:
+        tied = ordered[:, -1] - ordered[:, -2] <= TIE
+    else:
+        tied = np.abs(exact[:, 0]) <= TIE
+    return error, float(np.mean((labels == wanted) | tied))
+
+
+LEARNED = ("coefficients", "intercepts", "support_vectors", "nodes_values", "weights", "rho")
+
+
+def parameters(model: onnx.ModelProto) -> int:
+    """Numbers that were learned: initialisers, coefficients, thresholds, leaves."""
+    count = 0
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        count += array.size if array.dtype.kind == "f" else 0
+    for node in model.graph.node:
+        for a in node.attribute:
+            if any(a.name.endswith(name) for name in LEARNED):
+                count += len(a.floats)
+    return count
+
+
+def seconds(together: Any, row: Array, runs: int = 3) -> float:
+    """Processor time of one row, the least of some."""
+    together.infer([row])
+    taken = []
+    for _ in range(runs):
+        begin = time.process_time()
+        together.infer([row])
+        taken.append(time.process_time() - begin)
+    return min(taken)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("-k", default="", metavar="WORD", help="only models of which it is a part")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    given = parser.parse_args()
+    print(f"{'model':48} {'data':14} {'parameters':>10} {'error':>8} {'agree':>8} "
+          f"{'rounds':>6} {'online MB':>10} {'dealt MB':>9} {'seconds':>8}")  # fmt: skip
+    results = []
+    for case in (c for family in FAMILIES for c in family()):
+        if given.k not in case.name:
+            continue
+        r = measured(case)
+        results.append(r)
+        name = f"{r.family}: {r.model}"
+        print(f"{name:48} {r.dataset:14} {r.parameters:10} {r.max_abs_error:8.2g} "
+              f"{100 * r.agreement:7.2f}% {r.rounds:6} {r.online_mb:10.4f} {r.dealt_mb:9.4f} "
+              f"{r.seconds:8.4f}", flush=True)  # fmt: skip
+    if given.write:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text("".join(json.dumps(asdict(r)) + "\n" for r in results))
+
+
+if __name__ == "__main__":
+    main()
