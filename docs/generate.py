@@ -23,6 +23,7 @@ FAMILIES = {
     "activation": "smooth functions, as sums of waves in one round",
     "probability": "softmax",
     "attention": "attention",
+    "recurrent": "recurrent layers",
     "normalization": "normalisation",
     "pooling": "pooling",
     "reduction": "reductions",

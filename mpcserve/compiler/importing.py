@@ -46,7 +46,16 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
         if not node.name or node.name in taken:
             node.name = f"{node.name or node.op_type}_{position}"
         taken.add(node.name)
+        _write_defaults(node, model)
     return model
+
+
+def _write_defaults(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
+    """Attributes that a function's body refers to: onnx itself wants them there."""
+    if node.domain or node.op_type != "MeanVarianceNormalization" or node.attribute:
+        return
+    schema = onnx.defs.get_schema(node.op_type, opset_of(model), "")
+    node.attribute.append(schema.attributes["axes"].default_value)
 
 
 def _drop_zipmaps(graph: onnx.GraphProto) -> None:

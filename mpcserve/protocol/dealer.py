@@ -5,7 +5,7 @@ She never sees a masked value, so what she knows (every λ) says nothing about a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,10 +57,12 @@ class Dealer:
                 masks[i.id] = Mask(*(Stream(k).masks(i.value.shape, i.value.width) for k in keys))
         _complete(plan, masks)
         self._fixed: dict[int, _Fixed] = {}
+        made: dict[Hashable, product.Operand] = {}
         for id, index in plan.fixed.items():
-            i = plan[id]
-            lam = masks[i.inputs[index]].total(i.attrs["ring"])
-            self._fixed[id] = (index, product.ready(i, index, lam))
+            i, key = plan[id], product.layout_of(plan[id], index)
+            if key not in made:
+                made[key] = product.ready(i, index, masks[i.inputs[index]].total(i.attrs["ring"]))
+            self._fixed[id] = (index, made[key])
         for id in masks.keys() - plan.static_reads:
             del masks[id]
         self._masks = masks

@@ -8,7 +8,7 @@ compute from the plan alone.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -135,9 +135,12 @@ class ServerProgram:
         complete(plan, deltas, True)
         complete(plan, halves, False)
         products: dict[int, product.Fixed] = {}
+        made: dict[Hashable, product.Fixed] = {}
         for id, index in plan.fixed.items():
-            w = plan[id].inputs[index]
-            products[id] = product.fix(role, plan[id], index, deltas[w], halves[w])
+            w, key = plan[id].inputs[index], product.layout_of(plan[id], index)
+            if key not in made:
+                made[key] = product.fix(role, plan[id], index, deltas[w], halves[w])
+            products[id] = made[key]
         # A large model's weights would otherwise lie in memory twice.
         for held in (deltas, halves):
             for id in held.keys() - plan.static_reads:

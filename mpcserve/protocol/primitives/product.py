@@ -15,7 +15,7 @@ Source: ASTRA, ABY2.0, Trio; truncation SecureML's, read in the ring it divides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +47,12 @@ class Material(NamedTuple):
     rest: Words
     lam: Words
     halves: tuple[Words, Words] | None
+
+
+def layout_of(i: Instruction, index: int) -> Hashable:
+    """Equal for instructions that lay the same fixed operand out in the same way: in a loop over
+    time, one copy serves every step."""
+    return i.inputs[index], index, i.op, i.attrs["ring"], i.attrs.get("groups")
 
 
 def ready(i: Instruction, index: int, w: Words) -> Operand:

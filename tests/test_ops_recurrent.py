@@ -1,0 +1,106 @@
+"""LSTM, GRU and RNN as ONNX models, through the real protocol, against onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from mpcserve.compiler import compile_model
+from mpcserve.plan import bill_of
+from mpcserve.protocol import Dealer, Together
+from tests.onnx_cases import Array, model_of, node, on_grid, plain, rng_of
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+TIME, BATCH, INPUTS, HIDDEN = 4, 3, 5, 6
+
+
+def layer(op: str, *, weights: float = 0.5, optional: bool = False, **attrs: Any) -> Any:
+    """A model from x to (y, h[, c]); `optional`: lengths, initial states and peepholes too."""
+    rng = rng_of(len(op))
+    directions = 2 if attrs.get("direction") == "bidirectional" else 1
+    size = GATES[op] * HIDDEN
+    state = (directions, BATCH, HIDDEN)
+    if attrs.get("layout"):
+        state = (BATCH, directions, HIDDEN)
+    constants: dict[str, Array] = {
+        "w": rng.uniform(-weights, weights, (directions, size, INPUTS)),
+        "r": rng.uniform(-weights, weights, (directions, size, HIDDEN)),
+        "b": rng.uniform(-weights, weights, (directions, 2 * size)),
+    }
+    if optional:
+        constants |= {"n": np.array([4, 2, 3], np.int32), "h0": rng.uniform(-1, 1, state)}
+    if optional and op == "LSTM":
+        constants |= {"c0": rng.uniform(-1, 1, state)}
+        constants |= {"p": rng.uniform(-1, 1, (directions, 3 * HIDDEN))}
+    outputs = ("y", "h", "c")[: 3 if op == "LSTM" else 2]
+    shape = (BATCH, TIME, INPUTS) if attrs.get("layout") else (TIME, BATCH, INPUTS)
+    one = node(op, ["x", *constants], outputs, hidden_size=HIDDEN, **attrs)
+    return model_of([one], {"x": shape}, constants, outputs)
+
+
+def agrees(model: Any, expected: Any = plain, reach: float = 2.0, error: float = 5e-4) -> Any:
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    x = rng_of(1).uniform(-reach, reach, shape).astype(np.float32)
+    made = compile_model(model, input_range=(-reach, reach))
+    grid = on_grid(made.plan, 0, x)
+    outputs, bill = Together(made.plan, made.weights).infer([grid])
+    assert bill == bill_of(made.plan)
+    for got, want in zip(outputs, expected(model, grid), strict=True):
+        assert got.shape == want.shape
+        assert np.abs(got - want).max() <= error
+    return bill
+
+
+@pytest.mark.parametrize("direction", ["reverse", "bidirectional"])
+@pytest.mark.parametrize("op", GATES)
+def test_a_layer_with_all_its_inputs_agrees(op: str, direction: str) -> None:
+    agrees(layer(op, optional=True, direction=direction))
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_directions_share_their_rounds(op: str) -> None:
+    one, two = (agrees(layer(op, direction=d)) for d in ("forward", "bidirectional"))
+    assert two.rounds == one.rounds
+    assert one.rounds <= {"LSTM": 7, "GRU": 8, "RNN": 4}[op] * TIME
+
+
+def test_a_gru_may_reset_behind_its_product() -> None:
+    agrees(layer("GRU", optional=True, linear_before_reset=1))
+    agrees(layer("GRU", linear_before_reset=1, direction="reverse"))
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"clip": 0.5},
+        {"activations": ["HardSigmoid", "Relu", "Softsign"], "activation_alpha": [0.3]},
+        {"activations": ["Sigmoid", "ScaledTanh", "Affine"], "activation_alpha": [0.7, 0.5],
+         "activation_beta": [1.5, 0.25]},
+        {"input_forget": 1},
+    ],
+)  # fmt: skip
+def test_attributes_of_an_lstm_are_heeded(attrs: Any) -> None:
+    agrees(layer("LSTM", optional="input_forget" not in attrs, **attrs))
+
+
+def test_batches_may_come_first() -> None:
+    def reference(model: Any, x: Array) -> Any:
+        return ReferenceEvaluator(model).run(None, {"x": x})
+
+    # onnxruntime has no such layout; the reference knows no lengths
+    agrees(layer("GRU", layout=1), reference)
+
+
+def test_a_loop_lays_its_weights_out_once() -> None:
+    made = compile_model(layer("RNN"), input_range=(-1.0, 1.0))
+    dealer = Dealer(made.plan, bytes(32), bytes(range(32)))
+    fixed = [id(operand) for _, operand in dealer._fixed.values()]
+    assert len(fixed) == TIME and len(set(fixed)) == 2
+
+
+def test_a_mean_and_deviation_over_the_usual_axes_needs_no_attribute() -> None:
+    model = model_of([node("MeanVarianceNormalization", ["x"])], {"x": (2, 3, 4, 4)})
+    agrees(model, error=1e-3)
