@@ -9,6 +9,7 @@ onnxscript; those of `transformers` need that too.
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.inception import InceptionA, InceptionB
 
 SEED = 7
-CALIBRATION, SAMPLES = 8, 4
+CALIBRATION, SAMPLES = 16, 4
 LOGIT_SPREAD = 4.0
 """Standard deviation of the last layer's results."""
 
@@ -214,6 +215,16 @@ def _narrowed(net: nn.Module, by: int) -> nn.Module:
     return net
 
 
+def _inception(tiny: bool) -> nn.Module:
+    if tiny:
+        return _narrowed(InceptionBlocks(10), 8)
+    return vision.inception_v3(aux_logits=False, init_weights=False, transform_input=False)
+
+
+def _unet(up: str, tiny: bool) -> nn.Module:
+    return UNet(4, 2, up) if tiny else UNet(32, 4, up)
+
+
 def _wav2vec2(tiny: bool) -> nn.Module:
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
@@ -240,69 +251,57 @@ def _wav2vec2(tiny: bool) -> nn.Module:
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """`build(tiny)`; `shape`, `tiny_shape`: of one input, without the batch."""
+    """`build(tiny)`; `shape`, `tiny_shape`: of one input, without the batch; `axis`: of classes."""
 
     build: Callable[[bool], nn.Module]
     shape: tuple[int, ...]
     tiny_shape: tuple[int, ...]
+    family: str
+    axis: int = 1
 
 
 IMAGE = (3, 224, 224)
+RESIDUAL, PLAIN, MOBILE = "residual networks", "plain convolutions", "mobile networks"
+DENSE, MODERN, SEGMENT = "dense and inception blocks", "modern convolutions", "segmentation"
+TEXT, SERIES, SPEECH = "lines of text", "series", "speech"
 NETS: dict[str, Net] = {
     "resnet18": Net(
-        lambda t: _resnet(t, vision.resnet.BasicBlock, [2, 2, 2, 2]), IMAGE, (3, 32, 32)
+        lambda t: _resnet(t, vision.resnet.BasicBlock, [2, 2, 2, 2]), IMAGE, (3, 32, 32), RESIDUAL
     ),
     "resnet50": Net(
-        lambda t: _resnet(t, vision.resnet.Bottleneck, [3, 4, 6, 3]), IMAGE, (3, 32, 32)
+        lambda t: _resnet(t, vision.resnet.Bottleneck, [3, 4, 6, 3]), IMAGE, (3, 32, 32), RESIDUAL
     ),
     "vgg16": Net(
-        lambda t: _vgg([8, "M", 16, "M"], 10) if t else vision.vgg16(), IMAGE, (3, 16, 16)
+        lambda t: _vgg([8, "M", 16, "M"], 10) if t else vision.vgg16(), IMAGE, (3, 16, 16), PLAIN
     ),
-    "mobilenet_v2": Net(_mobilenet, IMAGE, (3, 32, 32)),
-    "efficientnet_b0": Net(_efficientnet, IMAGE, (3, 32, 32)),
+    "squeezenet1_1": Net(
+        lambda t: _squeezenet(10) if t else vision.squeezenet1_1(), IMAGE, (3, 32, 32), PLAIN
+    ),
+    "mobilenet_v2": Net(_mobilenet, IMAGE, (3, 32, 32), MOBILE),
+    "efficientnet_b0": Net(_efficientnet, IMAGE, (3, 32, 32), MOBILE),
     "densenet121": Net(
         lambda t: vision.DenseNet(8, (2, 2), 8, num_classes=10) if t else vision.densenet121(),
         IMAGE,
         (3, 32, 32),
+        DENSE,
     ),
-    "squeezenet1_1": Net(
-        lambda t: _squeezenet(10) if t else vision.squeezenet1_1(), IMAGE, (3, 32, 32)
-    ),
-    "inception_v3": Net(
-        lambda t: (
-            _narrowed(InceptionBlocks(10), 8)
-            if t
-            else vision.inception_v3(aux_logits=False, init_weights=False, transform_input=False)
-        ),
-        (3, 299, 299),
-        (3, 15, 15),
-    ),
-    "convnext_tiny": Net(_convnext, IMAGE, (3, 32, 32)),
-    "unet_transpose": Net(
-        lambda t: UNet(4, 2, "transpose") if t else UNet(32, 4, "transpose"),
-        (1, 128, 128),
-        (1, 16, 16),
-    ),
-    "unet_bilinear": Net(
-        lambda t: UNet(4, 2, "bilinear") if t else UNet(32, 4, "bilinear"),
-        (1, 128, 128),
-        (1, 16, 16),
-    ),
-    "unet_nearest": Net(
-        lambda t: UNet(4, 2, "nearest") if t else UNet(32, 4, "nearest"),
-        (1, 128, 128),
-        (1, 16, 16),
-    ),
+    "inception_v3": Net(_inception, (3, 299, 299), (3, 15, 15), DENSE),
+    "convnext_tiny": Net(_convnext, IMAGE, (3, 32, 32), MODERN),
+    "unet_transpose": Net(partial(_unet, "transpose"), (1, 128, 128), (1, 16, 16), SEGMENT),
+    "unet_bilinear": Net(partial(_unet, "bilinear"), (1, 128, 128), (1, 16, 16), SEGMENT),
+    "unet_nearest": Net(partial(_unet, "nearest"), (1, 128, 128), (1, 16, 16), SEGMENT),
     "crnn": Net(
         lambda t: Crnn((4, 8), 8, 8, 11) if t else Crnn((32, 64, 128, 128), 128, 32, 80),
         (1, 32, 128),
         (1, 8, 16),
+        TEXT,
+        axis=2,
     ),
     "ecg_cnn": Net(
-        lambda t: EcgCnn((4, 8)) if t else EcgCnn((32, 64, 128, 128)), (1, 360), (1, 64)
+        lambda t: EcgCnn((4, 8)) if t else EcgCnn((32, 64, 128, 128)), (1, 360), (1, 64), SERIES
     ),
-    "ecg_lstm": Net(lambda t: EcgLstm(8, 1) if t else EcgLstm(64, 2), (187, 1), (12, 1)),
-    "wav2vec2": Net(_wav2vec2, (16000,), (200,)),
+    "ecg_lstm": Net(lambda t: EcgLstm(8, 1) if t else EcgLstm(64, 2), (187, 1), (12, 1), SERIES),
+    "wav2vec2": Net(_wav2vec2, (16000,), (200,), SPEECH, axis=2),
 }
 
 
@@ -351,8 +350,8 @@ def _scaled(layer: Any, _: Any, result: Tensor) -> Tensor:
     return result
 
 
-def export(name: str, path: Path, exporter: str, tiny: bool) -> None:
-    """Write the model and its samples."""
+def export(name: str, path: Path, exporter: str, tiny: bool) -> dict[str, Any]:
+    """Write the model and its samples; what there is to know of it."""
     net, shape = NETS[name], NETS[name].tiny_shape if tiny else NETS[name].shape
     rng = np.random.default_rng(SEED)
     rows = rng.standard_normal((CALIBRATION + SAMPLES, *shape)).astype(np.float32)
@@ -370,17 +369,30 @@ def export(name: str, path: Path, exporter: str, tiny: bool) -> None:
             torch.onnx.export(model, example, path, dynamo=False, **names)
     np.savez(path.with_suffix(".calibration.npz"), input=rows[:CALIBRATION])
     np.savez(path.with_suffix(".samples.npz"), input=rows[CALIBRATION:])
+    return {
+        "family": NETS[name].family,
+        "model": name,
+        "exporter": exporter,
+        "size": "tiny" if tiny else "full",
+        "input": "×".join(map(str, shape)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "axis": NETS[name].axis,
+    }
 
 
 def main() -> None:
-    """Export one network."""
+    """Export one network; print what there is to know of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=NETS)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("name", nargs="?", choices=NETS)
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
-    export(given.name, given.file, given.exporter, given.tiny)
+    if given.list:
+        print(json.dumps({"names": list(NETS)}))
+    else:
+        print(json.dumps(export(given.name, given.file, given.exporter, given.tiny)))
 
 
 if __name__ == "__main__":
