@@ -107,14 +107,12 @@ def measured(path: Path, card: Mapping[str, Any], inputs: int) -> Result:
     exact = [np.asarray(session.run(None, row)[0]) for row in rows]
     plain = (time.process_time() - begin) / len(rows)
     errors = [float(np.abs(g - e).max()) for g, e in zip(got, exact, strict=True)]
-    agreed = [agreement(g, e, card["axis"]) for g, e in zip(got, exact, strict=True)]
+    agreed = agreement(np.stack(got), np.stack(exact), card["axis"] + 1)
     return Result(
         **about,
         max_abs_error=max(errors),
         spread=float(np.std(exact)),
-        agreement=None
-        if agreed[0] is None
-        else float(np.mean([a for a in agreed if a is not None])),
+        agreement=agreed,
         rounds=bill.rounds,
         online_mb=(bill.bytes["alice->bob"] + bill.bytes["bob->alice"]) / 1e6,
         dealt_mb=bill.dealt_bytes / 1e6,
@@ -161,11 +159,8 @@ def _run(command: Sequence[str], given: str = "") -> dict[str, Any] | str:
 
 def kept(path: Path, new: Sequence[Result]) -> None:
     """Write results beside older ones of other networks."""
-    old = (
-        [Result(**json.loads(line)) for line in path.read_text().splitlines()]
-        if path.exists()
-        else []
-    )
+    lines = path.read_text().splitlines() if path.exists() else []
+    old = [Result(**json.loads(line)) for line in lines]
     found = {r.key: r for r in (*old, *new)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(found[k])) + "\n" for k in sorted(found)))
@@ -179,8 +174,8 @@ def printed(r: Result) -> str:
     agreed = "" if r.agreement is None else f"{100 * r.agreement:.2f}%"
     return (
         f"{head} {r.parameters:11,} error {r.max_abs_error:.2g} of {r.spread:.2g} {agreed:8} "
-        f"{r.rounds} rounds {r.online_mb:.2f} MB dealt {r.dealt_mb:.2f} MB compile "
-        f"{r.compile_seconds:.1f} s run {r.seconds:.2f} s onnxruntime {r.onnxruntime_seconds:.3f} s "
+        f"{r.rounds} rounds {r.online_mb:.2f} MB, dealt {r.dealt_mb:.2f} MB; seconds: compile "
+        f"{r.compile_seconds:.1f} run {r.seconds:.2f} onnxruntime {r.onnxruntime_seconds:.3f}; "
         f"{r.memory_gb:.2f} GB"
     )
 
