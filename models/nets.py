@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 from torchvision import models as vision
@@ -31,6 +32,7 @@ CALIBRATION, SAMPLES = 16, 4
 LOGIT_SPREAD = 4.0
 """Standard deviation of the last layer's results."""
 
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "zoo"
 EXPORTERS = ("dynamo", "legacy")
 
 
@@ -162,7 +164,7 @@ def _squeezenet(classes: int) -> nn.Module:
 def _convnext(tiny: bool) -> nn.Module:
     if not tiny:
         return vision.convnext_tiny()
-    blocks = [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]
+    blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
     return vision.ConvNeXt(blocks, num_classes=10, layer_scale=1e-1)
 
 
@@ -190,7 +192,7 @@ def _resnet(tiny: bool, block: Any, layers: list[int]) -> nn.Module:
     if not tiny:
         return vision.ResNet(block, layers)
     net = vision.ResNet(block, [1, 1, 1, 1], num_classes=10)
-    return _narrowed(net, 16)
+    return _narrowed(net, 32)
 
 
 def _narrowed(net: nn.Module, by: int) -> nn.Module:
@@ -217,7 +219,7 @@ def _narrowed(net: nn.Module, by: int) -> nn.Module:
 
 def _inception(tiny: bool) -> nn.Module:
     if tiny:
-        return _narrowed(InceptionBlocks(10), 8)
+        return _narrowed(InceptionBlocks(10), 16)
     return vision.inception_v3(aux_logits=False, init_weights=False, transform_input=False)
 
 
@@ -229,8 +231,8 @@ def _wav2vec2(tiny: bool) -> nn.Module:
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
     small = {
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 64, "conv_dim": (16, 16), "conv_kernel": (10, 3),
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "conv_dim": (8, 8), "conv_kernel": (10, 3),
         "conv_stride": (5, 2), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8,
         "num_conv_pos_embedding_groups": 2,
     }  # fmt: skip
@@ -380,17 +382,36 @@ def export(name: str, path: Path, exporter: str, tiny: bool) -> dict[str, Any]:
     }
 
 
+def write_test(name: str, exporter: str) -> None:
+    """The small network as the tests read it: without samples and without remarks."""
+    path = TESTS / f"{name}.{exporter}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    export(name, path, exporter, tiny=True)
+    path.with_suffix(".calibration.npz").unlink()
+    path.with_suffix(".samples.npz").unlink()
+    model = onnx.load(path)
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    onnx.save(model, path)
+
+
 def main() -> None:
     """Export one network; print what there is to know of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", nargs="?", choices=NETS)
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--tests", action="store_true", help="write those that the tests read")
     parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     if given.list:
         print(json.dumps({"names": list(NETS)}))
+    elif given.tests:
+        for name in [given.name] if given.name else NETS:
+            for exporter in EXPORTERS:
+                write_test(name, exporter)
     else:
         print(json.dumps(export(given.name, given.file, given.exporter, given.tiny)))
 
