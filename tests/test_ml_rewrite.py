@@ -82,10 +82,23 @@ def test_linear_regressors(transform: str, targets: int) -> None:
         ("Normalizer", {"norm": "L2"}),
         ("Normalizer", {"norm": "MAX"}),
         ("Binarizer", {"threshold": 0.3}),
+        ("Imputer", {"imputed_value_floats": [7.0, 8.0, 9.0], "replaced_value_float": 2.0}),
+        ("Imputer", {"imputed_value_floats": [7.0], "replaced_value_float": float("nan")}),
+        ("OneHotEncoder", {"cats_int64s": [2, 0, -1, 5]}),
+        ("LabelEncoder", {"keys_floats": [1.0, 2.0, -1.0], "values_floats": [5.0, 0.5, 3.0]}),
     ],
 )
 def test_preparation_of_features(op: str, attrs: dict[str, Any]) -> None:
-    same_in_standard_operators(regressor(op, FEATURES, **attrs), rows())
+    whole = np.rint(2 * rows()) if op in ("Imputer", "OneHotEncoder", "LabelEncoder") else rows()
+    same_in_standard_operators(regressor(op, FEATURES, **attrs), whole)
+
+
+def test_whole_numbers_are_encoded() -> None:
+    values = {"keys_int64s": [3, 1, -1], "values_int64s": [10, 20, 30]}
+    for outcome, attrs in ((7, values), (1, {"cats_int64s": [3, 1]})):
+        op = "LabelEncoder" if outcome == 7 else "OneHotEncoder"
+        model = ml_model(op, FEATURES, {"y": outcome}, kind=7, **attrs)
+        same_in_standard_operators(model, np.rint(2 * rows()).astype(np.int64))
 
 
 def test_features_side_by_side() -> None:
@@ -137,9 +150,12 @@ def test_pairs_of_classes_vote(kernel: str, count: int) -> None:
     same_in_standard_operators(support_machine(count, kernel_type=kernel), rows())
 
 
-def test_probabilities_are_platts() -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_probabilities_are_platts(count: int) -> None:
     """onnxruntime iterates until its change is below 2.5e-3; the rewritten model is exact."""
-    model = support_machine(2, kernel_type="RBF", prob_a=[-1.2], prob_b=[0.3])
+    a, b = [-1.2, -0.8, -1.5], [0.3, -0.2, 0.1]
+    pairs = count * (count - 1) // 2
+    model = support_machine(count, kernel_type="RBF", prob_a=a[:pairs], prob_b=b[:pairs])
     same_in_standard_operators(model, rows(), within=5e-3)
 
 

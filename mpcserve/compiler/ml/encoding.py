@@ -48,3 +48,71 @@ def array_feature_extractor(w: Writer, x: str, indices: str, /) -> str | None:
     if indices in w.constants:
         return w.op("Gather", x, w.reshape(indices, [-1]), axis=-1)
     return None
+
+
+@rewrites("Imputer")
+def imputer(
+    w: Writer,
+    x: str,
+    /,
+    *,
+    imputed_value_floats: Sequence[float] = (),
+    imputed_value_int64s: Sequence[int] = (),
+    replaced_value_float: float = 0.0,
+    replaced_value_int64: int = 0,
+) -> str:
+    """A secret value per feature where x is missing. A NaN never arrives: clients refuse it."""
+    if np.isnan(replaced_value_float):
+        return x
+    if imputed_value_int64s:
+        missing = w.constant(replaced_value_int64, np.int64)
+        values = w.constant(imputed_value_int64s, np.int64)
+    else:
+        missing, values = w.constant(replaced_value_float), w.constant(imputed_value_floats)
+    return w.op("Where", w.op("Equal", x, missing), values, x)
+
+
+@rewrites("OneHotEncoder")
+def one_hot_encoder(
+    w: Writer,
+    x: str,
+    /,
+    *,
+    cats_int64s: Sequence[int] = (),
+    cats_strings: Sequence[str] = (),
+    zeros: int = 1,
+) -> str | None:
+    """A comparison with each category, secret as well; text cannot be shared."""
+    return None if cats_strings else _equal(w, w.cast(x, np.int64), cats_int64s, np.int64)
+
+
+@rewrites("LabelEncoder")
+def label_encoder(
+    w: Writer,
+    x: str,
+    /,
+    *,
+    default_float: float = -0.0,
+    default_int64: int = -1,
+    keys_floats: Sequence[float] = (),
+    keys_int64s: Sequence[int] = (),
+    values_floats: Sequence[float] = (),
+    values_int64s: Sequence[int] = (),
+    **text: object,
+) -> str | None:
+    """Numbers to numbers: a comparison with each key, and a product with the secret values."""
+    if text or list(keys_int64s) == list(range(len(values_int64s))):
+        return None  # names of classes, and indices of them
+    keys, dtype = (keys_floats, np.float32) if keys_floats else (keys_int64s, np.int64)
+    values = np.array([*values_floats, *values_int64s], np.float64)
+    other = float(default_float if values_floats else default_int64)
+    found = w.op("MatMul", _equal(w, x, keys, dtype), w.constant((values - other)[:, None]))
+    flat = w.op("Squeeze", found, w.constant([-1], np.int64))
+    y = w.op("Add", flat, w.constant(other))
+    return y if values_floats else w.cast(y, np.int64)
+
+
+def _equal(w: Writer, x: str, keys: Sequence[float], dtype: type) -> str:
+    """One more axis: 1.0 where x equals the key."""
+    column = w.op("Unsqueeze", x, w.constant([-1], np.int64))
+    return w.cast(w.op("Equal", column, w.constant(keys, dtype)), np.float32)

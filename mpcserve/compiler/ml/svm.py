@@ -75,9 +75,7 @@ def svm_classifier(
     decisions = w.op("Gemm", similar, w.constant(weights), w.constant(rho))
     votes = label_of(w, winner(w, _votes(w, decisions, count)), *labels)
     if prob_a:
-        if count > 2:
-            return None, None
-        return votes, platt(w, decisions, prob_a, prob_b)
+        return votes, platt(w, decisions, count, prob_a, prob_b)
     if count == 2:
         if post_transform not in ("NONE", "LOGISTIC"):
             return None, None  # onnxruntime gives such scores another meaning
@@ -144,12 +142,49 @@ def _votes(w: Writer, decisions: str, count: int) -> str:
     return w.op("Gemm", won, w.constant(gain), w.constant(start))
 
 
-def platt(w: Writer, decision: str, a: Sequence[float], b: Sequence[float]) -> str:
-    """Probabilities of two classes: 1 − σ(a·decision + b) and the rest."""
-    first = w.op("Sub", w.constant(1.0), _logistic(w, decision, a, b))
-    return w.op("Concat", first, w.op("Sub", w.constant(1.0), first), axis=1)
+def platt(
+    w: Writer, decisions: str, count: int, a: Sequence[float], b: Sequence[float]
+) -> str | None:
+    """Probabilities of two or three classes that fit those of all pairs, 1 − σ(a·decision + b).
+
+    For more classes they are the solution of a linear system, which is not computed here.
+    """
+    scaled = w.op("Mul", decisions, w.constant(a))
+    second = w.op("Sigmoid", w.op("Add", scaled, w.constant(b)))
+    first = w.op("Sub", w.constant(1.0), second)
+    if count == 2:
+        return w.op("Concat", first, second, axis=1)
+    return _coupled(w, first, second) if count == 3 else None
 
 
-def _logistic(w: Writer, decision: str, a: Sequence[float], b: Sequence[float]) -> str:
-    scaled = w.op("Mul", decision, w.constant(a))
-    return w.op("Sigmoid", w.op("Add", scaled, w.constant(b)))
+PAIRS = ((0, 1), (0, 2), (1, 2))
+
+
+def _coupled(w: Writer, first: str, second: str) -> str:
+    """Of three classes: p that minimises Σ (r_ji·p_i − r_ij·p_j)², whose sum is 1.
+
+    With Q its matrix, p is proportional to adj(Q)·(1, 1, 1), also where Q has no inverse.
+    Source: Wu, Lin, Weng, Probability estimates for multi-class classification, 2004.
+    """
+    r = {}
+    for k, (i, j) in enumerate(PAIRS):
+        r[i, j], r[j, i] = w.columns(first, k, k + 1), w.columns(second, k, k + 1)
+    q = {(i, j): w.op("Mul", r[i, j], r[j, i]) for i, j in PAIRS}  # −Q off the diagonal
+    q |= {(j, i): q[i, j] for i, j in PAIRS}
+    for t in range(3):
+        u, v = (s for s in range(3) if s != t)
+        squares = (w.op("Mul", r[s, t], r[s, t]) for s in (u, v))
+        q[t, t] = w.op("Add", *squares)
+    adjugate = {}
+    for i, j in PAIRS:
+        k = 3 - i - j
+        crossing = w.op("Mul", q[i, k], q[j, k])
+        adjugate[i, j] = w.op("Add", crossing, w.op("Mul", q[i, j], q[k, k]))
+        square = w.op("Mul", q[i, j], q[i, j])
+        adjugate[k, k] = w.op("Sub", w.op("Mul", q[i, i], q[j, j]), square)
+    rows = []
+    for i in range(3):
+        terms = [adjugate[min(i, j), max(i, j)] for j in range(3)]
+        rows.append(w.op("Sum", *terms))
+    weights = w.op("Concat", *rows, axis=1)
+    return w.op("Div", weights, w.reduce("ReduceSum", weights, 1))
