@@ -82,10 +82,14 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`requests` are evaluated at once, `queue` more may wait; any further is refused."""
+    """`requests` evaluations run at once, `queue` requests may wait; any further is refused.
 
-    requests: int = 4
+    Of those that wait, up to `together` of one model share an evaluation.
+    """
+
+    requests: int = 2
     queue: int = 64
+    together: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +316,11 @@ _SCHEMA: _Schema = {
         name: _seconds(getattr(Deadlines(), name))
         for name in ("connect", "handshake", "round", "request", "drain")
     },
-    "limits": {"requests": _count(Limits().requests, 1), "queue": _count(Limits().queue, 0)},
+    "limits": {
+        "requests": _count(Limits().requests, 1),
+        "queue": _count(Limits().queue, 0),
+        "together": _count(Limits().together, 1),
+    },
     "log_level": _Key(_one_of(LOG_LEVELS), f"one of {', '.join(LOG_LEVELS)}", "info"),
     "model": _Key(_word, "a model name", None),
 }

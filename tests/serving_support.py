@@ -79,7 +79,13 @@ class Trio:
     """alice, bob and carol in this process, over plain TCP on free loopback ports."""
 
     def __init__(
-        self, state: Path, *, depth: int = 1, max_bytes: int = 1 << 30, **deadlines: float
+        self,
+        state: Path,
+        *,
+        depth: int = 1,
+        max_bytes: int = 1 << 30,
+        queue: int = 2,
+        **deadlines: float,
     ) -> None:
         seconds = {"connect": 20.0, "handshake": 10.0, "round": 20.0, "request": 40.0}
         self.config = Config(
@@ -88,7 +94,7 @@ class Trio:
             keys=state / "no-keys",
             pool=Pool(depth, max_bytes),
             deadlines=Deadlines(**{**seconds, **deadlines}),
-            limits=Limits(requests=2, queue=2),
+            limits=Limits(requests=2, queue=queue),
         )
         self.servers: dict[str, Server] = {}
         self._clients: list[Client] = []

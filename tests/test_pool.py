@@ -54,7 +54,7 @@ class Maker:
         self.failing = False
         self.made: list[Entry] = []
 
-    def __call__(self, deployment: bytes, spool: bool) -> Entry:
+    def __call__(self, deployment: bytes, spool: bool, slots: int) -> Entry:
         if self.failing:
             raise PeerLost("carol is gone", "start her")
         self.made.append(Entry(self, next(self.numbers), deployment, spool))

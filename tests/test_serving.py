@@ -19,6 +19,7 @@ from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
 from mpcserve.serving.client import Client
 from mpcserve.serving.links import Wiring
+from mpcserve.serving.together import Member
 from mpcserve.transport import Hooks
 from tests.serving_support import (
     Trio,
@@ -34,6 +35,7 @@ PLAN = dense_relu_plan()
 WEIGHTS = dense_weights(PLAN)
 MODEL = as_model(PLAN, WEIGHTS)
 ULP = 2.0**-8
+NOBODY = Member(None)
 Ask = Callable[..., dict[str, Any]]
 
 
@@ -255,10 +257,14 @@ def test_too_many_requests_are_refused(tmp_path: Path) -> None:
         client.deploy(MODEL)
         alice = trio.servers["alice"]
         assert isinstance(alice, Alice)
-        with ThreadPoolExecutor(4) as threads, alice.gate.enter(1.0), alice.gate.enter(1.0):
+        with (
+            ThreadPoolExecutor(4) as threads,
+            alice.gate.enter(NOBODY, 1.0),
+            alice.gate.enter(NOBODY, 1.0),
+        ):
             waiting = [threads.submit(client.infer, some_rows(PLAN, 2)) for _ in range(2)]
             until(lambda: alice.gate.counts == (2, 2))
-            with pytest.raises(Refused, match="busy: 2 requests run and 2 wait"):
+            with pytest.raises(Refused, match="busy: 2 evaluations run and 2 requests wait"):
                 client.infer(some_rows(PLAN, 2))
             assert not any(w.done() for w in waiting)
         for w in waiting:
@@ -275,7 +281,7 @@ def test_draining_lets_a_request_finish_and_takes_no_other(tmp_path: Path) -> No
         alice = trio.servers["alice"]
         assert isinstance(alice, Alice)
         with ThreadPoolExecutor(1) as threads:
-            with alice.gate.enter(1.0), alice.gate.enter(1.0):
+            with alice.gate.enter(NOBODY, 1.0), alice.gate.enter(NOBODY, 1.0):
                 running = threads.submit(client.infer, some_rows(PLAN, 2))
                 until(lambda: alice.gate.counts[1] > 0)
                 assert not alice.drain(0.05)

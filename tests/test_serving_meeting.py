@@ -82,25 +82,28 @@ def test_one_id_is_offered_once_and_offers_are_bounded() -> None:
 
 def test_the_gate_lets_so_many_in_and_then_the_next_in_line() -> None:
     gate, order = Gate(1, 2), []
-    with ThreadPoolExecutor(2) as threads, gate.enter(WAIT):
+    with ThreadPoolExecutor(2) as threads, gate.enter(None, WAIT):
         threads.submit(_pass, gate, "first", order)
         until(lambda: gate.counts == (1, 1))
         threads.submit(_pass, gate, "second", order)
         until(lambda: gate.counts == (1, 2))
-        with pytest.raises(Refused, match="busy: 1 requests run and 2 wait"), gate.enter(WAIT):
+        with (
+            pytest.raises(Refused, match="busy: 1 evaluations run and 2 requests wait"),
+            gate.enter(None, WAIT),
+        ):
             pass
     assert order == ["first", "second"]
     assert gate.counts == (0, 0)
 
 
 def test_who_waits_too_long_at_the_gate_is_refused() -> None:
-    gate = Gate(1, 1)
-    with gate.enter(WAIT):
-        with pytest.raises(Refused, match=r"no turn in 0\.1 s"), gate.enter(0.1):
+    gate: Gate[None] = Gate(1, 1)
+    with gate.enter(None, WAIT):
+        with pytest.raises(Refused, match=r"no turn in 0\.1 s"), gate.enter(None, 0.1):
             pass
         assert gate.counts == (1, 0)
 
 
-def _pass(gate: Gate, name: str, order: list[str]) -> None:
-    with gate.enter(WAIT):
+def _pass(gate: Gate[None], name: str, order: list[str]) -> None:
+    with gate.enter(None, WAIT):
         order.append(name)

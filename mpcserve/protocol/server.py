@@ -156,6 +156,10 @@ class ServerProgram:
         """32 bytes for the model owner, who expands this side's share of the weights' masks."""
         return weights_key(carol_key, plan.digest)
 
+    def plan_of(self, slots: int) -> Plan:
+        """The plan of so many evaluations in one."""
+        return self._walk(slots).plan
+
     def _walk(self, slots: int) -> Walk:
         """The plan of that many evaluations in one. Made when first needed: it holds no weights."""
         walk = self._walks.get(slots)

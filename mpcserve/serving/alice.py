@@ -17,16 +17,17 @@ from mpcserve.plan.store import plan_bytes
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import ID_BYTES, Deployment
-from mpcserve.serving.evaluation import Live, bring_to_life, evaluate
+from mpcserve.serving.evaluation import Live, bring_to_life
 from mpcserve.serving.gate import Gate
 from mpcserve.serving.halves import AliceHalf
 from mpcserve.serving.links import Wiring
-from mpcserve.serving.log import log
+from mpcserve.serving.log import log, named_error
 from mpcserve.serving.online import OnlineServer, WeightsReceived
 from mpcserve.serving.pool import Pool
-from mpcserve.serving.report import Meter, merged, server_report
+from mpcserve.serving.report import Meter, server_report
 from mpcserve.serving.request import Request, check_digest, failing, receive_message
 from mpcserve.serving.server import OWNERS, Route
+from mpcserve.serving.together import Member, evaluate_members, most_together, share
 from mpcserve.transport import Channel, Link
 
 FOLLOWERS = ("bob", "carol")
@@ -44,7 +45,7 @@ class Alice(OnlineServer):
 
     def __init__(self, wiring: Wiring) -> None:
         config = wiring.config
-        self.gate = Gate(config.limits.requests, config.limits.queue)
+        self.gate: Gate[Member] = Gate(config.limits.requests, config.limits.queue)
         self.pool: Pool[AliceHalf] = Pool(self._agree, config.pool.depth, config.pool.max_bytes)
         super().__init__(wiring)
         self.store.settle(())  # what she had not committed when she stopped was never deployed
@@ -101,51 +102,73 @@ class Alice(OnlineServer):
         bob = self.links.get("bob").channel(request.id)
         with failing(bob):
             bob.send_message({"type": "evaluate"})
-            with self.gate.enter(request.deadline.left()):
-                facts = self._evaluate(request, bob)
+            me = Member(request)
+            name = request.message.optional_text("model") or self.config.model
+            live = self.live(self.store.find(name).id)
+            check_digest(live.plan, request.message.text("digest"), "the data owner", self.role)
+            # Whom bob has not heard of would keep others waiting.
+            receive_message(bob, "met", "bob to hear of this request", request.deadline.left())
+            with self.gate.enter(
+                me,
+                request.deadline.left(),
+                None if me.alone else live.deployment.id,
+                lambda: self._most_together(live),
+            ) as members:
+                if members:
+                    self._evaluate(live, members, bob)
+            me.check()
             # Last, so that whoever has his answer finds the gate open.
-            request.channel.send_message(server_report(self.role, facts))
+            request.channel.send_message(server_report(self.role, me.facts))
         bob.close()
 
-    def _evaluate(self, request: Request, bob: Channel) -> dict[str, Any]:
-        """What it took."""
-        name = request.message.optional_text("model") or self.config.model
-        live = self.live(self.store.find(name).id)
-        check_digest(live.plan, request.message.text("digest"), "the data owner", self.role)
-        with self.pool.bundle(live.deployment.id) as prepared:
-            meter = Meter(bob.link)
-            try:
-                bob.send_message(
-                    {
-                        "type": "run",
-                        "deployment": live.deployment.id.hex(),
-                        "digest": live.plan.digest,
-                        "bundle": prepared.bundle.id.hex(),
-                    }
-                )
-                took = evaluate(
-                    live,
-                    prepared,
-                    request.channel,
-                    bob,
-                    request.deadline,
-                    self.deadlines.round,
-                    request.message.optional_flag("profile"),
-                )
-            finally:
-                self.ledger.spend(prepared.bundle.id)
+    def _most_together(self, live: Live) -> int:
+        """One, as long as there is stock: what is dealt already is quicker than what is shared."""
+        if self.pool.ready(live.deployment.id):
+            return 1
+        return most_together(live, self.config.limits.together)
+
+    def _evaluate(self, live: Live, members: Sequence[Member], bob: Channel) -> None:
+        """Lead all members through one evaluation; an error of all is each one's error."""
+        try:
+            with self.pool.bundle(live.deployment.id, len(members)) as prepared:
+                self._run(live, members, bob, prepared)
+        except Exception as e:
+            for member in members:
+                member.error = member.error or named_error(e)
+            raise
         log.info(
             "infer %s: %s, %d rounds, %.3f s",
-            request.name,
+            " ".join(m.request.name for m in members if m.request),
             live.deployment.name,
-            took["rounds"],
-            took["online_seconds"],
+            members[0].facts["rounds"],
+            members[0].facts["online_seconds"],
         )
-        return merged(took, meter.sent("alice->bob", bob))
+
+    def _run(
+        self, live: Live, members: Sequence[Member], bob: Channel, prepared: AliceHalf
+    ) -> None:
+        meter, others = Meter(bob.link), [m.here.id for m in members[1:]]
+        try:
+            for member, id in zip(members[1:], others, strict=True):
+                with member.leaving():
+                    bob.link.channel(id).send_message({"type": "join"})
+            bob.send_message(
+                {
+                    "type": "run",
+                    "deployment": live.deployment.id.hex(),
+                    "digest": live.plan.digest,
+                    "bundle": prepared.bundle.id.hex(),
+                    "with": [id.hex() for id in others],
+                }
+            )
+            evaluate_members(live, prepared, members, bob, self.deadlines.round)
+        finally:
+            self.ledger.spend(prepared.bundle.id)
+        share(members, meter.sent("alice->bob", bob))
 
     # -- prepare ----------------------------------------------------------------------------------
 
-    def _agree(self, deployment: bytes, spool: bool) -> AliceHalf:
+    def _agree(self, deployment: bytes, spool: bool, slots: int) -> AliceHalf:
         """A fresh bundle that both have admitted; with `spool` bob has it on his disk."""
         live, id = self.live(deployment), secrets.token_bytes(ID_BYTES)
         timeout = self.deadlines.request
@@ -157,13 +180,14 @@ class Alice(OnlineServer):
                     "deployment": deployment.hex(),
                     "digest": live.plan.digest,
                     "spool": spool,
+                    "slots": slots,
                 }
             )
             self.ledger.admit(id, deployment)  # while he does the same
             receive_message(bob, "agreed", "a bundle to agree on", timeout)
         if spool:
             bob.close()
-        return AliceHalf(live, id, bob, spool, timeout)
+        return AliceHalf(live, id, bob, spool, timeout, slots)
 
     # -- deploy -----------------------------------------------------------------------------------
 

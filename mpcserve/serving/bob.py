@@ -6,22 +6,33 @@ He receives carol's corrections, so it is he who asks her to deal.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
-from mpcserve.errors import PeerLost
+from mpcserve.errors import PeerLost, PeerTimeout
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import Deployment
-from mpcserve.serving.evaluation import bring_to_life, evaluate
+from mpcserve.serving.evaluation import bring_to_life
 from mpcserve.serving.halves import BobHalf, Dealing
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import named_error
 from mpcserve.serving.meeting import Meeting
 from mpcserve.serving.online import OnlineServer, WeightsReceived
 from mpcserve.serving.pool import Shelf
-from mpcserve.serving.report import Meter, merged, server_report
-from mpcserve.serving.request import Message, Request, check_digest, failing, receive_message
+from mpcserve.serving.report import Meter, server_report
+from mpcserve.serving.request import (
+    Deadline,
+    Message,
+    Request,
+    check_digest,
+    failing,
+    receive_message,
+    slots_of,
+)
 from mpcserve.serving.server import DECISION_S, OWNERS, Route
 from mpcserve.serving.spool import Spool
+from mpcserve.serving.together import PATIENCE_S, Member, evaluate_members, share
 from mpcserve.transport import Channel, Link
 
 
@@ -36,6 +47,7 @@ class Bob(OnlineServer):
     def __init__(self, wiring: Wiring) -> None:
         limits = wiring.config.limits
         self.meeting: Meeting[Request] = Meeting(limits.requests + limits.queue)
+        self.joining: Meeting[Member] = Meeting(limits.requests + limits.queue)
         self.shelf: Shelf[BobHalf] = Shelf()
         self.spool = Spool(wiring.config.state / wiring.role / "spool")
         super().__init__(wiring)
@@ -63,7 +75,8 @@ class Bob(OnlineServer):
         if link.peer == "alice":
             self.shelf.drop(link)
             reason = link.reason or PeerLost(f"the link to {link.name} ended")
-            self.meeting.refuse_all(type(reason)(reason.message, reason.hint))
+            for meeting in (self.meeting, self.joining):
+                meeting.refuse_all(type(reason)(reason.message, reason.hint))
 
     def _park(self, request: Request) -> None:
         self.links.get("alice")
@@ -75,30 +88,53 @@ class Bob(OnlineServer):
     def _evaluate(self, request: Request) -> None:
         alice, timeout = request.channel, self.deadlines.round
         with self.meeting.claim(request.id, "the data owner", timeout) as asked:
-            run = receive_message(alice, "run", "the bundle to use", request.deadline.left())
+            alice.send_message({"type": "met"})
+            what = "the bundle to use"
+            run = Message(alice.receive_message(what, request.deadline.left()), alice.peer)
+            me = Member(asked)
+            if run.text("type") == "join":
+                self.joining.offer(request.id, me, "alice", timeout)
+            else:
+                self._lead(run.expect("run"), me, alice)
+            me.check()
+            asked.channel.send_message(server_report(self.role, me.facts))
+
+    def _lead(self, run: Message, me: Member, alice: Channel) -> None:
+        """Evaluate for this member and those who join it."""
+        others = run.ids("with")
+        with self._joined(others) as joined:
             live = self.live(run.id("deployment"))
             check_digest(live.plan, run.text("digest"), "alice", self.role)
-            check_digest(live.plan, asked.message.text("digest"), "the data owner", self.role)
+            members = [me, *joined]
+            for member in members:
+                if member.request is not None:
+                    with member.leaving():
+                        digest = member.request.message.text("digest")
+                        check_digest(live.plan, digest, "the data owner", self.role)
             prepared = self.shelf.take(run.id("bundle"), live.deployment.id)
-            meter = Meter(alice.link)
             try:
                 prepared.start()
-                took = evaluate(
-                    live,
-                    prepared,
-                    asked.channel,
-                    alice,
-                    request.deadline,
-                    timeout,
-                    asked.message.optional_flag("profile"),
-                )
-                facts = merged(took, meter.sent("bob->alice", alice))
-                asked.channel.send_message(server_report(self.role, facts))
+                meter = Meter(alice.link)
+                evaluate_members(live, prepared, members, alice, self.deadlines.round)
+                share(members, meter.sent("bob->alice", alice))
             except Exception:
                 prepared.abandon()
                 raise
             finally:
                 self.ledger.spend(prepared.bundle.id)
+
+    @contextmanager
+    def _joined(self, ids: Sequence[bytes]) -> Iterator[list[Member]]:
+        """Those who join, until the block ends: who is not here in time has left already."""
+        end = Deadline(PATIENCE_S)
+        with ExitStack() as stack:
+            yield [self._join(stack, id, end) for id in ids]
+
+    def _join(self, stack: ExitStack, id: bytes, end: Deadline) -> Member:
+        try:
+            return stack.enter_context(self.joining.claim(id, "the data owner", end.left()))
+        except PeerTimeout as error:
+            return Member(None, error)
 
     def _drop(self, request: Request) -> None:
         """Alice has given this bundle up."""
@@ -109,10 +145,11 @@ class Bob(OnlineServer):
     def _prepare(self, request: Request) -> None:
         live = self.live(request.message.id("deployment"))
         check_digest(live.plan, request.message.text("digest"), "alice", self.role)
+        slots = slots_of(request.message, live.plan)
         alice, carol = request.channel, self.links.get("carol").channel(request.id)
         with failing(carol):
             self.ledger.admit(request.id, live.deployment.id)
-            dealing = Dealing(live, carol, request.deadline, self.deadlines.round)
+            dealing = Dealing(live, slots, carol, request.deadline, self.deadlines.round)
             half = BobHalf(live, alice, dealing)
             if request.message.flag("spool"):
                 half.keep(self.spool)

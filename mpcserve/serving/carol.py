@@ -22,7 +22,13 @@ from mpcserve.serving.log import log
 from mpcserve.serving.meeting import Meeting
 from mpcserve.serving.preparing import Timer
 from mpcserve.serving.report import peak_rss_bytes
-from mpcserve.serving.request import MAX_PLAN_BYTES, Request, check_digest, receive_message
+from mpcserve.serving.request import (
+    MAX_PLAN_BYTES,
+    Request,
+    check_digest,
+    receive_message,
+    slots_of,
+)
 from mpcserve.serving.server import DECISION_S, Route, Server
 
 DEALING_AT_ONCE = max(1, (os.cpu_count() or 1) // 2)
@@ -70,12 +76,13 @@ class Carol(Server):
         if found is None:
             raise Refused(f"carol has no deployment {id.hex()}", "deploy the model again")
         check_digest(found.deployment.plan, request.message.text("digest"), "bob", self.role)
+        slots = slots_of(request.message, found.deployment.plan)
         if not self._turn.acquire(timeout=request.deadline.left()):
             raise PeerTimeout("carol had no turn to deal in time", "raise `deadlines.request`")
         try:
             bob.send_message({"type": "dealing"})
             timer = Timer.start()
-            for corrections in in_blocks(found.dealer.deal(request.id), halves.BLOCK_BYTES):
+            for corrections in in_blocks(found.dealer.deal(request.id, slots), halves.BLOCK_BYTES):
                 bob.send(corrections, fresh=True)
             wall, cpu = timer.seconds()
         finally:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 from mpcserve.errors import PeerError, Refused
+from mpcserve.plan.bill import bill_of
 from mpcserve.plan.ops import OPS, packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.schedule import schedule_of
@@ -28,6 +29,7 @@ from mpcserve.transport import Channel
 from mpcserve.wire import Buffer
 
 Side = Literal["alice", "bob"]
+T = TypeVar("T")
 
 BLOCK_BYTES = 32 << 10
 """Pieces of one round that are smaller than this are sent together."""
@@ -40,11 +42,18 @@ class Live:
     deployment: Deployment
     program: ServerProgram
     rounds: tuple[str, ...]
+    _dealt: dict[int, int] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
         """The deployment's plan."""
         return self.deployment.plan
+
+    def dealt_bytes(self, slots: int) -> int:
+        """What carol deals for an evaluation of so many requests."""
+        if slots not in self._dealt:
+            self._dealt[slots] = bill_of(self.program.plan_of(slots)).dealt_bytes
+        return self._dealt[slots]
 
 
 def bring_to_life(role: Side, deployment: Deployment, store: Store) -> Live:
@@ -91,17 +100,12 @@ def evaluate(
     prepared.until(deadline)
     client.send_message({"type": "ready", "digest": plan.digest})
     client.send(b"".join(prepared.bundle.input_seeds))
-    inputs = []
-    for spec in plan.inputs:
-        value = plan.value(spec.id)
-        size = packed_bytes(value.size, value.width)
-        what = f"input {spec.name!r} ({size} bytes)"
-        inputs.append(client.receive(size, what, deadline.left(round_timeout)))
+    inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
     timer = Timer.start()
     mine = digest_of(inputs)
     peer.send_message({"type": "inputs", "sha256": mine})
     profile = Profile() if profiled else None
-    steps = live.program.evaluate(prepared.bundle, inputs, profile or _unwatched)
+    steps = live.program.evaluate(prepared.bundle, inputs, profile)
     result, rounds = drive(
         steps,
         peer,
@@ -116,8 +120,14 @@ def evaluate(
     return merged(prepared.facts(), took, profiles)
 
 
-def _unwatched(id: int) -> None:
-    """The watch of an evaluation that nobody profiles."""
+def receive_inputs(plan: Plan, client: Channel, timeout: Callable[[], float]) -> list[memoryview]:
+    """Packed Δx of every input of the plan."""
+    inputs = []
+    for spec in plan.inputs:
+        value = plan.value(spec.id)
+        size = packed_bytes(value.size, value.width)
+        inputs.append(client.receive(size, f"input {spec.name!r} ({size} bytes)", timeout()))
+    return inputs
 
 
 def in_blocks(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
@@ -153,12 +163,12 @@ def check_same_inputs(peer: Channel, mine: str, timeout: float) -> None:
 
 
 def drive(
-    steps: Steps[bytes],
+    steps: Steps[T],
     peer: Channel,
     name: Callable[[int], str],
     timeout: Callable[[], float],
     agree: Callable[[], None],
-) -> tuple[bytes, int]:
+) -> tuple[T, int]:
     """Run a generator of rounds over a channel: its result and how many rounds it took.
 
     `agree` is called once, when the first round is posted; what it raises ends the evaluation.
@@ -174,7 +184,7 @@ def drive(
             reply = peer.receive(step.expect, name(rounds), timeout())
             rounds += 1
     except StopIteration as end:
-        result: bytes = end.value
+        result: T = end.value
     if not rounds:
         agree()
     return result, rounds

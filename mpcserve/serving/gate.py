@@ -1,22 +1,41 @@
-"""The gate: how many requests run at once, how many may wait, and who is turned away."""
+"""How many evaluations run at once, how many requests wait, and which of those share one.
+
+A request that finds a place free is evaluated alone, at once. Of those that wait, the first leads
+when a place is free, and takes with it whoever else waits for the same thing: what an evaluation
+costs is mostly paid per instruction, hardly per request.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from mpcserve.errors import Refused
 
+T = TypeVar("T")
 
-class Gate:
-    """`running` requests at once, `waiting` more in line, first come first served."""
+
+@dataclass(slots=True, eq=False)
+class _Place(Generic[T]):
+    """One that waits: for its turn to lead or, once it is `led`, until that is done."""
+
+    value: T
+    key: Hashable
+    led: bool = False
+    done: bool = False
+
+
+class Gate(Generic[T]):
+    """`running` evaluations at once, `waiting` more requests in line, first come first served."""
 
     def __init__(self, running: int, waiting: int) -> None:
         self._limits = running, waiting
         self._running = 0
-        self._line: deque[object] = deque()
+        self._line: deque[_Place[T]] = deque()
         self._changed = threading.Condition()
 
     @property
@@ -26,34 +45,61 @@ class Gate:
             return self._running, len(self._line)
 
     @contextmanager
-    def enter(self, timeout: float) -> Iterator[None]:
-        """Run the block when it is this request's turn. Raises: Refused."""
-        self._wait_for_turn(timeout)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
+    def enter(
+        self, value: T, timeout: float, key: Hashable = None, most: Callable[[], int] = lambda: 1
+    ) -> Iterator[list[T]]:
+        """Run the block when it is this request's turn: with its value and those that it leads.
 
-    def _wait_for_turn(self, timeout: float) -> None:
-        me, (most, longest) = object(), self._limits
+        It leads at most `most()` in all, itself included, whose `key` is the same. Without any
+        values, somebody else has led this one, and is done. Raises: Refused.
+        """
+        me = _Place(value, key)
+        group = self._wait_for_turn(me, timeout, most)
+        try:
+            yield [place.value for place in group]
+        finally:
+            if group:
+                with self._changed:
+                    self._running -= 1
+                    for place in group:
+                        place.done = True
+                    self._changed.notify_all()
+
+    def _wait_for_turn(
+        self, me: _Place[T], timeout: float, most: Callable[[], int]
+    ) -> list[_Place[T]]:
+        limit, longest = self._limits
         with self._changed:
-            if self._running >= most and len(self._line) >= longest:
+            if self._running >= limit and len(self._line) >= longest:
                 raise Refused(
-                    f"busy: {self._running} requests run and {len(self._line)} wait",
+                    f"busy: {self._running} evaluations run and {len(self._line)} requests wait",
                     "try again later, or raise `limits.requests` or `limits.queue`",
                 )
             self._line.append(me)
             came = self._changed.wait_for(
-                lambda: self._running < most and self._line[0] is me, timeout
+                lambda: me.led or (self._running < limit and self._line[0] is me), timeout
             )
-            self._line.remove(me)
+            if me.led:
+                self._changed.wait_for(lambda: me.done)
+                return []
             if came:
                 self._running += 1
+                group = self._take(me, most())
+            else:
+                self._line.remove(me)
             self._changed.notify_all()
         if not came:
             raise Refused(
-                f"busy: no turn in {timeout:.1f} s, {most} requests run",
+                f"busy: no turn in {timeout:.1f} s, {limit} evaluations run",
                 "try again later, or raise `limits.requests` or `deadlines.request`",
             )
+        return group
+
+    def _take(self, leader: _Place[T], most: int) -> list[_Place[T]]:
+        """The leader and those whom it leads leave the line; `_changed` held."""
+        alike = [place for place in self._line if place.key == leader.key]
+        group = alike[: max(most, 1)] if leader.key is not None else [leader]
+        for place in group:
+            self._line.remove(place)
+            place.led = place is not leader
+        return group

@@ -14,7 +14,6 @@ import secrets
 from typing import Any
 
 from mpcserve.errors import MpcError
-from mpcserve.plan.bill import bill_of
 from mpcserve.serving.deployment import ID_BYTES
 from mpcserve.serving.evaluation import Live
 from mpcserve.serving.log import log
@@ -28,8 +27,16 @@ from mpcserve.transport import Channel
 class AliceHalf(Preparation):
     """Alice expands hers from the id alone. `bob`: where he says that his half is prepared."""
 
-    def __init__(self, live: Live, id: bytes, bob: Channel, spooled: bool, timeout: float) -> None:
-        super().__init__(live.program, id, bob.link, "alice expands it herself")
+    def __init__(
+        self,
+        live: Live,
+        id: bytes,
+        bob: Channel,
+        spooled: bool,
+        timeout: float,
+        slots: int = 1,
+    ) -> None:
+        super().__init__(live.program, id, bob.link, "alice expands it herself", slots)
         self._deployment = live.deployment.id
         self._bob = None if spooled else bob
         self._link, self._timeout = bob.link, timeout
@@ -81,9 +88,11 @@ BLOCK_BYTES = 32 << 10
 class Dealing:
     """Corrections of one bundle as carol sends them to bob, on the stream `carol`."""
 
-    def __init__(self, live: Live, carol: Channel, deadline: Deadline, timeout: float) -> None:
-        self.carol = carol
-        self.total = bill_of(live.plan).dealt_bytes
+    def __init__(
+        self, live: Live, slots: int, carol: Channel, deadline: Deadline, timeout: float
+    ) -> None:
+        self.carol, self.slots = carol, slots
+        self.total = live.dealt_bytes(slots)
         self._live, self._deadline, self._timeout = live, deadline, timeout
         self._meter = Meter(carol.link)
         self._asked = 0
@@ -93,7 +102,12 @@ class Dealing:
         """Ask carol, and wait for her turn to come."""
         deployment = self._live.deployment
         self.carol.send_message(
-            {"type": "deal", "deployment": deployment.id.hex(), "digest": deployment.plan.digest}
+            {
+                "type": "deal",
+                "deployment": deployment.id.hex(),
+                "digest": deployment.plan.digest,
+                "slots": self.slots,
+            }
         )
         receive_message(self.carol, "dealing", "her turn to deal", self._deadline.left())
 
@@ -134,7 +148,7 @@ class BobHalf(Preparation):
 
     def __init__(self, live: Live, alice: Channel, dealing: Dealing) -> None:
         awaited = f"carol at {dealing.carol.link.address} deals it"
-        super().__init__(live.program, alice.stream, alice.link, awaited)
+        super().__init__(live.program, alice.stream, alice.link, awaited, dealing.slots)
         self._dealing = dealing
         self._spooled: Spooled | None = None
 

@@ -100,12 +100,12 @@ class _Stock(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """`agree(deployment, spool)` returns a fresh bundle, not yet prepared, or raises.
+    """`agree(deployment, spool, slots)` returns a fresh bundle, not yet prepared, or raises.
 
     With `spool` it returns when the bundle lies on the disk of the other side.
     """
 
-    def __init__(self, agree: Callable[[bytes, bool], T], depth: int, max_bytes: int) -> None:
+    def __init__(self, agree: Callable[[bytes, bool, int], T], depth: int, max_bytes: int) -> None:
         self._agree = agree
         self._depth = depth
         self._max_bytes = max_bytes
@@ -130,15 +130,17 @@ class Pool(Generic[T]):
             _abandon([e for shelf in stock.shelves for e in shelf])
 
     @contextmanager
-    def bundle(self, deployment: bytes) -> Iterator[T]:
+    def bundle(self, deployment: bytes, slots: int = 1) -> Iterator[T]:
         """A bundle for an evaluation, which the block is; no stock is made meanwhile.
+
+        One for several requests is never in stock: it is dealt now.
 
         Raises: Refused, or why there is none.
         """
         with self._changed:
             self._evaluating += 1
         try:
-            entry = self._take(deployment)
+            entry = self._take(deployment) if slots == 1 else self._agree(deployment, False, slots)
             try:
                 entry.start()
                 yield entry
@@ -206,7 +208,7 @@ class Pool(Generic[T]):
             for shelf in stock.shelves:
                 if shelf:
                     return shelf.popleft()
-        return self._agree(deployment, False)
+        return self._agree(deployment, False, 1)
 
     # -- stock ------------------------------------------------------------------------------------
 
@@ -264,7 +266,7 @@ class Pool(Generic[T]):
             if entry is not None:
                 entry.load()
             else:
-                begun = self._agree(deployment, wish == "spool")
+                begun = self._agree(deployment, wish == "spool", 1)
             kept = True
         finally:
             with self._changed:

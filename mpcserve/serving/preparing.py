@@ -56,8 +56,10 @@ class Preparation(ABC):
     `nbytes`: memory of all that was prepared. Safe to call from any thread.
     """
 
-    def __init__(self, program: ServerProgram, id: bytes, link: Link, awaited: str) -> None:
-        self.bundle = program.bundle(id, self)
+    def __init__(
+        self, program: ServerProgram, id: bytes, link: Link, awaited: str, slots: int = 1
+    ) -> None:
+        self.bundle = program.bundle(id, self, slots)
         self.link = link
         self.nbytes = 0
         self.whole = False  # all is prepared, on both servers as far as this side knows
@@ -74,6 +76,10 @@ class Preparation(ABC):
     def alive(self) -> bool:
         """Whether the link is."""
         return self.link.reason is None
+
+    @property
+    def _plan(self) -> Plan:
+        return self._program.plan_of(self.bundle.slots)
 
     def __repr__(self) -> str:
         return f"Preparation({self.bundle.id.hex()}, {self.nbytes} bytes, whole={self.whole})"
@@ -100,7 +106,7 @@ class Preparation(ABC):
 
     def fill(self, take: Take | None = None) -> None:
         """Prepare all materials; bob takes dealt bytes. Raises: Refused when it was given up."""
-        for id, material in self._program.materials(self.bundle.id, take):
+        for id, material in self._program.materials(self.bundle.id, take, self.bundle.slots):
             size = size_of(material)
             with self._changed:
                 self._check()
@@ -147,7 +153,7 @@ class Preparation(ABC):
         """
         with self._changed:
             self._wanted = id
-            self._wait(lambda: id in self._parts, lambda: _name(self._program.plan, id))
+            self._wait(lambda: id in self._parts, lambda: _name(self._plan, id))
             return self._parts.pop(id)
 
     def facts(self) -> dict[str, Any]:

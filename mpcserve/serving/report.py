@@ -82,6 +82,7 @@ def client_report(
         "batch": plan.batch,
         "evaluations": 1,
         "rounds": alice["rounds"],
+        "together": alice.get("together", 1),
         **({"profile": profiles} if profiles else {}),
         **measured,
         "dealt_bytes": bob["dealt_bytes"],
@@ -124,6 +125,19 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 total[key] = total.get(key, 0) + value
     return total
+
+
+def portion(facts: Mapping[str, Any], members: int) -> dict[str, Any]:
+    """One request's part of what an evaluation of several took: of bytes and CPU, not of time."""
+    part: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            part[key] = {name: -(-v // members) for name, v in value.items()}
+        elif key.endswith("cpu_seconds"):
+            part[key] = value / members
+        else:
+            part[key] = -(-value // members) if key == "dealt_bytes" else value
+    return part
 
 
 def server_report(role: str, facts: Mapping[str, Any]) -> dict[str, Any]:

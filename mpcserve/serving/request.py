@@ -13,12 +13,16 @@ from typing import Any, TypeVar
 
 from mpcserve.errors import Refused, WireError
 from mpcserve.plan.plan import Plan
+from mpcserve.plan.stack import can_stack
 from mpcserve.serving.log import named_error
 from mpcserve.transport import Channel
 
 T = TypeVar("T")
 
 MAX_PLAN_BYTES = 1 << 30
+
+MAX_SLOTS = 256
+"""Requests in one evaluation, whatever the config says."""
 
 
 class Message:
@@ -72,9 +76,16 @@ class Message:
         """16 bytes in hex, or None where there are none."""
         return None if self._fields.get(key) is None else self.id(key)
 
-    def ids(self, key: str) -> frozenset[bytes]:
+    def ids(self, key: str) -> tuple[bytes, ...]:
         """A list of ids."""
-        return frozenset(Message({key: item}, self._sender).id(key) for item in self._list(key))
+        return tuple(Message({key: item}, self._sender).id(key) for item in self._list(key))
+
+    def optional_texts(self, key: str, count: int) -> list[str | None]:
+        """A list of so many strings, of which some may be missing."""
+        items = self._list(key)
+        if len(items) != count:
+            raise self._unlike(key, f"{count} items", len(items))
+        return [Message({key: item}, self._sender).optional_text(key) for item in items]
 
     def objects(self, key: str) -> list[dict[str, Any]]:
         """A list of JSON objects."""
@@ -149,6 +160,14 @@ def failing(*channels: Channel) -> Iterator[None]:
         for channel in channels:
             channel.fail(error)
         raise error from None
+
+
+def slots_of(message: Message, plan: Plan) -> int:
+    """For how many requests a bundle is to be. Raises: Refused, WireError."""
+    slots = message.size("slots", MAX_SLOTS)
+    if slots < 1 or (slots > 1 and not can_stack(plan)):
+        raise Refused(f"a bundle for {slots} requests", "see the log of alice")
+    return slots
 
 
 def check_digest(ours: Plan, theirs: str, who: str, role: str) -> None:
