@@ -173,8 +173,8 @@ def test_carol_lost_while_dealing_ends_the_request_and_only_it(
     trio = make_trio(depth=0)
     deal, once = Dealer.deal, [severing(trio, "carol")]
 
-    def watched(self: Dealer, bundle: bytes) -> Iterator[memoryview]:
-        for number, piece in enumerate(deal(self, bundle)):
+    def watched(self: Dealer, bundle: bytes, slots: int = 1) -> Iterator[memoryview]:
+        for number, piece in enumerate(deal(self, bundle, slots)):
             if number == pieces and once:
                 once.pop()()
             yield piece
@@ -190,10 +190,10 @@ def test_a_late_carol_is_named(make_trio: MakeTrio, monkeypatch: pytest.MonkeyPa
     trio, awake = make_trio(depth=0, round=0.5), threading.Event()
     deal, once = Dealer.deal, [awake]
 
-    def watched(self: Dealer, bundle: bytes) -> Iterator[memoryview]:
+    def watched(self: Dealer, bundle: bytes, slots: int = 1) -> Iterator[memoryview]:
         if once:
             assert once.pop().wait(20)
-        yield from deal(self, bundle)
+        yield from deal(self, bundle, slots)
 
     monkeypatch.setattr(Dealer, "deal", watched)
     with pytest.raises(PeerTimeout, match=r"0\.5 s for dealt bytes 0 … of 224 from carol at"):

@@ -86,8 +86,8 @@ class Half(Preparation):
         self.stop_at, self.fails, self.go_on = stop_at, fails, threading.Event()
         materials = live.program.materials
 
-        def some(id: bytes, take: Any) -> Iterator[tuple[int, Any]]:
-            for instruction, material in materials(id, take):
+        def some(id: bytes, take: Any, slots: int) -> Iterator[tuple[int, Any]]:
+            for instruction, material in materials(id, take, slots):
                 if instruction == stop_at:
                     if fails:
                         raise PeerError("carol is lost")
@@ -104,6 +104,9 @@ class Half(Preparation):
 class _Program:
     def __init__(self, plan: Any, materials: Any) -> None:
         self.plan, self.materials = plan, materials
+
+    def plan_of(self, slots: int) -> Any:
+        return self.plan
 
 
 def test_a_material_is_there_as_soon_as_it_is_prepared_and_once(make_trio: MakeTrio) -> None:
@@ -189,8 +192,8 @@ def test_a_request_is_evaluated_while_its_bundle_is_still_dealt(
     after_round(monkeypatch, role, evaluating.set)
     deal = Dealer.deal
 
-    def hesitating(self: Dealer, bundle: bytes) -> Iterator[memoryview]:
-        pieces = deal(self, bundle)
+    def hesitating(self: Dealer, bundle: bytes, slots: int = 1) -> Iterator[memoryview]:
+        pieces = deal(self, bundle, slots)
         yield next(pieces)  # of the product
         assert evaluating.wait(WAIT)
         yield from pieces
@@ -206,8 +209,8 @@ def test_a_late_dealer_is_named_while_her_bundle_is_used(
     trio, awake = make_trio(depth=0, round=0.3), threading.Event()
     deal, once = Dealer.deal, [awake]
 
-    def hesitating(self: Dealer, bundle: bytes) -> Iterator[memoryview]:
-        pieces = deal(self, bundle)
+    def hesitating(self: Dealer, bundle: bytes, slots: int = 1) -> Iterator[memoryview]:
+        pieces = deal(self, bundle, slots)
         yield next(pieces)
         if once:
             assert once.pop().wait(WAIT)
@@ -227,8 +230,8 @@ def test_a_failed_request_ends_the_preparing_of_its_bundle_on_both_sides(
     trio, failed = make_trio(depth=0), threading.Event()
     deal, once = Dealer.deal, [failed]
 
-    def hesitating(self: Dealer, bundle: bytes) -> Iterator[memoryview]:
-        pieces = deal(self, bundle)
+    def hesitating(self: Dealer, bundle: bytes, slots: int = 1) -> Iterator[memoryview]:
+        pieces = deal(self, bundle, slots)
         yield next(pieces)
         if once:
             assert once.pop().wait(WAIT)
@@ -352,7 +355,7 @@ def test_a_spooled_bundle_that_is_closed_is_refused(tmp_path: Path) -> None:
 def test_an_evaluation_does_not_wait_for_the_deadline_when_its_bundle_is_lost(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Dealer, bundle: bytes) -> Iterator[memoryview]:
+    def broken(self: Dealer, bundle: bytes, slots: int = 1) -> Iterator[memoryview]:
         raise ValueError("a defect")
         yield memoryview(b"")
 
