@@ -14,7 +14,7 @@ The plan is made for a range of each secret input. A backend is given the input 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import frexp
 from typing import Any
@@ -68,11 +68,21 @@ class MpcBackend(Backend):
         return cls.supports_device(device)
 
     @classmethod
-    def prepare(cls, model: onnx.ModelProto, device: str = "CPU", **options: Any) -> SecretModel:
-        """The model, ready to be given inputs. `options`: those of `compiler.pipeline.Options`."""
+    def prepare(
+        cls,
+        model: onnx.ModelProto,
+        device: str = "CPU",
+        public: Collection[str] = (),
+        **options: Any,
+    ) -> SecretModel:
+        """The model, ready to be given inputs.
+
+        `public`: names of inputs that are parameters, though no operator of the model says so.
+        `options`: those of `compiler.pipeline.Options`.
+        """
         if not cls.supports_device(device):
             raise InputError(f"device {device!r} is not supported", "use CPU")
-        return SecretModel(model, Options(**options))
+        return SecretModel(model, Options(**options), public)
 
     @classmethod
     def run_model(
@@ -122,12 +132,14 @@ class _Ready:
 class SecretModel(BackendRep):
     """A model that is run on secret inputs. `bill` is what the last run took."""
 
-    def __init__(self, model: onnx.ModelProto, options: Options) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, options: Options, public: Collection[str] = ()
+    ) -> None:
         constants = {t.name for t in model.graph.initializer}
         self.model, self.options = model, options
         self.inputs = [i.name for i in model.graph.input if i.name not in constants]
         self.bill: Bill | None = None
-        self._parameters = parameters_of(model.graph)
+        self._parameters = parameters_of(model.graph) | set(public)
         self._ready: dict[bytes, _Ready] = {}
 
     def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:

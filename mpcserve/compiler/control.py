@@ -78,25 +78,32 @@ def scan(
     u: Unfolding, node: onnx.NodeProto, scope: Scope, name: str, outputs: Sequence[str]
 ) -> list[str]:
     """Scan: a copy of the body per element along the scanned axes."""
+    given = [scope.values[i] if i else "" for i in node.input]
+    if u.opsets.get("", 1) >= 9:
+        return _scanned(u, node, scope, name, given)
+    if given[0]:
+        raise Unsupported("has lengths of sequences", "export the model with opset 9 or newer")
+    rows = []
+    for row in range((u.shape(given[1]) or (0,))[0]):  # the old form had a batch in front
+        at = u.constant(u.fresh(f"{name}/row_{row}"), np.array(row, np.int64))
+        own = [u.make("Gather", [x, at], u.fresh(f"{name}/{row}"), axis=0) for x in given[1:]]
+        rows.append(_scanned(u, node, scope, f"{name}/{row}", own))
+    kinds = [o.type for o in _attributes(node)["body"].output]
+    columns = enumerate(zip(*rows, strict=True))
+    return [_stacked(u, c, 0, f"{name}/joined_{k}", kinds[k]) for k, c in columns]
+
+
+def _scanned(
+    u: Unfolding, node: onnx.NodeProto, scope: Scope, name: str, given: list[str]
+) -> list[str]:
     attrs = _attributes(node)
     body: onnx.GraphProto = attrs["body"]
-    if u.opsets.get("", 1) < 9:
-        raise Unsupported("has the form of opset 8", "export the model with opset 9 or newer")
-    given = [scope.values[i] for i in node.input]
     count = int(attrs["num_scan_inputs"])
     carried, scanned = given[: len(given) - count], given[len(given) - count :]
-    made = len(body.output) - len(carried)
-    shapes = [u.shape(x) for x in scanned]
     axes = _per_item(attrs, "scan_input_axes", count)
-    if any(s is None for s in shapes):
-        raise Unsupported("scans a value of unknown length", "export it with fixed shapes")
-    lengths = {s[a] for s, a in zip(shapes, axes, strict=True) if s is not None}
-    if len(lengths) != 1:
-        raise Unsupported(f"scans values of different lengths {sorted(lengths)}")
-    length = lengths.pop()
-    if length > MOST_TURNS:
-        raise Unsupported(f"runs more than {MOST_TURNS} turns", "export it with fewer")
-    backward = _per_item(attrs, "scan_input_directions", count)
+    length = _length([u.shape(x) for x in scanned], axes)
+    old = "directions" if u.opsets.get("", 1) < 9 else "scan_input_directions"
+    backward = _per_item(attrs, old, count)
     rows: list[list[str]] = []
     for turn in range(length):
         inner = scope.inside(f"{name}/{turn}/")
@@ -109,15 +116,28 @@ def scan(
         found = u.graph(body, inner)
         carried = found[: len(carried)]
         rows.append(found[len(carried) :])
+    made = len(body.output) - len(carried)
+    along = _per_item(attrs, "scan_output_axes", made)
+    reverse = _per_item(attrs, "scan_output_directions", made)
     stacked = []
-    for k in range(made):
-        axis = _per_item(attrs, "scan_output_axes", made)[k]
+    for k, info in enumerate(body.output[len(carried) :]):
         column = [row[k] for row in rows]
-        if _per_item(attrs, "scan_output_directions", made)[k]:
-            column.reverse()
-        kind = body.output[len(carried) + k].type
-        stacked.append(_stacked(u, column, axis, f"{name}/scanned_{k}", kind))
+        column = column[::-1] if reverse[k] else column
+        stacked.append(_stacked(u, column, along[k], f"{name}/scanned_{k}", info.type))
     return [*carried, *stacked]
+
+
+def _length(shapes: Sequence[tuple[int, ...] | None], axes: Sequence[int]) -> int:
+    """How many elements there are along the scanned axes."""
+    if any(s is None for s in shapes):
+        raise Unsupported("scans a value of unknown length", "export it with fixed shapes")
+    lengths = {s[a] for s, a in zip(shapes, axes, strict=True) if s is not None}
+    if len(lengths) != 1:
+        raise Unsupported(f"scans values of different lengths {sorted(lengths)}")
+    length = lengths.pop()
+    if length > MOST_TURNS:
+        raise Unsupported(f"runs more than {MOST_TURNS} turns", "export it with fewer")
+    return length
 
 
 Unroll = Callable[["Unfolding", onnx.NodeProto, "Scope", str, Sequence[str]], list[str]]

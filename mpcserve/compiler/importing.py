@@ -101,7 +101,7 @@ def restored(model: onnx.ModelProto, held: list[onnx.TensorProto]) -> onnx.Model
 def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     """In the newest opset that onnx and onnxruntime share; unchanged where there is no way."""
     target = newest_opset()
-    if opset_of(model) == target:
+    if opset_of(model) == target or _has_old_scan(model):
         return model
     try:
         result: onnx.ModelProto = version_converter.convert_version(model, target)
@@ -109,6 +109,11 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     except (RuntimeError, onnx.checker.ValidationError, version_converter.ConvertError):
         return model
     return result
+
+
+def _has_old_scan(model: onnx.ModelProto) -> bool:
+    """Whether a Scan has a batch, which conversion would drop."""
+    return opset_of(model) < 9 and any(n.op_type == "Scan" for n in model.graph.node)
 
 
 def checked(model: onnx.ModelProto) -> None:

@@ -218,6 +218,10 @@ class Unfolding:
 
     def _keep(self, node: onnx.NodeProto) -> None:
         """A node on secrets."""
+        if node.op_type == "Concat" and not node.domain:
+            full = [i for i in node.input if 0 not in (self.shape(i) or ())]
+            del node.input[:]
+            node.input.extend(full)
         outputs = list(node.output)
         for name, kind in self._inferred(node).items():
             self.types[name] = _held_type(kind)

@@ -84,7 +84,7 @@ def split(
     axis: int = 0,
     split: Sequence[int] | None = None,
     num_outputs: int | None = None,
-) -> tuple[Ref, ...]:
+) -> tuple[Ref | None, ...]:
     """Cut along an axis: into given sizes, or evenly with a smaller last part."""
     axis = axis_of(axis, len(x.shape))
     sizes = list(split or ()) if sizes_input is None else ints_of(sizes_input, "split")
@@ -94,7 +94,7 @@ def split(
         sizes = [min(each, x.shape[axis] - i * each) for i in range(parts)]
     stops = np.cumsum(sizes)
     return tuple(
-        b.slice(x, axis, int(stop) - size, int(stop))
+        b.slice(x, axis, int(stop) - size, int(stop)) if size else None  # a constant by now
         for size, stop in zip(sizes, stops, strict=True)
     )
 
