@@ -14,6 +14,9 @@ from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Problem, TooWide, Unsupported
 from mpcserve.compiler.registry import Lowering, Registry
 
+SHAPED_BY_DATA = ("NonZero", "Unique", "NonMaxSuppression")
+"""Operators that no plan can hold: everybody sees the shapes in a plan."""
+
 Reach = tuple[float, float, str]
 """(low, high, known) of an input."""
 
@@ -102,6 +105,9 @@ def unknown_op(node: Node, opset: int, registry: Registry) -> Problem:
     if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
         reason = f"operator of domain {node.domain!r} is not supported"
         return Problem(node.name, node.op, reason, "export the model with standard operators")
+    if node.op in SHAPED_BY_DATA:
+        reason = "the shape of its result would depend on secret data and so reveal it"
+        return Problem(node.name, node.op, reason, "use a mask of fixed shape, or TopK")
     later = [e.since for e in registry.entries if e.op == node.op]
     reason = "operator is not supported" + (f" in opset {opset}" if later else "")
     way = f"export with opset {min(later)} or newer" if later else "replace it by supported ones"

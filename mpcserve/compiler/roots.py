@@ -142,10 +142,31 @@ def _positive_range(b: Builder, x: Ref, what: str) -> tuple[float, float]:
     return max(held.least, least), held.most
 
 
+def of_either_sign(b: Builder, x: Ref) -> bool:
+    """Whether a divisor may be negative by more than errors of values that are positive."""
+    held, sure = b.interval(x), b.known(x) in ("exact", "proved") and b.is_tight(x)
+    slack = 16 * 2.0 ** (FLOOR_BITS - x.frac_bits)
+    return held.least < -slack and (sure or held.least < -held.most / MOSTLY)
+
+
+MOSTLY = 64
+"""A range that goes this much farther up than down is that of a positive value with errors."""
+
+
+def _size(b: Builder, x: Ref, below: Ref) -> Ref:
+    """|x|, given the bit [x < 0]."""
+    size = b.sub(x, b.pick([below], [b.scale(x, 2)]))
+    return b.within(size, 0.0, b.interval(x).magnitude)
+
+
 def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
-    """1 / x for x of one sign. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6."""
+    """1 / x. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6; 4 more for x of either sign."""
     if b.interval(x).most <= 0:
         return b.scale(reciprocal(b, b.scale(x, -1), to), -1)
+    if of_either_sign(b, x):
+        below = b.sign(x)
+        y = reciprocal(b, _size(b, x, below), to)
+        return b.sub(y, b.pick([below], [b.scale(y, 2)]))
     found = scaled(b, x, "its divisor", 1)
     r = _inverse(b, found, b.frac_bits + PART_BITS)
     y = found.times_factor(b, r, to=b.frac_bits if to is None else to)
@@ -155,14 +176,23 @@ def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
 def divide(
     b: Builder, x: Ref, y: Ref, ratio: float | None = None, spread: Spread | None = None
 ) -> Ref:
-    """x / y with broadcasting, for y of one sign. Error: 1e-5 relative and 2 ulp. Rounds: 2 to 6.
+    """x / y with broadcasting. Error: 1e-5 relative and 2 ulp.
 
-    x is scaled while y is, so that no small 1 / y is ever rounded. `ratio`: a bound of |x / y| that
+    Rounds: 2 to 6; 3 more for y of either sign, whose |y| is taken to be 4 ulp at least. x is
+    scaled while y is, so that no small 1 / y is ever rounded. `ratio`: a bound of |x / y| that
     intervals cannot see. `spread`: brings what is computed per divisor to the shape of x, where
     that is not by broadcasting.
     """
     if b.interval(y).most <= 0:
         return b.scale(divide(b, x, b.scale(y, -1), ratio, spread), -1)
+    if of_either_sign(b, y):
+        below = b.sign(y)
+        shape = x.shape if spread else np.broadcast_shapes(x.shape, y.shape)
+        wide = b.expand(spread(b, below) if spread else below, shape)
+        turned = b.scale(b.expand(x, shape), 2)
+        reach = b.interval(turned).magnitude / 2
+        x = b.within(b.sub(b.expand(x, shape), b.pick([wide], [turned])), -reach, reach)
+        return divide(b, x, _size(b, y, below), ratio, spread)
     found = scaled(b, y, "its divisor", 1)
     held, (low, _) = b.interval(x), _positive_range(b, y, "its divisor")
     top = held.magnitude / low if ratio is None else ratio

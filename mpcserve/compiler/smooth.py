@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import fourier
-from mpcserve.compiler.builder import Builder, Ref
+from mpcserve.compiler.builder import WAVE_BITS, Builder, Ref
 from mpcserve.compiler.fourier import Curve
 from mpcserve.compiler.functions import times, with_frac_bits
 from mpcserve.compiler.problems import TooWide, Unsupported
@@ -361,7 +361,7 @@ def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -
 ANGLE_BITS = 22
 
 
-def sine(b: Builder, x: Ref, cosine: bool = False) -> Ref:
+def sine(b: Builder, x: Ref, cosine: bool = False, to: int | None = None) -> Ref:
     """sin x or cos x for every x: a whole turn becomes 2^22, and the ring takes it modulo that.
 
     Error: 3e-5. Rounds: 1.
@@ -372,6 +372,7 @@ def sine(b: Builder, x: Ref, cosine: bool = False) -> Ref:
     if shift < 8:
         raise TooWide("its input has too large a range", "calibrate with samples")
     turned = b.shift(b.scale(x, round(per_unit * 2.0**shift)), shift, 0)
-    y = b.spectral(turned, ANGLE_BITS, [0.0 if cosine else 1.0], [1.0 if cosine else 0.0])
-    slack = 4 * 2.0**-b.frac_bits
+    waves = [0.0 if cosine else 1.0], [1.0 if cosine else 0.0]
+    y = b.spectral(turned, ANGLE_BITS, *waves, to, MOST_WAVE_BITS if to else WAVE_BITS)
+    slack = 4 * 2.0**-y.frac_bits
     return b.within(y, -1.0 - slack, 1.0 + slack)

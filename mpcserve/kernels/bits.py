@@ -76,6 +76,21 @@ def flags_of(plane: Words, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return flags.reshape(shape)
 
 
+def part_of(plane: Words, start: int, count: int) -> Words:
+    """The plane of `count` elements from `start` on: no bit of any other is left in it."""
+    word, shift = divmod(start, 64)
+    size = (count + 63) // 64
+    around = np.zeros(size + 1, np.uint64)
+    held = plane[word : word + size + 1]
+    around[: held.size] = held
+    out: Words = around[:size] >> np.uint64(shift)
+    if shift:
+        out |= around[1:] << np.uint64(64 - shift)
+    if count % 64:
+        out[-1] &= (_U1 << np.uint64(count % 64)) - _U1
+    return out
+
+
 def pack_planes(planes: Words, size: int) -> memoryview:
     """Bit planes on the wire: ceil(size / 8) bytes each. Shapes: planes [P, ceil(size / 64)]."""
     raw = np.ascontiguousarray(planes).view(np.uint8).reshape(planes.shape[0], -1)

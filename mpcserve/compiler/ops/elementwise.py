@@ -1,12 +1,13 @@
-"""Add, Sub, Mul, Div, Neg, Sum, Abs, Max, Min and the piecewise linear activations."""
+"""Arithmetic, extrema and the piecewise linear activations."""
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mpcserve.compiler import functions as f
+from mpcserve.compiler.booleans import negative
 from mpcserve.compiler.builder import Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned, secret, times, values_of
 from mpcserve.compiler.problems import Unsupported
@@ -34,7 +35,7 @@ def mul(b: Builder, x: Operand, y: Operand, /) -> Ref:
 
 @lowers("Div", since=7)
 def div(b: Builder, x: Operand, y: Operand, /) -> Ref:
-    """x / y: one product with the secret 1 / y of a constant; a secret y must have one sign."""
+    """x / y: one product with the secret 1 / y of a constant; of a secret y, 2 to 9 rounds."""
     if isinstance(y, Ref):
         return divide(b, secret(b, x), y)
     divisor = np.asarray(y, np.float64)
@@ -55,16 +56,54 @@ def sum_(b: Builder, *xs: Operand) -> Ref:
     return f.add_all(b, xs)
 
 
+@lowers("Mean", since=6)
+def mean(b: Builder, *xs: Operand) -> Ref:
+    """Mean of any number of operands, local. Error: 1.75 ulp."""
+    return times(b, f.add_all(b, xs), 1.0 / len(xs))
+
+
 @lowers("Max", since=6)
 def max_(b: Builder, *xs: Operand) -> Ref:
-    """Elementwise maximum of any number of operands, broadcast."""
-    return reduce(lambda x, y: f.maximum(b, x, y), xs[1:], secret(b, xs[0]))
+    """Elementwise maximum of any number of operands, by pairs: 3 rounds a level."""
+    return _by_pairs(b, xs, f.maximum)
 
 
 @lowers("Min", since=6)
 def min_(b: Builder, *xs: Operand) -> Ref:
-    """Elementwise minimum of any number of operands, broadcast."""
-    return reduce(lambda x, y: f.minimum(b, x, y), xs[1:], secret(b, xs[0]))
+    """Elementwise minimum of any number of operands, by pairs: 3 rounds a level."""
+    return _by_pairs(b, xs, f.minimum)
+
+
+def _by_pairs(b: Builder, xs: Sequence[Operand], join: Callable[..., Ref]) -> Ref:
+    left = [*xs]
+    while len(left) > 1:
+        joined: list[Operand] = [join(b, *left[k : k + 2]) for k in range(0, len(left) - 1, 2)]
+        left = joined + left[len(left) // 2 * 2 :]
+    return secret(b, left[0])
+
+
+@lowers("Sign", since=9)
+def sign(b: Builder, x: Ref, /) -> Ref:
+    """−1, 0 or 1: two comparisons side by side, 3 rounds."""
+    bits = [negative(b, b.scale(x, -1)), negative(b, x)]
+    return b.weighted(bits, [1.0, -1.0], 0)
+
+
+@lowers("ThresholdedRelu", since=10)
+def thresholded_relu(b: Builder, x: Ref, /, *, alpha: float = 1.0) -> Ref:
+    """x where x > alpha, else 0: one comparison."""
+    x = f.fine_enough(b, x, alpha)
+    held = b.interval(x)
+    y = b.pick([negative(b, b.offset(b.scale(x, -1), alpha))], [x])
+    return b.within(y, np.minimum(held.low.clip(alpha), 0.0), np.maximum(held.high, 0.0))
+
+
+@lowers("Shrink", since=9)
+def shrink(b: Builder, x: Ref, /, *, bias: float = 0.0, lambd: float = 0.5) -> Ref:
+    """x + bias below −lambd, x − bias above lambd, else 0: two comparisons side by side."""
+    x = f.fine_enough(b, x, bias, lambd)
+    below, above = negative(b, b.offset(x, lambd)), negative(b, b.offset(b.scale(x, -1), lambd))
+    return b.pick([below, above], [b.offset(x, bias), b.offset(x, -bias)])
 
 
 @lowers("Abs", since=6)

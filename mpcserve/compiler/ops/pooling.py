@@ -12,7 +12,7 @@ import numpy as np
 
 from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.functions import absolute, aligned, maximum, reduce_max, times
-from mpcserve.compiler.ops.reduction import duel
+from mpcserve.compiler.ops.ordering import duel
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.rearrange import windows
 from mpcserve.compiler.registry import lowers

@@ -1,4 +1,4 @@
-"""Sums and means over axes, and the index of the largest element."""
+"""Sums, means, norms, products and extrema over axes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from math import prod
 import numpy as np
 
 from mpcserve.compiler.builder import Builder, Operand, Ref
-from mpcserve.compiler.functions import axis_of, ints_of, times
+from mpcserve.compiler.functions import (
+    absolute,
+    axis_of,
+    ints_of,
+    times,
+    with_frac_bits,
+)
+from mpcserve.compiler.functions import reduce_max as largest
+from mpcserve.compiler.products import fitting
 from mpcserve.compiler.registry import lowers
+from mpcserve.compiler.roots import logarithm, root
 
 
 @lowers("ReduceSum", since=1)
@@ -45,44 +54,163 @@ def reduce_mean(
     return _kept(b, x, mean, over, keepdims)
 
 
-@lowers("ArgMax", since=1)
-def arg_max(
-    b: Builder, x: Ref, /, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0
+@lowers("ReduceMax", since=1)
+def reduce_max(
+    b: Builder,
+    x: Ref,
+    axes_input: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int] | None = None,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
 ) -> Ref:
-    """Index of the largest element: a tournament that carries the index."""
-    axis = axis_of(axis, len(x.shape))
-    n = x.shape[axis]
-    along = [n if i == axis else 1 for i in range(len(x.shape))]
-    index = b.expand(b.constant(np.arange(n).reshape(along)), x.shape)
-    while (n := x.shape[axis]) > 1:
-        # Neighbours meet, so indices stay in order and ties are broken as ONNX asks.
-        even = n - n % 2
-        pairs = [[b.slice(t, axis, k, even, 2) for k in (0, 1)] for t in (x, index)]
-        best, chosen = duel(b, bool(select_last_index), *pairs[0], *pairs[1])
-        rest = [[b.slice(t, axis, even, n)] if n > even else [] for t in (x, index)]
-        x, index = b.concat([best, *rest[0]], axis), b.concat([chosen, *rest[1]], axis)
-    shape = tuple(d for k, d in enumerate(x.shape) if k != axis)
-    return index if keepdims else b.reshape(index, shape)
+    """Maximum over axes: a tournament (see `functions.reduce_max`)."""
+    over = _axes(x, axes_input, axes, noop_with_empty_axes)
+    return _kept(b, x, _extremum(b, x, over), over, keepdims)
 
 
-def duel(b: Builder, last: bool, a: Ref, later: Ref, i: Ref, j: Ref) -> tuple[Ref, Ref]:
-    """(max(a, later), its index): a tie goes to the later one iff `last`. One comparison."""
-    held = b.interval(a), b.interval(later)
-    first, second = (a, later) if not last else (later, a)
-    gap = b.sub(first, second)
-    wins = b.sign(gap)
-    # gap < 0: the second is strictly larger; a tie keeps the first.
-    best = b.add(second, b.select(wins, gap, when=0, nonnegative=True))
-    b.within(
-        best,
-        np.maximum(held[0].low, held[1].low),
-        np.maximum(held[0].high, held[1].high),
-    )
-    here, there = (i, j) if not last else (j, i)
-    chosen = b.add(here, b.select(wins, b.sub(there, here), when=1))
-    low = np.minimum(b.interval(i).low, b.interval(j).low)
-    high = np.maximum(b.interval(i).high, b.interval(j).high)
-    return best, b.within(chosen, low, high)
+@lowers("ReduceMin", since=1)
+def reduce_min(
+    b: Builder,
+    x: Ref,
+    axes_input: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int] | None = None,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Ref:
+    """Minimum over axes: a tournament, as of −x."""
+    over = _axes(x, axes_input, axes, noop_with_empty_axes)
+    return _kept(b, x, b.scale(_extremum(b, b.scale(x, -1), over), -1), over, keepdims)
+
+
+@lowers("ReduceProd", since=1)
+def reduce_prod(
+    b: Builder,
+    x: Ref,
+    axes_input: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int] | None = None,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Ref:
+    """Product over axes: ⌈log2 n⌉ rounds. Error: n ulp of each partial product, times the rest."""
+    over = _axes(x, axes_input, axes, noop_with_empty_axes)
+    return _kept(b, x, _product(b, x, over), over, keepdims)
+
+
+@lowers("ReduceL1", since=1)
+def reduce_l1(
+    b: Builder,
+    x: Ref,
+    axes_input: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int] | None = None,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Ref:
+    """Σ |x|: a comparison per element, 3 rounds."""
+    over = _axes(x, axes_input, axes, noop_with_empty_axes)
+    return _kept(b, x, b.sum(absolute(b, x), over), over, keepdims)
+
+
+@lowers("ReduceSumSquare", since=1)
+def reduce_sum_square(
+    b: Builder,
+    x: Ref,
+    axes_input: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int] | None = None,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Ref:
+    """Σ x²: one product per sum."""
+    over = _axes(x, axes_input, axes, noop_with_empty_axes)
+    return _kept(b, x, _squares(b, x, over), over, keepdims)
+
+
+@lowers("ReduceL2", since=1)
+def reduce_l2(
+    b: Builder,
+    x: Ref,
+    axes_input: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int] | None = None,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Ref:
+    """√Σ x²: a product and a root, up to 8 rounds. Error: 2e-5 relative and 2 ulp."""
+    over = _axes(x, axes_input, axes, noop_with_empty_axes)
+    if not over:
+        return absolute(b, x)
+    return _kept(b, x, root(b, _squares(b, x, over, FINE_BITS), b.frac_bits), over, keepdims)
+
+
+@lowers("ReduceLogSum", since=1)
+def reduce_log_sum(
+    b: Builder,
+    x: Ref,
+    axes_input: Operand | None = None,
+    /,
+    *,
+    axes: Sequence[int] | None = None,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Ref:
+    """log Σ x for a positive sum: up to 5 rounds. Error: 5e-5."""
+    over = _axes(x, axes_input, axes, noop_with_empty_axes)
+    return _kept(b, x, logarithm(b, b.sum(x, over)), over, keepdims)
+
+
+FINE_BITS = 20
+"""Fraction bits of a radicand, where the root of a small one is asked for."""
+
+
+def _extremum(b: Builder, x: Ref, over: list[int]) -> Ref:
+    flat = _flat(b, x, over)
+    return b.reshape(largest(b, flat, len(flat.shape) - 1), flat.shape[:-1])
+
+
+def _squares(b: Builder, x: Ref, over: list[int], to: int | None = None) -> Ref:
+    """Σ x², each sum truncated once: a row times itself."""
+    x = with_frac_bits(b, x, max(x.frac_bits, min(b.frac_bits, FINE_BITS)))
+    if not over:
+        return b.mul(x, x, to=to)
+    flat = _flat(b, x, over)
+    lead, n = flat.shape[:-1], flat.shape[-1]
+    row, column = b.reshape(flat, (*lead, 1, n)), b.reshape(flat, (*lead, n, 1))
+    y = b.reshape(b.matmul(row, column, to=to), lead)
+    held, ulp = b.interval(flat), 2.0**-y.frac_bits
+    most = np.square(np.maximum(np.abs(held.low), np.abs(held.high)))
+    total = most.sum(axis=-1) * (n if most.shape[-1] == 1 else 1)
+    return b.within(y, np.full_like(total, -ulp), total + ulp)
+
+
+def _product(b: Builder, x: Ref, over: list[int]) -> Ref:
+    """By halves; each partial product keeps as many fraction bits as the next one can hold."""
+    if not over:
+        return x
+    flat = with_frac_bits(b, _flat(b, x, over), max(x.frac_bits, b.frac_bits))
+    axis = len(flat.shape) - 1
+    while (n := flat.shape[axis]) > 1:
+        half = n // 2
+        joined = fitting(b, [b.slice(flat, axis, k * half, (k + 1) * half) for k in range(2)])
+        rest = [b.slice(flat, axis, 2 * half, n)] if n % 2 else []
+        flat = b.concat([joined, *(with_frac_bits(b, r, joined.frac_bits) for r in rest)], axis)
+    return b.reshape(flat, flat.shape[:-1])
+
+
+def _flat(b: Builder, x: Ref, over: list[int]) -> Ref:
+    """The axes `over` as one, the last."""
+    rest = [a for a in range(len(x.shape)) if a not in over]
+    moved = b.transpose(x, [*rest, *over])
+    return b.reshape(moved, (*(x.shape[a] for a in rest), prod(x.shape[a] for a in over)))
 
 
 def _axes(x: Ref, given: Operand | None, attribute: Sequence[int] | None, noop: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mpcserve.compiler.booleans import certain
 from mpcserve.compiler.builder import Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned, axis_of, fine_enough, ints_of, values_of
 from mpcserve.compiler.problems import Unsupported
@@ -227,37 +228,10 @@ def dropout(
     *,
     ratio: float = 0.5,
     seed: int | None = None,
-) -> Ref:
-    """x: nothing is dropped at inference."""
-    if b.n_outputs > 1:
-        raise Unsupported("its output mask is used", "export the model in inference mode")
+) -> Ref | tuple[Ref, Ref]:
+    """x and, where asked for, a mask of all true: nothing is dropped at inference."""
     if training is not None and bool(np.asarray(values_of(training, "training_mode")).any()):
-        raise Unsupported("drops in training mode", "export the model in inference mode")
-    return x
-
-
-_FLOATS = (1, 10, 11, 16)
-"""TensorProto's float, float16, double and bfloat16."""
-
-
-@lowers("Cast", since=6)
-def cast(b: Builder, x: Ref, /, *, to: int, saturate: int = 1, round_mode: str = "up") -> Ref:
-    """x: fixed point has one kind of real number."""
-    if to not in _FLOATS:
-        raise Unsupported(
-            f"casts a secret value to ONNX element type {to}", "only casts between floats are free"
-        )
-    return x
-
-
-@lowers("CastLike", since=15)
-def cast_like(
-    b: Builder, x: Ref, like: Operand, /, *, saturate: int = 1, round_mode: str = "up"
-) -> Ref:
-    """x, where the other operand is a real number too."""
-    whole = like.frac_bits == 0 if isinstance(like, Ref) else like.dtype.kind in "iub"
-    if whole:
-        raise Unsupported(
-            "casts a secret value to whole numbers", "only casts between floats are free"
-        )
-    return x
+        share = 0.5 if ratio_input is None else float(np.ravel(values_of(ratio_input, "ratio"))[0])
+        if share:
+            raise Unsupported("drops in training mode", "export the model in inference mode")
+    return (x, certain(b, True, x.shape)) if b.n_outputs > 1 else x

@@ -9,25 +9,52 @@ from mpcserve.compiler.graph import Graph, Node
 _FLOATS = (1, 10, 11, 16)
 """TensorProto's float, float16, double, bfloat16."""
 
+_BOOL = 9
+
 
 def remove_identities(graph: Graph) -> Graph:
     """Same function, fewer nodes. A node that names an output of the model stays."""
     kept = {o.name for o in graph.outputs}
+    booleans = _booleans(graph)
     instead: dict[str, str] = {}
     nodes = []
     for node in graph.nodes:
         node = replace(node, inputs=tuple(instead.get(i, i) for i in node.inputs))
-        if _idle(node) and node.outputs[0] not in kept:
+        if _idle(node, booleans) and node.outputs[0] not in kept:
             instead[node.outputs[0]] = node.inputs[0]
         else:
             nodes.append(node)
     return graph.with_nodes(nodes)
 
 
-def _idle(node: Node) -> bool:
+_COMPARES = (
+    *("And", "Or", "Xor", "Not", "Equal", "IsInf", "IsNaN"),
+    *("Less", "LessOrEqual", "Greater", "GreaterOrEqual"),
+)
+_MOVES = (
+    *("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Tile"),
+    *("Concat", "Split", "Slice", "Gather"),
+)
+
+
+def _booleans(graph: Graph) -> set[str]:
+    """Values that are secret bits: a cast makes numbers of them."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        made = node.op in _COMPARES or (node.op == "Cast" and node.attrs.get("to") == _BOOL)
+        moved = node.op in _MOVES and node.inputs[0] in found
+        chosen = node.op == "Where" and not found.isdisjoint(node.inputs[1:])
+        if made or moved or chosen:
+            found.update(node.outputs)
+    return found
+
+
+def _idle(node: Node, booleans: set[str]) -> bool:
     outputs = [o for o in node.outputs if o]
     if node.domain not in ("", "ai.onnx") or len(outputs) != 1:
         return False
     if node.op == "Dropout":
         return len(node.inputs) < 3
-    return node.op == "Identity" or (node.op == "Cast" and node.attrs.get("to") in _FLOATS)
+    if node.op == "Cast":
+        return node.attrs.get("to") in _FLOATS and node.inputs[0] not in booleans
+    return node.op == "Identity"

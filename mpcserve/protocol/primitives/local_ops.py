@@ -11,6 +11,7 @@ gives views where the op only moves elements.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,21 @@ def _ready_bit(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Loc
         return lambda xs: np.asarray(_not(np.bitwise_xor.reduce(xs), flips))
     if i.op == "reshape":
         return lambda xs: xs[0]
+    if i.op == "slice" and (rows := _rows(i, operands[0].shape)) is not None:
+        start, count = rows
+        return lambda xs: bits.part_of(xs[0], start, count)
     op, shapes = _TABLE[i.op](i, operands, is_delta), [v.shape for v in operands]
     return lambda xs: bits.plane_of(
         np.asarray(op([bits.flags_of(x, shape) for x, shape in zip(xs, shapes, strict=True)]))
     )
+
+
+def _rows(i: Instruction, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(first element, how many) of a slice that cuts neighbouring rows off the first axis."""
+    at = i.attrs
+    if set(at["steps"]) - {1} or tuple(at["stops"][1:]) != shape[1:] or any(at["starts"][1:]):
+        return None
+    return at["starts"][0] * prod(shape[1:]), i.value.size
 
 
 def _odd(xs: Sequence[Words]) -> Words:
