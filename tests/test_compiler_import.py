@@ -208,6 +208,17 @@ def test_check_reports_every_node_and_what_to_do() -> None:
     assert [r.op for r in reports] == ["Conv", "NonZero", "RandomNormalLike", "RandomUniformLike"]
     assert {r.status for r in reports} == {"unsupported"}
     assert by_node["RandomUniformLike:y"].reason == "draws random numbers"
+
+
+def test_check_tells_supported_nodes_from_constant_ones() -> None:
+    model = model_of(
+        [
+            node("Shape", ["x"], ["s"]),
+            node("Reshape", ["x", "s"], ["r"]),
+            node("Relu", ["r"]),
+        ],
+        {"x": ("N", 3)},
+    )
     assert [r.status for r in check_model(model)] == ["constant", "supported", "supported"]
 
 
