@@ -34,19 +34,17 @@ KINDS = {
     "linear_image.py": "ring products",
     "sign.py": "comparisons",
     "select.py": "selections and extensions",
-    "product.py": "truncation and masks of products",
+    "product.py": "truncation and masks of products, packed",
     "local_ops.py": "local operations",
     "randomness.py": "streams",
     "ring.py": "copies and reductions",
+    "compare.py": "comparisons",
+    "packing.py": "packing",
 }
 KERNELS = {
-    "_pack": "packing",
-    "pack": "packing",
-    "_unpack": "packing",
-    "unpack": "packing",
-    "finish_product": "truncation and masks of products",
-    "compare_chunk": "comparisons",
-    "merge_chunks": "comparisons",
+    "finish_product": "truncation and masks of products, packed",
+    "pack_blocks": "packing",
+    "unpack_blocks": "packing",
     "slice_bits": "comparisons",
     "monomials": "comparisons",
     "select_share": "selections and extensions",
@@ -63,10 +61,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="evaluations (default 3)")
     options = parser.parse_args()
     before, online = profile_row(rows[options.row], options.runs)
-    print(f"{'CPU ms':34}{'one server, online':>20}{'all three, before':>20}")
+    print(f"{'CPU ms':40}{'one server, online':>20}{'all three, before':>20}")
     for kind in sorted({*before, *online}, key=lambda k: -online[k]):
-        print(f"{kind:34}{_milliseconds(online[kind])}{_milliseconds(before[kind])}")
-    print(f"{'total':34}{_milliseconds(online.total())}{_milliseconds(before.total())}")
+        print(f"{kind:40}{_milliseconds(online[kind])}{_milliseconds(before[kind])}")
+    print(f"{'total':40}{_milliseconds(online.total())}{_milliseconds(before.total())}")
 
 
 def profile_row(row: Row, runs: int) -> tuple[Counter[str], Counter[str]]:

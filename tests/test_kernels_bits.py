@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mpcserve.kernels import bits, local, packing
+from mpcserve.kernels import bits, compare, local, packing
 from mpcserve.ring import decode, encode, from_signed, reduce, to_signed, word_type, words_of
 
 EDGES = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
@@ -75,28 +75,43 @@ def test_monomials_are_all_subset_products() -> None:
         assert np.array_equal(out[s - 1], expected)
 
 
+@pytest.mark.parametrize("dtype", [np.uint64, np.uint32])
 @pytest.mark.parametrize("c", range(1, 9))
-def test_compare_chunk_shares_less_than_and_equal(c: int) -> None:
+def test_a_chunk_shares_less_than_and_equal(c: int, dtype: type[np.unsignedinteger]) -> None:
     rng = np.random.default_rng(c)
     size = 2500
-    d, lam = rng.integers(0, 1 << c, size, np.uint64), rng.integers(0, 1 << c, size, np.uint64)
+    d, lam = rng.integers(0, 2 << c, size, dtype), rng.integers(0, 2 << c, size, dtype)
     d[:500] = lam[:500]
-    planes = [np.empty((c, (size + 63) // 64), np.uint64) for _ in range(2)]
-    for x, p in zip((d, lam), planes, strict=True):
-        bits.slice_bits(x, 0, c, p)
-    mono = np.empty(((1 << c) - 1, planes[0].shape[1]), np.uint64)
-    bits.monomials(planes[1], mono)
+    words, chunks, rows = (size + 63) // 64, np.array([c]), 1 << c
+    mono, room = np.empty(rows * words, np.uint64), compare.scratch(c)
+    compare.chunk_monomials(lam, chunks, rows, words, room, mono)
     part = rng.integers(0, 2**64, mono.shape, np.uint64)
-    lt, eq = np.zeros(planes[0].shape[1], np.uint64), np.zeros(planes[0].shape[1], np.uint64)
+    beta, none = rng.integers(0, 2**64, words, np.uint64), np.empty(0, np.uint64)
+    both = np.zeros((2, words), np.uint64)
     for share, leader in ((part, True), (mono ^ part, False)):
-        out = [np.empty_like(lt), np.empty_like(eq)]
-        bits.compare_chunk(planes[0], share, leader, *out)
-        lt ^= out[0]
-        eq ^= out[1]
-    for plane, expected in ((lt, d < lam), (eq, d == lam)):
+        out, to = np.empty_like(both), np.array([-1, -2])
+        compare.open_chunks(d, chunks, to, share, rows, none, 0, beta, leader, room, none, out)
+        both ^= out
+    low = dtype((1 << c) - 1)
+    less = (d & low) < (lam & low)
+    # the last chunk's share holds both signs, and each server's mask: here twice the same
+    negative = less ^ (d >> dtype(c) != 0) ^ (lam >> dtype(c) != 0)
+    for plane, expected in zip(both, (negative, d & low == lam & low), strict=True):
         got = np.empty(size, np.uint64)
         bits.unslice_bit(plane, got)
         assert np.array_equal(got.astype(bool), expected)
+
+
+@pytest.mark.parametrize("size", [1, 64, 100, 2048, 2049, 4160])
+def test_rows_in_blocks_travel_in_whole_bytes_each(size: int) -> None:
+    words = (size + 63) // 64
+    rows = np.random.default_rng(size).integers(0, 2**64, (3, words), np.uint64)
+    rows[:, -1] &= np.uint64((1 << (size - 1) % 64 + 1) - 1)
+    flat = bits.blocked(rows)
+    assert flat[: 3 * min(words, bits.BLOCK)].tolist() == rows[:, : bits.BLOCK].ravel().tolist()
+    packed = bits.pack_blocks(flat, size)
+    assert len(packed) == 3 * ((size + 7) // 8)
+    assert np.array_equal(bits.unpack_blocks(bytes(packed), 3, size), flat)
 
 
 @pytest.mark.parametrize("width", [1, 2, 20, 63, 64])

@@ -1,7 +1,8 @@
-"""Bit work, 64 elements to a word: slicing into planes, chunk comparison.
+"""Bit work, 64 elements to a word: slicing into planes, planes and blocks on the wire, products.
 
 A plane holds one bit of every element: bit e of word e // 64. Loops run over blocks of words that
-stay in the first-level cache; LLVM vectorises the innermost loop.
+stay in the first-level cache; LLVM vectorises the innermost loop. Many planes that are read
+together lie in blocks: all rows of the first BLOCK words, then all rows of the next.
 """
 
 from __future__ import annotations
@@ -9,16 +10,65 @@ from __future__ import annotations
 from math import prod
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
 from numpy.typing import NDArray
 
 from mpcserve.kernels.jit import kernel
+from mpcserve.kernels.places import Place, inline, on, part, place_of
 from mpcserve.ring import Words
 
 _U0 = np.uint64(0)
 _U1 = np.uint64(1)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-_BLOCK = 32
+BLOCK = 32
 """Words a block: tables of 2^5 rows × 32 words × 8 bytes = 8 KiB, two of them fit L1."""
+
+_WORD = 64
+"""Elements whose bits fill a word."""
+
+
+@inline
+def _slice_byte(typingctx, x, low, out, step):  # type: ignore[no-untyped-def]
+    """Word out[i·step], i < 8, is bit low + i of the 64 elements from x on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        source, shift, to, step = args
+        size = ir.IntType(x.dtype.bitwidth)
+        many, bytes_ = ir.VectorType(size, _WORD), ir.VectorType(ir.IntType(8), _WORD)
+        words = builder.load(builder.bitcast(source, many.as_pointer()), align=size.width // 8)
+        amount = builder.trunc(shift, size) if size.width < _WORD else shift
+        first = builder.insert_element(ir.Constant(many, ir.Undefined), amount, _LANE0)
+        every = ir.Constant(ir.VectorType(ir.IntType(32), _WORD), [0] * _WORD)
+        amounts = builder.shuffle_vector(first, ir.Constant(many, ir.Undefined), every)
+        rest = builder.trunc(builder.lshr(words, amounts), bytes_)
+        for bit in reversed(range(8)):  # the sign of a byte is its highest bit
+            signs = builder.icmp_signed("<", rest, ir.Constant(bytes_, [0] * _WORD))
+            place = builder.gep(to, [builder.mul(step, ir.Constant(ir.IntType(64), bit))])
+            builder.store(builder.bitcast(signs, ir.IntType(64)), place)
+            rest = builder.add(rest, rest)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, out, types.int64), codegen
+
+
+_LANE0 = ir.Constant(ir.IntType(32), 0)
+
+
+@part
+def slice_word(x: Words, start: int, low: int, octets: int, out: Place, step: int) -> None:
+    """Word out[i·step] is bit low + i of the 64 elements from `start` on, 0 behind the last."""
+    if x.size - start >= _WORD:
+        source = place_of(x, start)
+        for octet in range(octets):
+            _slice_byte(source, low + 8 * octet, on(out, 8 * octet * step), step)
+        return
+    for i in range(8 * octets):
+        plane = _U0
+        for k in range(x.size - start):
+            bit = np.uint64(np.uint64(x[start + k]) >> np.uint64(low + i)) & _U1
+            plane |= bit << np.uint64(k)
+        out[i * step] = plane
 
 
 @kernel(
@@ -26,30 +76,11 @@ _BLOCK = 32
     "void(uint32[::1], int64, int64, uint64[:, ::1])",
 )
 def slice_bits(x: Words, low: int, count: int, planes: Words) -> None:
-    """planes[i] = bit low + i of every x. Shapes: x [N], planes [count, ceil(N / 64)].
-
-    A 64 × 64 bit-matrix transpose by halving (Hacker's Delight, section 7-3).
-    """
-    n = x.size
-    block = np.empty(64, np.uint64)
+    """planes[i] = bit low + i of every x. Shapes: x [N], planes [count, ceil(N / 64)]."""
+    octets = (count + 7) >> 3
+    block = np.empty(_WORD, np.uint64)
     for w in range(planes.shape[1]):
-        start = w * 64
-        stop = min(64, n - start)
-        for k in range(stop):
-            block[k] = np.uint64(x[start + k]) >> np.uint64(low)
-        for k in range(stop, 64):
-            block[k] = _U0
-        width = 32
-        mask = np.uint64(0x00000000FFFFFFFF)
-        while width:
-            shift = np.uint64(width)
-            for k in range(0, 64, 2 * width):
-                for j in range(k, k + width):
-                    swap = ((block[j] >> shift) ^ block[j + width]) & mask
-                    block[j] ^= swap << shift
-                    block[j + width] ^= swap
-            width >>= 1
-            mask ^= mask << np.uint64(width)
+        slice_word(x, w * _WORD, low, octets, place_of(block, 0), 1)
         for i in range(count):
             planes[i, w] = block[i]
 
@@ -109,14 +140,49 @@ def unpack_planes(data: bytes | bytearray | memoryview, count: int, size: int) -
     return padded.view(np.uint64)
 
 
+def blocked(planes: Words) -> Words:
+    """Rows one after another, block by block. Shapes: [R, W] → [R·W]."""
+    blocks = range(0, planes.shape[1], BLOCK)
+    return np.concatenate([planes[:, w : w + BLOCK].reshape(-1) for w in blocks])
+
+
+def pack_blocks(rows: Words, size: int) -> memoryview:
+    """Rows in blocks on the wire, ceil(size / 8) bytes each; may be the memory of `rows`."""
+    raw = rows.view(np.uint8)
+    if size % _WORD == 0:
+        return memoryview(raw.data)
+    words = (size + _WORD - 1) // _WORD
+    count, last = rows.size // words, (words - 1) % BLOCK + 1
+    whole = count * (words - last) * 8
+    left = (size + 7) // 8 - (words - last) * 8
+    cut = raw[whole:].reshape(count, last * 8)[:, :left]
+    return memoryview(np.concatenate([raw[:whole], cut.reshape(-1)]).data)
+
+
+def unpack_blocks(data: bytes | bytearray | memoryview, count: int, size: int) -> Words:
+    """Inverse of `pack_blocks`; may alias `data` where that is writable. Shapes: [count · W]."""
+    raw = np.frombuffer(data, np.uint8)
+    assert raw.size == count * ((size + 7) // 8)
+    if size % _WORD == 0 and raw.ctypes.data % 8 == 0 and raw.flags.writeable:
+        return raw.view(np.uint64)
+    words = (size + _WORD - 1) // _WORD
+    last = (words - 1) % BLOCK + 1
+    whole = count * (words - last) * 8
+    left = (size + 7) // 8 - (words - last) * 8
+    out = np.zeros(count * words * 8, np.uint8)
+    out[:whole] = raw[:whole]
+    out[whole:].reshape(count, last * 8)[:, :left] = raw[whole:].reshape(count, left)
+    return out.view(np.uint64)
+
+
 @kernel("void(uint64[:, ::1], uint64[:, ::1])")
 def monomials(bits: Words, out: Words) -> None:
     """out[S − 1] = product of bits[i] over i in S, for every non-empty subset S (a bitmask).
 
     Shapes: bits [c, W], out [2^c − 1, W].
     """
-    for start in range(0, bits.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, bits.shape[1])
+    for start in range(0, bits.shape[1], BLOCK):
+        stop = min(start + BLOCK, bits.shape[1])
         for i in range(bits.shape[0]):
             first = 1 << i
             for w in range(start, stop):
@@ -124,43 +190,6 @@ def monomials(bits: Words, out: Words) -> None:
             for s in range(1, first):
                 for w in range(start, stop):
                     out[first + s - 1, w] = out[s - 1, w] & bits[i, w]
-
-
-@kernel("void(uint64[:, :], uint64[:, ::1], boolean, uint64[::1], uint64[::1])")
-def compare_chunk(delta: Words, mono: Words, leader: bool, lt: Words, eq: Words) -> None:
-    """Shares of [Δ < λ] and [Δ = λ] for one chunk of c bits, from shares of λ's monomials.
-
-    Both are multilinear in λ's bits with coefficients that are functions of Δ's. Bits are folded
-    in from the low end; after bit k the tables hold, for every subset S of the higher bits,
-        eq[S] = [Δ = λ on bits ≤ k] · λ_S,   lt[S] = [Δ < λ on bits ≤ k] · λ_S
-    by eq'[S] = ¬Δ_k·eq[S] ⊕ eq[S∪k],   lt'[S] = ¬Δ_k·(λ_{S∪k} ⊕ lt[S]) ⊕ lt[S∪k].
-    Shapes: delta [c, W], mono [2^c − 1, W], lt, eq [W]. The leader (alice) adds the constant 1.
-    """
-    c = delta.shape[0]
-    one = _ALL if leader else _U0
-    eqs = np.empty((1 << (c - 1), _BLOCK), np.uint64)
-    lts = np.empty((1 << (c - 1), _BLOCK), np.uint64)
-    for start in range(0, delta.shape[1], _BLOCK):
-        size = min(_BLOCK, delta.shape[1] - start)
-        for s in range(1 << (c - 1)):
-            for w in range(size):
-                no = ~delta[0, start + w]
-                high = mono[2 * s, start + w]
-                low = mono[2 * s - 1, start + w] if s else one
-                eqs[s, w] = (no & low) ^ high
-                lts[s, w] = no & high
-        for k in range(1, c):
-            for s in range(1 << (c - 1 - k)):
-                with_k = (s << (k + 1)) + (1 << k) - 1
-                for w in range(size):
-                    no = ~delta[k, start + w]
-                    low = eqs[2 * s, w]
-                    eqs[s, w] = (no & low) ^ eqs[2 * s + 1, w]
-                    below = mono[with_k, start + w] ^ lts[2 * s, w]
-                    lts[s, w] = (no & below) ^ lts[2 * s + 1, w]
-        for w in range(size):
-            lt[start + w] = lts[0, w]
-            eq[start + w] = eqs[0, w]
 
 
 @kernel("void(uint64[:, ::1], int64, int64, int64, int64, uint64[:, ::1])")
@@ -173,55 +202,6 @@ def _fold(opened: Words, first: int, count: int, start: int, size: int, work: Wo
                 work[s, w] = low ^ work[2 * s + 1, w]
 
 
-@kernel("void(uint64[:, ::1], uint64[:, ::1], int64, boolean, uint64[::1], uint64[::1])")
-def merge_chunks(
-    opened: Words, table: Words, count: int, with_eq: bool, lt: Words, eq: Words
-) -> None:
-    """lt ⊕= the borrow of the chunks below the top one; eq = all chunks equal (if `with_eq`).
-
-    With l_j, e_j the chunks' outcomes, low to high:
-        lt = l_top ⊕ e_top·(l_{J−2} ⊕ e_{J−2}·( … e_1·l_0)),   eq = e_top · … · e_0
-    Every l_j and e_j was opened under a mask, l_j = L_j ⊕ a_j, e_j = E_j ⊕ b_j, so both are
-    multilinear in the masks with public coefficients. `lt` holds the top chunk's share on entry.
-
-    Shapes: opened [P, W]: L_0 … L_{J−2}, then E of the chunks that have one, low to high.
-    table [R, W]: shares of b_S for S = 0 … 2^nb − 1 (row 0: the constant 1), then for each j of
-    a_j·b_S for the subsets S of the chunks above j.
-    """
-    first = 0 if with_eq else 1
-    n_eq = count - first
-    size_b = 1 << n_eq
-    work = np.empty((size_b, _BLOCK), np.uint64)
-    for start in range(0, lt.size, _BLOCK):
-        size = min(_BLOCK, lt.size - start)
-        row = size_b
-        for j in range(count - 1):
-            above = count - 1 - j
-            step = j + 1 - first
-            for s in range(1 << above):
-                if j == 0:
-                    for w in range(size):
-                        work[s, w] = _U0
-                for w in range(size):
-                    work[s, w] ^= (opened[j, start + w] & table[s << step, start + w]) ^ table[
-                        row + s, start + w
-                    ]
-            row += 1 << above
-            e = count - 1 + j + 1 - first
-            for s in range(1 << (above - 1)):
-                for w in range(size):
-                    work[s, w] = (opened[e, start + w] & work[2 * s, w]) ^ work[2 * s + 1, w]
-        for w in range(size):
-            lt[start + w] ^= work[0, w]
-        if with_eq:
-            for s in range(size_b):
-                for w in range(size):
-                    work[s, w] = table[s, start + w]
-            _fold(opened, count - 1, count, start, size, work)
-            for w in range(size):
-                eq[start + w] = work[0, w]
-
-
 @kernel("void(uint64[:, ::1], uint64[:, ::1], uint64[::1])")
 def join_bits(opened: Words, table: Words, out: Words) -> None:
     """out = share of Π_i (opened[i] ⊕ b_i) from shares of the masks' monomials.
@@ -229,9 +209,9 @@ def join_bits(opened: Words, table: Words, out: Words) -> None:
     Shapes: opened [c, W]; table [2^c, W]: b_S, row 0 the constant 1 (0 on bob); out [W].
     """
     count = opened.shape[0]
-    work = np.empty((1 << count, _BLOCK), np.uint64)
-    for start in range(0, out.size, _BLOCK):
-        size = min(_BLOCK, out.size - start)
+    work = np.empty((1 << count, BLOCK), np.uint64)
+    for start in range(0, out.size, BLOCK):
+        size = min(BLOCK, out.size - start)
         for s in range(1 << count):
             for w in range(size):
                 work[s, w] = table[s, start + w]

@@ -107,6 +107,11 @@ class DealIO:
         part = self.a.planes(planes.shape[0], size)
         self.corrections.append(bits.pack_planes(planes ^ part, size))
 
+    def deal_blocks(self, rows: Words, size: int) -> None:
+        """The same for rows of bits in blocks, which are overwritten. Shapes: [R · W]."""
+        rows ^= self.a.words(rows.size)
+        self.corrections.append(bits.pack_blocks(rows, size))
+
 
 class PrepareIO:
     """One server's stream of one bundle with carol; bob also reads carol's corrections."""
@@ -139,6 +144,12 @@ class PrepareIO:
         if self._take is None:
             return self.stream.planes(count, size)
         return bits.unpack_planes(self._take(count * ((size + 7) // 8)), count, size)
+
+    def dealt_blocks(self, count: int, size: int) -> Words:
+        """The same in blocks. Shapes: [count · ceil(size / 64)]."""
+        if self._take is None:
+            return self.stream.words(count * ((size + 63) // 64))
+        return bits.unpack_blocks(self._take(count * ((size + 7) // 8)), count, size)
 
 
 Material = Any

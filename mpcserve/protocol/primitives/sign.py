@@ -15,187 +15,229 @@ Source: FLUTE (multi-input products of masked bits), ABY2.0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from mpcserve.kernels import bits
+from mpcserve.kernels import bits, compare
 from mpcserve.plan.ops import combine_planes, needs_eq, sign_levels
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Round, Side, Steps
 from mpcserve.ring import Words
 
-_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-class Merge(NamedTuple):
-    """One group of chunks to be merged: its masks (for opening) and its monomials."""
-
-    chunks: int
-    with_eq: bool
-    masks: Words
-    table: Words
-
 
 class Material(NamedTuple):
-    """What one server keeps for an evaluation."""
+    """What one server keeps: dealt rows, masks of each level's opened bits, the result's mask.
 
-    chunks: tuple[Words, ...]
-    top: Words
-    levels: tuple[tuple[Merge | None, ...], ...]
+    Rows lie in blocks. Dealt are the chunks' monomials, λ_msb, and the merges' monomials.
+    """
+
+    dealt: Words
+    masks: tuple[Words, ...]
     beta: Words
 
 
-def _sliced(x: Words, count: int) -> Words:
-    flat = np.ascontiguousarray(x).reshape(-1)
-    planes = np.empty((count, (flat.size + 63) // 64), np.uint64)
-    bits.slice_bits(flat, 0, count, planes)
-    return planes
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Chunks, or earlier groups, from `at` on that become one; it opens rows from `start` on.
+
+    `table`: where the merge finds its monomials. Nothing is merged or opened if `count` is 1.
+    """
+
+    at: int
+    count: int
+    with_eq: bool
+    start: int
+    table: compare.Rows
 
 
-def _chunk_planes(planes: Words, chunks: Sequence[int]) -> list[Words]:
-    ends = np.cumsum(chunks)
-    return [planes[e - c : e] for c, e in zip(chunks, ends, strict=True)]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Level:
+    """Groups merged in one round, which opens `opened` rows; `pairs` of rows make those dealt."""
+
+    groups: tuple[_Group, ...]
+    opened: int
+    first: int
+    pairs: compare.Rows
 
 
-def _merges(i: Instruction) -> list[list[tuple[int, bool]]]:
-    return [
-        [(count, needs_eq(level, g)) for g, count in enumerate(level)]
-        for level in sign_levels(i.attrs)
-    ]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layout:
+    """Where every bit of a sign lies: it follows from the plan. `to`: see `compare.open_chunks`."""
+
+    chunks: compare.Rows
+    levels: tuple[_Level, ...]
+    rows: int
+    to: compare.Rows
+
+    @property
+    def scratch(self) -> int:
+        """Bits of the largest table."""
+        counts = [g.count for level in self.levels for g in level.groups]
+        return int(max([*self.chunks.tolist(), *counts]))
 
 
-def _subsets(count: int, with_eq: bool) -> tuple[int, list[tuple[int, int]]]:
-    """Number of b's, and for each row a_j·b_S with S ≠ ∅ its (j, S as a mask over all b's)."""
-    first = 0 if with_eq else 1
-    rows = [
-        (j, s << (j + 1 - first)) for j in range(count - 1) for s in range(1 << (count - 1 - j))
-    ]
-    return count - first, rows
+def _layout(i: Instruction) -> _Layout:
+    return _layout_of(tuple(i.attrs["chunks"]), tuple(i.attrs["groups"]))
 
 
-def _dealt_rows(count: int, with_eq: bool) -> list[int]:
-    """Rows of the table that are dealt; the others are the constant and the masks themselves."""
-    n, rows = _subsets(count, with_eq)
-    products = [s for s in range(1 << n) if s & (s - 1)]
-    return products + [(1 << n) + r for r, (_, s) in enumerate(rows) if s]
+@lru_cache(maxsize=256)
+def _layout_of(chunks: tuple[int, ...], groups: tuple[int, ...]) -> _Layout:
+    rows = sum((1 << c) - 1 for c in chunks) + 1
+    levels = []
+    for counts in sign_levels({"chunks": chunks, "groups": groups}):
+        levels.append(_level(counts, rows))
+        rows += len(levels[-1].pairs)
+    to = _destinations(levels[0]) if levels else [-1, compare.NOWHERE]
+    return _Layout(np.array(chunks), tuple(levels), rows, np.array(to))
 
 
-def _fill_masks(table: Words, masks: Words, count: int, with_eq: bool) -> None:
-    """Put the single masks in their rows. `masks`: a_0 … a_{J−2}, then the b's."""
-    n, rows = _subsets(count, with_eq)
-    for e in range(n):
-        table[1 << e] = masks[count - 1 + e]
-    for r, (j, s) in enumerate(rows):
-        if s == 0:
-            table[(1 << n) + r] = masks[j]
+def _level(counts: Sequence[int], first: int) -> _Level:
+    groups: list[_Group] = []
+    pairs: list[tuple[int, int]] = []
+    at = start = 0
+    for g, count in enumerate(counts):
+        with_eq = needs_eq(counts, g)
+        table = _table(count, with_eq, start, first, pairs) if count > 1 else []
+        groups.append(_Group(at, count, with_eq, start, np.array(table, np.int64)))
+        at, start = at + count, start + combine_planes(count, with_eq)
+    return _Level(tuple(groups), start, first, np.array(pairs, np.int64).reshape(-1, 2))
 
 
-def _full_table(masks: Words, count: int, with_eq: bool) -> Words:
-    """All monomials of the opened bits' masks, on carol. Row order: see `merge_chunks`."""
-    n, rows = _subsets(count, with_eq)
-    table = np.empty(((1 << n) + len(rows), masks.shape[1]), np.uint64)
-    table[0] = _ALL
-    if n:
-        bits.monomials(np.ascontiguousarray(masks[count - 1 :]), table[1 : 1 << n])
-    for r, (j, s) in enumerate(rows):
-        np.bitwise_and(masks[j], table[s], out=table[(1 << n) + r])
+def _table(
+    count: int, with_eq: bool, start: int, first: int, pairs: list[tuple[int, int]]
+) -> list[int]:
+    """Where a merge's monomials lie (see `compare.merge_group`); dealt ones are added to `pairs`.
+
+    Opened are a_0 … a_{J−2}, then the b's: masks' rows from `start` on.
+    """
+    skipped = 0 if with_eq else 1
+    lts, eqs = ([-1 - (start + k) for k in range(n)] for n in (count - 1, count - skipped))
+    eqs = [row - (count - 1) for row in eqs]
+
+    def product(left: int, right: int) -> int:
+        pairs.append((left, right))
+        return first + len(pairs) - 1
+
+    table = [compare.ONE]
+    for s in range(1, 1 << len(eqs)):
+        top = s.bit_length() - 1
+        rest = s ^ (1 << top)
+        table.append(product(table[rest], eqs[top]) if rest else eqs[top])
+    for j, lt in enumerate(lts):
+        for s in range(1 << (count - 1 - j)):
+            table.append(product(lt, table[s << (j + 1 - skipped)]) if s else lt)
     return table
+
+
+def _destinations(level: _Level) -> list[int]:
+    """Where lt and eq of each chunk go: rows to be opened, or kept: lt and eq of each group."""
+    to: list[int] = []
+    for g, group in enumerate(level.groups):
+        for j in range(group.count):
+            top, eq = j == group.count - 1, group.start + group.count - 1 + j
+            lt = -1 - 2 * g if top else group.start + j
+            if group.count == 1:
+                eq = -2 - 2 * g
+            elif not group.with_eq:
+                eq = eq - 1 if j else compare.NOWHERE
+            to += [lt, eq]
+    return to
 
 
 def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     """Deal the chunks' monomials, λ_msb and the merges' monomials."""
-    size, chunks = i.value.size, i.attrs["chunks"]
-    m = sum(chunks) + 1
-    planes = _sliced(masks[0].total(m), m)
-    for chunk in _chunk_planes(planes[:-1], chunks):
-        mono = np.empty(((1 << chunk.shape[0]) - 1, chunk.shape[1]), np.uint64)
-        bits.monomials(np.ascontiguousarray(chunk), mono)
-        io.deal_bits(mono, size)
-    io.deal_bits(planes[-1:], size)
-    for level in _merges(i):
-        for count, with_eq in level:
-            if count > 1:
-                fresh = io.planes(combine_planes(count, with_eq), size)
-                table = _full_table(fresh.a ^ fresh.b, count, with_eq)
-                io.deal_bits(table[_dealt_rows(count, with_eq)], size)
+    at, size = _layout(i), i.value.size
+    words = (size + 63) // 64
+    lam = np.asarray(masks[0].a + masks[0].b, order="C").reshape(-1)
+    made = np.empty(at.rows * words, np.uint64)
+    compare.chunk_monomials(lam, at.chunks, at.rows, words, compare.scratch(at.scratch), made)
+    for level in at.levels:
+        fresh = io.planes(level.opened, size)
+        joint = (fresh.a ^ fresh.b).reshape(-1)
+        compare.mask_products(joint, level.opened, level.pairs, level.first, at.rows, words, made)
     beta = io.planes(1, size)
+    io.deal_blocks(made, size)
     return Mask(beta.a[0], beta.b[0])
 
 
 def prepare(io: PrepareIO, i: Instruction) -> tuple[Words, Material]:
     """Draw or receive the shares of what carol dealt, in her order."""
-    size = i.value.size
-    chunks = tuple(io.dealt_bits((1 << c) - 1, size) for c in i.attrs["chunks"])
-    top = io.dealt_bits(1, size)[0]
-    levels = []
-    for level in _merges(i):
-        merges: list[Merge | None] = []
-        for count, with_eq in level:
-            merges.append(_prepare_merge(io, size, count, with_eq) if count > 1 else None)
-        levels.append(tuple(merges))
+    at, size = _layout(i), i.value.size
+    masks = tuple(io.planes(level.opened, size).reshape(-1) for level in at.levels)
     beta = io.planes(1, size)[0]
-    return beta, Material(chunks, top, tuple(levels), beta)
-
-
-def _prepare_merge(io: PrepareIO, size: int, count: int, with_eq: bool) -> Merge:
-    masks = io.planes(combine_planes(count, with_eq), size)
-    n, rows = _subsets(count, with_eq)
-    table = np.empty(((1 << n) + len(rows), masks.shape[1]), np.uint64)
-    table[0] = _ALL if io.leader else np.uint64(0)
-    dealt = _dealt_rows(count, with_eq)
-    table[dealt] = io.dealt_bits(len(dealt), size)
-    _fill_masks(table, masks, count, with_eq)
-    return Merge(count, with_eq, masks, table)
+    return beta, Material(io.dealt_blocks(at.rows, size), masks, beta)
 
 
 def evaluate(side: Side, i: Instruction, material: Material, delta: Words) -> Steps[Words]:
     """2 rounds (one-level), 1 (a single chunk) or 3 (two-level)."""
-    size, chunks = i.value.size, i.attrs["chunks"]
-    leader = side == "alice"
-    planes = _sliced(delta, sum(chunks) + 1)
-    lts, eqs = [], []
-    for chunk, mono in zip(_chunk_planes(planes[:-1], chunks), material.chunks, strict=True):
-        lt, eq = np.empty_like(material.top), np.empty_like(material.top)
-        bits.compare_chunk(chunk, mono, leader, lt, eq)
-        lts.append(lt)
-        eqs.append(eq)
-    for level in material.levels:
-        lts, eqs = yield from _merge_level(level, size, lts, eqs)
-    out: Words = lts[0] ^ material.top ^ material.beta
-    if leader:
-        out ^= planes[-1]
+    at, size, leader = _layout(i), i.value.size, side == "alice"
+    words, room = material.beta.size, compare.scratch(at.scratch)
+    count = at.levels[0].opened if at.levels else 0
+    masks = material.masks[0] if at.levels else np.empty(0, np.uint64)
+    mine = np.empty(count * words, np.uint64)
+    kept = np.empty((2 * max(1, len(at.levels[0].groups) if at.levels else 1), words), np.uint64)
+    compare.open_chunks(
+        np.ascontiguousarray(delta).reshape(-1),
+        at.chunks,
+        at.to,
+        material.dealt,
+        at.rows,
+        masks,
+        count,
+        material.beta,
+        leader,
+        room,
+        mine,
+        kept,
+    )
+    for number, level in enumerate(at.levels):
+        if number:
+            mine = _to_open(level, kept) ^ material.masks[number]
+        received = yield Round((bits.pack_blocks(mine, size),), level.opened * ((size + 7) // 8))
+        opened = mine ^ bits.unpack_blocks(received, level.opened, size)
+        kept = _merged(level, at, opened, material, number, kept, leader, room)
+    out = kept[0]
     received = yield Round((bits.pack_planes(out[None], size),), (size + 7) // 8)
-    out ^= bits.unpack_planes(received, 1, size)[0]
-    return out
+    return np.asarray(out ^ bits.unpack_planes(received, 1, size)[0])
 
 
-def _merge_level(
-    level: Sequence[Merge | None], size: int, lts: Sequence[Words], eqs: Sequence[Words]
-) -> Steps[tuple[list[Words], list[Words]]]:
-    """Open the masked outcomes of every group at once, then merge each group locally."""
-    mine, at = [], 0
-    for merge in level:
-        count = merge.chunks if merge else 1
-        if merge:
-            first = at + (0 if merge.with_eq else 1)
-            shares = np.stack([*lts[at : at + count - 1], *eqs[first : at + count]])
-            mine.append(shares ^ merge.masks)
-        at += count
-    opened = np.concatenate(mine)
-    received = yield Round((bits.pack_planes(opened, size),), opened.shape[0] * ((size + 7) // 8))
-    opened ^= bits.unpack_planes(received, opened.shape[0], size)
-    new_lts, new_eqs, at, row = [], [], 0, 0
-    for merge in level:
-        count = merge.chunks if merge else 1
-        lt, eq = lts[at + count - 1], eqs[at + count - 1]
-        if merge:
-            rows = merge.masks.shape[0]
-            bits.merge_chunks(
-                opened[row : row + rows], merge.table, merge.chunks, merge.with_eq, lt, eq
+def _to_open(level: _Level, kept: Words) -> Words:
+    """What a later level opens of the groups before it, in blocks."""
+    (group,) = level.groups
+    return bits.blocked(np.concatenate([kept[0 : 2 * group.count - 2 : 2], kept[3::2]]))
+
+
+def _merged(
+    level: _Level,
+    at: _Layout,
+    opened: Words,
+    material: Material,
+    number: int,
+    kept: Words,
+    leader: bool,
+    room: Words,
+) -> Words:
+    """lt and eq of each group of this level, one after another."""
+    if number:  # the top group's lt is all that is left to be merged into
+        kept = kept[-2:]
+    for g, group in enumerate(level.groups):
+        if group.count > 1:
+            compare.merge_group(
+                opened,
+                level.opened,
+                group.start,
+                material.dealt,
+                at.rows,
+                material.masks[number],
+                group.table,
+                group.count,
+                group.with_eq,
+                leader,
+                room,
+                kept[2 * g],
+                kept[2 * g + 1],
             )
-            row += rows
-        new_lts.append(lt)
-        new_eqs.append(eq)
-        at += count
-    return new_lts, new_eqs
+    return kept
