@@ -265,3 +265,17 @@ def test_operators_that_onnx_defines_by_others_are_expanded(op: str, attrs: Any)
     shape = (1, 4, 2, 2)
     x = rng_of(5).uniform(-4, 4, shape).astype(np.float32)
     agree(model_of([node(op, ["x"], **attrs)], {"x": shape}), [x], ulps=8)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_transposed_convolution_takes_in_what_surrounds_it(groups: int) -> None:
+    before, constants = affine_nodes("x", "h")
+    transposed = node(
+        "ConvTranspose", ["h", "w", "bias"], ["z"], strides=[2, 2], pads=[1, 0, 0, 1], group=groups
+    )
+    model = model_of(
+        [*before, transposed, batch_norm("z", "y")],
+        {"x": SHAPE},
+        constants | STATISTICS | {"w": some(3, 3 // groups, 3, 2), "bias": some(3)},
+    )
+    assert passed(model, fold_affine) == ["Add", "ConvTranspose"]

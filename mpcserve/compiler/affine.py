@@ -1,7 +1,7 @@
 """Constant scalings and offsets in a graph, and the linear nodes that can take them in.
 
 An *affine* node computes scale · x + offset with constants that broadcast to x. A *linear* node
-is a Conv, Gemm or MatMul whose weights (and bias) are constants.
+is a Conv, ConvTranspose, Gemm or MatMul whose weights (and bias) are constants.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from mpcserve.compiler.graph import Graph, Node, Shape
 
 Floats = NDArray[np.float64]
+
+CONVS = ("Conv", "ConvTranspose")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,10 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """weights: out × … for Conv, inner × out else; `bias` per output, None for MatMul."""
+    """weights: out × in/groups × … of a convolution, transposed or not, else inner × out.
+
+    `bias` per output, None for MatMul.
+    """
 
     node: Node
     weights: Floats
@@ -81,7 +86,7 @@ def affine_of(node: Node, graph: Graph) -> Affine | None:
 
 def linear_of(node: Node, graph: Graph) -> Linear | None:
     """The node with its constants; None if it is not linear with constant weights."""
-    if node.op not in ("Conv", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
+    if node.op not in (*CONVS, "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
         return None
     weights = _floats(graph, node.inputs[1])
     bias: Floats | None = np.zeros(())
@@ -91,8 +96,9 @@ def linear_of(node: Node, graph: Graph) -> Linear | None:
             return None
     if weights is None or node.inputs[0] in graph.constants:
         return None
-    if node.op == "Conv":
+    if node.op in CONVS:
         assert bias is not None
+        weights = _outputs_first(node, weights)
         return Linear(node, weights, np.broadcast_to(bias, weights.shape[:1]))
     if weights.ndim != 2:
         return None
@@ -108,7 +114,7 @@ def linear_of(node: Node, graph: Graph) -> Linear | None:
 def after_linear(linear: Linear, affine: Affine) -> Linear | None:
     """The affine map of a linear node's result, taken into its weights."""
     axis, size = _output_axis(linear)
-    if linear.node.op != "Conv" and affine.scale.ndim < 1:
+    if linear.node.op not in CONVS and affine.scale.ndim < 1:
         return None
     vectors = affine.along(axis, size)
     if vectors is None:
@@ -119,7 +125,7 @@ def after_linear(linear: Linear, affine: Affine) -> Linear | None:
     bias = linear.bias if linear.bias is not None else _no_bias(affine.scale.ndim)
     if bias is None:
         return None
-    if linear.node.op == "Conv":
+    if linear.node.op in CONVS:
         shape = (-1, *[1] * (linear.weights.ndim - 1))
         weights = linear.weights * scale.reshape(shape)
     else:
@@ -135,12 +141,12 @@ def before_linear(affine: Affine, linear: Linear) -> tuple[Linear, Floats | None
     """
     w = linear.weights
     groups = int(linear.node.attrs.get("group", 1))
-    axis, size = (1, w.shape[1] * groups) if linear.node.op == "Conv" else (-1, w.shape[0])
+    axis, size = (1, w.shape[1] * groups) if linear.node.op in CONVS else (-1, w.shape[0])
     vectors = affine.along(axis, size)
     if vectors is None:
         return None
     scale, offset = vectors
-    if linear.node.op != "Conv":
+    if linear.node.op not in CONVS:
         shift, scaled = offset @ w, w * scale[:, None]
         if linear.bias is None and not offset.any():
             return replace(linear, weights=scaled), None
@@ -153,7 +159,7 @@ def before_linear(affine: Affine, linear: Linear) -> tuple[Linear, Floats | None
     scaled = (w.reshape(per_group) * scale.reshape(spread)).reshape(w.shape)
     if not offset.any():
         return replace(linear, weights=scaled), None
-    if _pads(linear.node):
+    if _pads(linear.node) or linear.node.op == "ConvTranspose":
         # Zeros around scale·x + offset are zeros around x + offset/scale, scaled.
         gains = scale.all() and np.any(scale != 1)
         return (replace(linear, weights=scaled), offset / scale) if gains else None
@@ -168,7 +174,8 @@ def write_linear(linear: Linear, graph: Graph) -> tuple[Node, dict[str, Any]]:
     node = linear.node
     dtype = graph.constants[node.inputs[1]].dtype
     names = (f"{node.name}/weights", f"{node.name}/bias")
-    constants: dict[str, Any] = {names[0]: linear.weights.astype(dtype)}
+    weights = _outputs_first(node, linear.weights) if node.op in CONVS else linear.weights
+    constants: dict[str, Any] = {names[0]: weights.astype(dtype)}
     attrs = dict(node.attrs)
     if node.op == "Gemm":
         attrs = {}
@@ -201,13 +208,23 @@ def write_affine(
     return nodes, constants
 
 
+def _outputs_first(node: Node, weights: Floats) -> Floats:
+    """in × out/groups × … of a ConvTranspose as out × in/groups × …, and back: its own inverse."""
+    if node.op == "Conv":
+        return weights
+    groups = int(node.attrs.get("group", 1))
+    apart = weights.reshape((groups, weights.shape[0] // groups, *weights.shape[1:]))
+    turned = apart.swapaxes(1, 2)
+    return turned.reshape((groups * turned.shape[1], *turned.shape[2:]))
+
+
 def _no_bias(rank: int) -> Floats | None:
     """A MatMul of matrices is a Gemm, which has a bias; with batch axes there is none."""
     return np.zeros(()) if rank == 2 else None
 
 
 def _output_axis(linear: Linear) -> tuple[int, int]:
-    if linear.node.op == "Conv":
+    if linear.node.op in CONVS:
         return 1, linear.weights.shape[0]
     return -1, linear.weights.shape[1]
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpcserve.compiler.affine import (
+    CONVS,
     Affine,
     Linear,
     affine_of,
@@ -143,7 +144,7 @@ def _joined(
     constants |= found.constants
     rest, source = folded[1], found.nodes[-1]
     head, tail, start = list(found.head), [], found.affine.x
-    if rest is not None and node.op == "Conv":
+    if rest is not None and node.op in CONVS:
         if path or head:
             return None
         name = f"{source.name}/offset"
