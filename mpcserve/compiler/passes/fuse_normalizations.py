@@ -100,23 +100,39 @@ def _squares(node: Node, x: str, inside: Inside) -> bool:
 
 def _by_length(node: Node, q: _Quotient, inside: Inside) -> Fusion | None:
     """top / ‖top‖₂, where the length may be clipped from below and expanded."""
-    if q.radicand is not None:
-        return None
-    nodes, name, least = list(q.nodes), q.bottom, 0.0
+    nodes = [n for n in q.nodes if q.bottom not in n.outputs]
+    name, least = q.bottom, 0.0
     if (wide := inside.maker(name, "Expand")) is not None:
         nodes, name = [*nodes, wide], wide.inputs[0]
     clip = inside.maker(name)
     if clip is not None and clip.op in ("Clip", "Max") and len(clip.inputs) > 1:
         least = inside.scalar(clip.inputs[1]) or 0.0
         nodes, name = [*nodes, clip], clip.inputs[0]
-    length = inside.maker(name, "ReduceL2")
-    if length is None or length.inputs[0] != q.top or least > 1e-4:
+    length = _length(name, q.top, inside)
+    if not length or least > 1e-4:
         return None
-    axes = _axes(length, inside)
+    axes = _axes(length[-1], inside)
     if axes is None or len(axes) != 1:
         return None
-    return Fusion("LpNormalization", (q.top,), _in_order([*nodes, length], inside),
-                  {"axis": axes[0], "p": 2}, {})  # fmt: skip
+    nodes = [*nodes, *length]
+    attrs = {"axis": axes[0], "p": 2}
+    return Fusion("LpNormalization", (q.top,), _in_order(nodes, inside), attrs, {})
+
+
+def _length(name: str, x: str, inside: Inside) -> list[Node]:
+    """The nodes of ‖x‖₂, the reduction last; none if a value is not that."""
+    found = []
+    while (node := inside.maker(name)) is not None and node.op in ("Cast", "CastLike", "Sqrt"):
+        found.append(node)
+        name = node.inputs[0]
+    if node is None:
+        return []
+    if node.op == "ReduceL2":
+        return [*found, node] if node.inputs[0] == x else []
+    square = inside.maker(node.inputs[0])
+    if node.op != "ReduceSum" or square is None or not _squares(square, x, inside):
+        return []
+    return [*found, square, node] if [n.op for n in found].count("Sqrt") == 1 else []
 
 
 def _with_gain(f: Fusion, inside: Inside) -> Fusion:
