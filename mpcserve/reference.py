@@ -27,11 +27,11 @@ def evaluate_clear(
     `watch(id, integers)` sees every value, and may return another to go on with.
     """
     values: dict[int, Int] = {}
-    given = {s.id: x for s, x in zip(plan.inputs, inputs, strict=True)}
+    given = {s.id: (s, x) for s, x in zip(plan.inputs, inputs, strict=True)}
     for i in plan.instructions:
         if i.op == "input":
-            scaled = np.ldexp(np.asarray(given[i.id], np.float64), i.value.frac_bits)
-            out = np.rint(scaled).astype(np.int64).reshape(i.value.shape)
+            spec, x = given[i.id]
+            out = spec.encoded(x, i.value)
         elif i.op == "weight":
             out = np.asarray(weights[i.attrs["name"]], np.int64).reshape(i.value.shape)
         else:

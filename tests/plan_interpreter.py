@@ -33,12 +33,12 @@ class Interpreter:
 
     def run(self, *inputs: Any) -> list[Any]:
         """Outputs as reals, of the outputs' dtypes."""
-        given = {s.id: x for s, x in zip(self.plan.inputs, inputs, strict=True)}
+        given = {s.id: (s, x) for s, x in zip(self.plan.inputs, inputs, strict=True)}
         for i in self.plan.instructions:
             xs = [self.values[j] for j in i.inputs]
             if i.op == "input":
-                reals = np.asarray(given[i.id], np.float64).reshape(i.value.shape)
-                out = big(np.rint(np.ldexp(reals, i.value.frac_bits)))
+                spec, x = given[i.id]
+                out = big(spec.encoded(x, i.value))
             elif i.op == "weight":
                 out = big(self.weights[i.attrs["name"]])
             else:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import interval as iv
-from mpcserve.compiler.draft import Draft, Shape, Step
+from mpcserve.compiler.draft import Draft, Seen, Shape, Step
 from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.padding import TreeBounds
@@ -51,17 +51,6 @@ WAVE_BITS = 20
 """Bits of sines and coefficients: a dozen of them err by 1e-5 together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What samples showed of a tensor: the hull of its elements, margin included; their mean square
-    and the share of them that is not zero."""
-
-    low: float
-    high: float
-    power: float
-    active: float
-
-
 Operand = Ref | Array
 """What a lowering function receives per ONNX input: a secret value, or a constant of the model."""
 
@@ -87,16 +76,29 @@ class Builder:
         self._inputs: list[InputSpec] = []
         self._outputs: list[OutputSpec] = []
         self._labels: dict[int, tuple[str, ...]] = {}
+        self.choices: dict[int, Ref] = {}
 
     # sources
 
-    def input(self, name: str, dtype: str, shape: Shape, reach: tuple[float, float, str]) -> Ref:
-        """A data owner's input with its declared range (low, high, known)."""
+    def input(
+        self,
+        name: str,
+        dtype: str,
+        shape: Shape,
+        reach: tuple[float, float, str],
+        classes: int = 0,
+    ) -> Ref:
+        """A data owner's input with its declared range (low, high, known).
+
+        With `classes`, each whole number is shared as a row of so many, a 1 in its place.
+        """
         low, high, known = reach
         frac_bits = 0 if is_integer(dtype) else self.frac_bits
-        held = iv.widen(iv.uniform(low, high, len(shape)), 2.0 ** -(frac_bits + 1))
-        ref = self._emit("input", (), {"name": name}, shape, frac_bits, (held, known))
-        self._inputs.append(InputSpec(name, ref.id, dtype, shape, low, high, known))
+        whole = (*shape, classes) if classes else shape
+        held = iv.uniform(0.0, 1.0, len(whole)) if classes else iv.uniform(low, high, len(whole))
+        held = held if classes else iv.widen(held, 2.0 ** -(frac_bits + 1))
+        ref = self._emit("input", (), {"name": name}, whole, frac_bits, (held, known))
+        self._inputs.append(InputSpec(name, ref.id, dtype, shape, low, high, known, classes))
         return ref
 
     def output(self, name: str, dtype: str, x: Ref) -> None:
@@ -308,6 +310,10 @@ class Builder:
         }
         return self._product("conv", x, w, addend, to, None, attrs)
 
+    def extend(self, x: Ref) -> Ref:
+        """x with as many bits as its readers need: what makes x may then have few."""
+        return self._emit("extend", (x.id,), {}, x.shape, x.frac_bits)
+
     def sign(self, x: Ref) -> Ref:
         """The bit [x < 0]."""
         bits = iv.uniform(0.0, 1.0, len(x.shape))
@@ -419,6 +425,10 @@ class Builder:
         hull = iv.uniform(seen.low - slack, seen.high + slack, len(x.shape))
         step = replace(step, sampled=hull, power=seen.power, active=seen.active)
         self._steps[x.id] = self._settle(step)
+
+    def step(self, x: Ref) -> Step:
+        """What makes x."""
+        return self._steps[x.id]
 
     def ref(self, id: int) -> Ref:
         """The Ref of value `id`."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcserve.compiler.builder import Seen
+from mpcserve.compiler.draft import Seen
 from mpcserve.compiler.dtypes import natural_range
 from mpcserve.compiler.graph import Graph, to_onnx
 from mpcserve.compiler.lower import Ranges, Reach
@@ -45,6 +45,7 @@ def ranges_of(
 ) -> tuple[Ranges, list[str]]:
     """(ranges, notes that say what they rest on). Raises: InputError on samples that do not fit."""
     inputs, notes = _declared(graph, declared)
+    inputs |= {i.name: (*i.reach, "proved") for i in graph.inputs if i.reach is not None}
     values: dict[str, Seen] = {}
     feeds: tuple[Mapping[str, Array], ...] = ()
     finest: dict[str, float] = {}

@@ -31,6 +31,17 @@ def weakest(known: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What samples showed of a tensor: the hull of its elements, margin included; their mean square
+    and the share of them that is not zero."""
+
+    low: float
+    high: float
+    power: float
+    active: float
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One instruction without a width.
 

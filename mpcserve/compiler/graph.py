@@ -49,11 +49,15 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or an output: `dtype` is NumPy's name of the element type."""
+    """An input or an output: `dtype` is NumPy's name of the element type.
+
+    `reach`: the range of an input that follows from its use.
+    """
 
     name: str
     dtype: str
     shape: Shape
+    reach: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mpcserve.compiler.builder import Array, Builder, Operand, Ref, Seen
-from mpcserve.compiler.draft import Draft
+from mpcserve.compiler.builder import Array, Builder, Operand, Ref
+from mpcserve.compiler.draft import Draft, Seen
 from mpcserve.compiler.graph import Graph, Node
+from mpcserve.compiler.lookup import choices, number_of
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Problem, TooWide, Unsupported
 from mpcserve.compiler.registry import Lowering, Registry
@@ -56,9 +57,12 @@ def lower(
     b = Builder(scales.usual, graph.opset, group, trees)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
+    chosen = choices(graph)
     for i in graph.inputs:
         b.frac_bits = scales.inputs.get(i.name, scales.usual)
-        x = known[i.name] = b.input(i.name, i.dtype, i.shape, ranges.inputs[i.name])
+        reach, classes = ranges.inputs[i.name], chosen.get(i.name, 0)
+        x = b.input(i.name, i.dtype, i.shape, reach, classes)
+        known[i.name] = x = number_of(b, x) if classes else x
         if i.name in ranges.values:
             b.sampled(x, ranges.values[i.name])
     for node in graph.nodes:

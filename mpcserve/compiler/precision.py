@@ -258,8 +258,8 @@ def tunable_weights(draft: Draft) -> Iterator[tuple[int, list[int]]]:
     """(weight, its products) where nothing but products reads the weight, as one factor."""
     users = draft.users()
     for id, step in enumerate(draft.steps):
-        if step.op != "weight":
-            continue
+        if step.op != "weight" or not step.frac_bits:
+            continue  # whole numbers are exact as they are
         readers = users.get(id, [])
         if readers and all(_tunes(draft, users, r, id) for r in readers):
             yield id, readers

@@ -116,7 +116,7 @@ def _drawn(i: Tensor, count: int, reaches: Reaches) -> Array:
     else:
         low, high = reaches[i.name]
         drawn = low + (high - low) * _uniform(i.name, shape)
-    result: Array = (drawn if kind.kind == "f" else np.floor(drawn)).astype(kind)
+    result: Array = (drawn if kind.kind == "f" else np.rint(drawn)).astype(kind)
     return result
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcserve.errors import InputError
 from mpcserve.plan.table import read, written
 
 FORMAT = 1
@@ -67,7 +68,11 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """A data owner's input: `id` of its `input` instruction, declared real range [low, high]."""
+    """A data owner's input: `id` of its `input` instruction, declared real range [low, high].
+
+    With `classes`, each whole number 0 … classes − 1 is shared as a row of so many, a 1 in its
+    place: the instruction's value has that axis more.
+    """
 
     name: str
     id: int
@@ -76,6 +81,22 @@ class InputSpec:
     low: float
     high: float
     known: str = "assumed"
+    classes: int = 0
+
+    def encoded(self, x: NDArray[Any], value: Value) -> NDArray[np.int64]:
+        """The integers that stand for x. Raises: InputError on a number that is no class."""
+        if not self.classes:
+            reals = np.asarray(x, np.float64).reshape(value.shape)
+            return np.rint(np.ldexp(reals, value.frac_bits)).astype(np.int64)
+        whole = np.asarray(x).reshape(-1)
+        if whole.size and not (whole.min() >= 0 and whole.max() < self.classes):
+            raise InputError(
+                f"input {self.name!r}: expected whole numbers 0 to {self.classes - 1}",
+                "they are places of a table: check that it is that of the model",
+            )
+        rows = np.zeros((whole.size, self.classes), np.int64)
+        rows[np.arange(whole.size), whole.astype(np.int64)] = 1
+        return rows.reshape(value.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +204,8 @@ class Plan:
             "model_digest": self.model_digest,
             "notes": list(self.notes),
             "inputs": [
-                [i.name, i.id, i.dtype, list(i.shape), i.low, i.high, i.known] for i in self.inputs
+                [i.name, i.id, i.dtype, list(i.shape), i.low, i.high, i.known, i.classes]
+                for i in self.inputs
             ],
             "outputs": [
                 [o.name, o.id, o.dtype, list(o.shape), list(o.labels)] for o in self.outputs
@@ -236,8 +258,8 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
         name=str(data["name"]),
         instructions=tuple(instructions),
         inputs=tuple(
-            InputSpec(n, int(i), t, tuple(map(int, s)), float(lo), float(hi), k)
-            for n, i, t, s, lo, hi, k in data["inputs"]
+            InputSpec(n, int(i), t, tuple(map(int, s)), float(lo), float(hi), k, int(c))
+            for n, i, t, s, lo, hi, k, c in data["inputs"]
         ),
         outputs=tuple(
             OutputSpec(n, int(i), t, tuple(map(int, s)), tuple(map(str, labels)))

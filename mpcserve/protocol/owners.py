@@ -19,7 +19,7 @@ from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.protocol.server import unpack_value
 from mpcserve.randomness import Stream, derive
-from mpcserve.ring import Words, encode, from_signed, reduce, to_signed
+from mpcserve.ring import Words, from_signed, reduce, to_signed
 
 
 def share_weights(
@@ -48,7 +48,7 @@ def share_input(
     """Encode input `index` at its plan's scale and mask it; the same bytes go to both servers."""
     spec = plan.inputs[index]
     value = plan.value(spec.id)
-    delta = encode(np.asarray(x, np.float64).reshape(value.shape), value.frac_bits, value.width)
+    delta = from_signed(spec.encoded(x, value), value.width)
     for seed in (seed_alice, seed_bob):
         delta = delta + Stream(seed).masks(value.shape, value.width)
     return packing.pack(reduce(delta, value.width), value.width)

@@ -15,6 +15,7 @@ import numpy as np
 from mpcserve.compiler import functions as f
 from mpcserve.compiler.builder import Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned, axis_of, ints_of, secret, values_of
+from mpcserve.compiler.lookup import looked_up
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.rearrange import NOWHERE, Ints, assembled, positions_of, taken
 from mpcserve.compiler.registry import lowers
@@ -27,7 +28,9 @@ def indices_of(x: Operand | None, what: str = "indices") -> Ints:
 
 @lowers("Gather", since=1)
 def gather(b: Builder, x: Operand, indices: Operand, /, *, axis: int = 0) -> Ref:
-    """Elements at constant indices along an axis."""
+    """Elements at indices along an axis: local; at secret ones a product with the whole table."""
+    if isinstance(indices, Ref):
+        return looked_up(b, x, indices, axis)
     source = secret(b, x)
     axis = axis_of(axis, len(source.shape))
     where = indices_of(indices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mpcserve.compiler.graph import Graph
+from mpcserve.compiler.lookup import note_uses
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.fuse_activations import fuse_activations
 from mpcserve.compiler.passes.fuse_attention import fuse_attention
@@ -13,6 +14,7 @@ from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    note_uses,  # what an integer input may be follows from what it is used for
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
     fuse_activations,  # GELU, SiLU, Mish, softplus as they are written out become one node
     fuse_normalizations,  # so do LayerNorm, RMSNorm and L2-normalisation
