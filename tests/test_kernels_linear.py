@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike
 
-from mpcserve.kernels import linear, linear_image, linear_micro
+from mpcserve.kernels import linear, linear_image, linear_micro, linear_runs
 from mpcserve.kernels.linear import (
     conv2d,
     conv2d_tiles,
@@ -326,6 +326,20 @@ def test_conv2d_in_bands_is_the_same(
         how = (strides, (1, 1, 0, 2), (1, 2), groups)
         expected = wrapping_conv2d(x, w, *how)
         follow(conv2d_tiles(x, pack_conv_w(w, groups), *how), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (2, 2)])
+def test_few_rows_are_computed_in_runs(rows: int, strides: tuple[int, int], draw: Draw) -> None:
+    for size in (5, 70):
+        x, w = draw(1, 3, size, size + 1), draw(3 * rows, 1, 3, 2)
+        for pads in ((1, 1, 1, 1), (0, 0, 0, 0)):
+            how = (strides, pads, (1, 1), 3)
+            expected = wrapping_conv2d(x, w, *how)
+            assert np.array_equal(conv2d(x, w, *how), expected)
+            follow(conv2d_tiles(x, pack_conv_w(w, 3), *how), expected)
+    a, b = draw(rows, 11), draw(11, 2 * linear_runs.RUN_WORDS + 3)
+    assert np.array_equal(matmul(a, b), a @ b)
 
 
 def test_conv2d_copies_at_most_the_stated_memory() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from mpcserve.kernels import linear_micro as micro
 from mpcserve.kernels.linear_image import Geometry, geometry_of, grid, prepare
 from mpcserve.kernels.linear_micro import KC, LINE, ROWS, Index, lanes_of, scratch_words
+from mpcserve.kernels.linear_runs import ROWS_MAX, Runs, multiply_runs, scratch_for
 from mpcserve.ring import Words
 
 TILE_OUTPUTS = 1 << 16  # words of output that are worth sending on their own …
@@ -81,6 +82,7 @@ class _Right:
     base: Index
     packed: bool
     column: bool  # a single one, whose words are neighbours
+    runs: Runs | None = None  # of columns that are neighbours
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -256,7 +258,17 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[T
                 if len(bands) > 1:
                     source = prepare(x, g, first, last, band)
                 offs, base = source.offs, source.base
-                right = _Right(source.words, source.at, g.deep, len(base), offs, base, False, False)
+                right = _Right(
+                    source.words,
+                    source.at,
+                    g.deep,
+                    len(base),
+                    offs,
+                    base,
+                    False,
+                    False,
+                    source.runs,
+                )
                 begin = first * item + band[0] * g.out_shape[3] - shift
                 at = grid((last - first,), (item,)) + begin
                 _multiply(left, right, _Out(words, at, channel, g.rows), tile)
@@ -270,6 +282,14 @@ def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:
         micro.multiply_column(
             left.words, left.at, left.row_step, right.words, right.at, out.words, out.at, deep, tile
         )
+        return
+    if right.runs and tile[3] - tile[2] <= ROWS_MAX:
+        steps = (1, out.rows) if left.packed else (left.row_step, left.col_step)
+        sizes, room = (deep, out.step, int(right.base[0])), scratch_for(right.runs, dtype)
+        multiply_runs(
+            left.words, left.at, right.words, right.at, right.offs, out.words, out.at, room,
+            steps, sizes, right.runs, tile,
+        )  # fmt: skip
         return
     rows = 0 if left.packed else tile[3] - tile[2]
     scratch = np.empty(scratch_words(dtype, rows, deep, right.packed), dtype)
@@ -314,7 +334,8 @@ def _right_of(b: Words | Packed, lead: tuple[int, ...]) -> _Right:
     else:  # a single column is read as a row
         words, steps = _flat(_contiguous(b) if wide == 1 else b, (*lead, deep, wide))
     offs, base = grid((deep,), steps[-2:-1]), grid((wide,), steps[-1:])
-    return _Right(words, grid(lead, steps[:-2]), deep, wide, offs, base, False, wide == 1)
+    runs = (1, wide, wide) if steps[-1] == 1 else None
+    return _Right(words, grid(lead, steps[:-2]), deep, wide, offs, base, False, wide == 1, runs)
 
 
 def _lanes_of(b: Words | Packed) -> int:

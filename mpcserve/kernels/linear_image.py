@@ -104,6 +104,9 @@ class Source:
     at: Index
     offs: Index
     base: Index
+    runs: tuple[int, int, int] | None
+    """Rows of output pixels: how many, how wide, how far apart; None if pixels are no neighbours.
+    """
 
 
 def geometry_of(
@@ -137,7 +140,11 @@ def prepare(x: Words, g: Geometry, first: int, last: int, band: Band) -> Source:
     high = band[1] - band[0]
     small = max(g.deep, high * g.out_shape[3]) <= TABLE
     offs, base = (_kept_tables if small else _tables)(g, high)
-    return Source(words, at + start if start else at, offs, base)
+    runs = None
+    if g.copies or g.strides[1] == 1:
+        wide = g.out_shape[3]
+        runs = (high, wide, int(base[wide] - base[0]) if high > 1 else wide)
+    return Source(words, at + start if start else at, offs, base, runs)
 
 
 def _tables(g: Geometry, high: int) -> tuple[Index, Index]:

@@ -250,7 +250,7 @@ def _zero(typingctx, place):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _added(typingctx, total, left, right):  # type: ignore[no-untyped-def]
+def added(typingctx, total, left, right):  # type: ignore[no-untyped-def]
     """total + left · right as a word; numba would go on in 64 bits."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -356,18 +356,18 @@ def _meet(
                     place = on(place, step)
 
 
-_AT = "Array(int64, 1, 'C', readonly=True)"
-_IN = "Array({0}, 1, 'C', readonly=True)"
-_OUT = "{0}[::1]"
+AT = "Array(int64, 1, 'C', readonly=True)"
+IN = "Array({0}, 1, 'C', readonly=True)"
+OUT = "{0}[::1]"
 
 
-def _both(*arguments: str) -> Callable[[F], F]:
+def both(*arguments: str) -> Callable[[F], F]:
     """Compile for words of 64 bits and for words of 32; {0} is the type of a word."""
     return kernel(*(f"void({', '.join(arguments)})".format(f"uint{bits}") for bits in (64, 32)))
 
 
-@_both(
-    *(_IN, _AT, _IN, _AT, _AT, _AT, _OUT, _AT, _OUT, _AT),
+@both(
+    *(IN, AT, IN, AT, AT, AT, OUT, AT, OUT, AT),
     *("UniTuple(int64, 3)", "UniTuple(int64, 5)", "UniTuple(int64, 4)"),
 )
 def multiply(
@@ -428,7 +428,7 @@ def multiply(
                     _meet(lhs, rhs, table, depth, rows, columns, place, step, k0, corner)
 
 
-@_both(*(_IN, _AT, "int64", _IN, _AT, _OUT, _AT, "int64", "UniTuple(int64, 4)"))
+@both(*(IN, AT, "int64", IN, AT, OUT, AT, "int64", "UniTuple(int64, 4)"))
 def multiply_column(
     left: Words,
     left_at: Index,
@@ -451,5 +451,5 @@ def multiply_column(
             row = place_of(left, left_at[item] + i * row_step)
             total = _zero(to)
             for k in range(deep):
-                total = _added(total, row[k], column[k])
+                total = added(total, row[k], column[k])
             to[i] = total
