@@ -35,7 +35,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from mpcserve import errors
 from mpcserve.errors import MpcError, PeerError, WireError
@@ -62,6 +62,7 @@ _FRAME_VERSION = 1
 _TLS_RECORD = b"\x16\x03"  # how a TLS handshake record begins
 _HEADER = struct.Struct(">BBHI16s")
 HEADER_BYTES = _HEADER.size
+_DATA_HEADER = struct.Struct(">II16s")  # the same, its first four bytes as one number
 
 
 class Kind(enum.IntEnum):
@@ -114,6 +115,7 @@ _LAWS = MappingProxyType(
         Kind.GOODBYE: _Law(0, 0, _On.ANY),
     }
 )
+_DATA_START = _FRAME_VERSION << 24 | Kind.DATA << 16
 _MAY_RECEIVE = MappingProxyType(
     {
         State.GREETING: frozenset({Kind.HELLO, Kind.ERROR, Kind.GOODBYE}),
@@ -147,8 +149,7 @@ class Message:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):
     """Some DATA bytes: a view of the buffer given to `receive`, valid until that is reused."""
 
     stream: bytes
@@ -251,7 +252,7 @@ class Session:
     def data_header(self, stream: bytes, length: int) -> bytes:
         """The header of a DATA frame; its `length` payload bytes follow, uncopied."""
         assert 0 < length <= MAX_DATA and stream != LINK_STREAM
-        return _HEADER.pack(_FRAME_VERSION, Kind.DATA, 0, length, stream)
+        return _DATA_HEADER.pack(_DATA_START, length, stream)
 
     def error(self, stream: bytes, error: MpcError) -> bytes:
         """Tell the peer that a stream (zero: the link) failed, and how."""
@@ -278,8 +279,8 @@ class Session:
         if self._broken is not None:
             raise self._broken
         view = memoryview(data)
-        at = 0
-        while at < len(view):
+        at, end = 0, len(view)
+        while at < end:
             if self._kind is Kind.DATA:
                 chunk = view[at : at + self._left]
                 at += len(chunk)
@@ -287,12 +288,22 @@ class Session:
                 self._kind = Kind.DATA if self._left else None
                 yield Data(self._stream, chunk)
                 continue
+            if self._kind is None and not self._pending and end - at >= HEADER_BYTES:
+                start, length, stream = _DATA_HEADER.unpack_from(view, at)
+                if start == _DATA_START and self._takes_data(length, stream):
+                    at += HEADER_BYTES
+                    self._kind, self._left, self._stream = Kind.DATA, length, stream
+                    continue
             piece = view[at : at + self._left] if self._kind else self._rest_of_header(view, at)
             at += len(piece)
             self._pending += piece
             event = self._advance(len(piece))
             if event is not None:
                 yield event
+
+    def _takes_data(self, length: int, stream: bytes) -> bool:
+        """Whether this is a DATA frame as it should be; of any other `_open_frame` says more."""
+        return 0 < length <= MAX_DATA and stream != LINK_STREAM and self.state is State.OPEN
 
     def _rest_of_header(self, view: memoryview, at: int) -> memoryview:
         return view[at : at + HEADER_BYTES - len(self._pending)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mpcserve.plan.plan import Plan
@@ -148,10 +147,10 @@ def server_report(role: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 def peak_rss_bytes() -> int:
     """The most memory this process ever held."""
     # On Linux a process inherits ru_maxrss from whoever started it; VmHWM is its own.
-    status = Path("/proc/self/status")
-    if status.exists():
-        peaks = [line.split() for line in status.read_text().splitlines() if "VmHWM:" in line]
-        if peaks:
-            return int(peaks[0][1]) * 1024
+    if sys.platform == "linux":
+        with open("/proc/self/status", "rb", buffering=0) as status:
+            _, found, rest = status.read().partition(b"VmHWM:")
+        if found:
+            return int(rest.split(None, 1)[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
