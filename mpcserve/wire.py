@@ -290,7 +290,8 @@ class Session:
                 continue
             if self._kind is None and not self._pending and end - at >= HEADER_BYTES:
                 start, length, stream = _DATA_HEADER.unpack_from(view, at)
-                if start == _DATA_START and self._takes_data(length, stream):
+                fits = 0 < length <= MAX_DATA and stream != LINK_STREAM
+                if start == _DATA_START and fits and self.state is State.OPEN:
                     at += HEADER_BYTES
                     self._kind, self._left, self._stream = Kind.DATA, length, stream
                     continue
@@ -300,10 +301,6 @@ class Session:
             event = self._advance(len(piece))
             if event is not None:
                 yield event
-
-    def _takes_data(self, length: int, stream: bytes) -> bool:
-        """Whether this is a DATA frame as it should be; of any other `_open_frame` says more."""
-        return 0 < length <= MAX_DATA and stream != LINK_STREAM and self.state is State.OPEN
 
     def _rest_of_header(self, view: memoryview, at: int) -> memoryview:
         return view[at : at + HEADER_BYTES - len(self._pending)]
