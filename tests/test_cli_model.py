@@ -181,7 +181,7 @@ def missing_data(path: Path) -> str:
 BAD_MODELS: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     "absent": (lambda p: str(p / "none.onnx"), ["none.onnx"]),
     "garbage": (garbage, ["m.onnx"]),
-    "unsupported": (lambda p: one_node("Hardmax", p / "m.onnx"), ["the_node", "Hardmax"]),
+    "unsupported": (lambda p: one_node("NonZero", p / "m.onnx"), ["the_node", "NonZero"]),
     "dynamic": (lambda p: one_node("Relu", p / "m.onnx", ("N", "T")), ["'x'", "axis 1"]),
     "nan": (nan_weights, ["NaN"]),
     "external data": (missing_data, ["m.data"]),
@@ -208,9 +208,9 @@ def test_check_lists_all_unsupported_nodes_at_once(tmp_path: Path, capsys: Captu
     x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ("N", 3))
     y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
     nodes = [
-        helper.make_node("Hardmax", ["x"], ["a"], name="first"),
+        helper.make_node("Bernoulli", ["x"], ["a"], name="first"),
         helper.make_node("Relu", ["a"], ["b"], name="fine"),
-        helper.make_node("Det", ["b"], ["y"], name="second"),
+        helper.make_node("RandomNormalLike", ["b"], ["y"], name="second"),
     ]
     model = helper.make_model(
         helper.make_graph(nodes, "g", [x], [y]),

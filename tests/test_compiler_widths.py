@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 
 from mpcserve.compiler import compile_model
 from mpcserve.compiler.chunks import sign_chunks
@@ -180,10 +181,20 @@ def product_weights(model: onnx.ModelProto, **options: Any) -> tuple[Instruction
     return product, plan.value(product.inputs[1]).frac_bits
 
 
+def just_above(value: float) -> NDArray[np.float32]:
+    """Weights that no fixed number of fraction bits holds exactly."""
+    return np.full((3, 2), np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
 def test_small_weights_keep_their_significant_bits() -> None:
-    model = model_of([node("MatMul", ["x", "w"])], {"x": (1, 3)}, {"w": np.full((3, 2), 2.0**-12)})
+    model = model_of([node("MatMul", ["x", "w"])], {"x": (1, 3)}, {"w": just_above(2.0**-12)})
     product, frac_bits = product_weights(model, input_range=(-1, 1))
     assert frac_bits == 16 - 4 + 12 and product.value.frac_bits == 16
+
+
+def test_exact_weights_need_no_more_bits() -> None:
+    model = model_of([node("MatMul", ["x", "w"])], {"x": (1, 3)}, {"w": np.full((3, 2), 2.0**-12)})
+    assert product_weights(model, input_range=(-1, 1))[1] == 16
 
 
 def test_large_inputs_ask_for_finer_weights() -> None:
@@ -197,9 +208,8 @@ def test_large_inputs_ask_for_finer_weights() -> None:
 
 
 def test_weights_give_up_bits_where_the_range_needs_them() -> None:
-    w = np.full((3, 2), 2.0**10)
-    model = model_of([node("MatMul", ["x", "w"])], {"x": (1, 3)}, {"w": w})
-    options: Any = {"input_range": (-(2.0**20), 2.0**20)}
+    model = model_of([node("MatMul", ["x", "w"])], {"x": (1, 3)}, {"w": just_above(2.0**10)})
+    options: Any = {"input_range": (-(2.0**24), 2.0**24)}
     product, frac_bits = product_weights(model, **options)
     assert frac_bits < 16
     assert product.value.bound + product.attrs["truncate"] <= 62

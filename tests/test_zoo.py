@@ -73,6 +73,7 @@ def test_layers_of_an_exported_network_are_named_as_the_export_names_them() -> N
     assert all(e.own <= e.relative * 3 + 1e-3 for e in errors)
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 def test_networks_of_full_size_agree_with_onnxruntime() -> None:
     done = subprocess.run(
