@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,12 @@ TIE = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """A model to train. `make`: a fresh estimator; `options`: of its conversion."""
+    """A model to train. `make`: a fresh estimator."""
 
     family: str
     model: str
     dataset: str
     make: Callable[[], Any]
-    options: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -233,7 +232,8 @@ def exported(case: Case, data: Data) -> onnx.ModelProto:
         from skl2onnx import to_onnx
 
         with mock.patch("skl2onnx.common._container.make_node", _make_node):
-            return to_onnx(estimator, data.train[:1], options=case.options)
+            versions = {"": 18, "ai.onnx.ml": 3}  # what all converters of skl2onnx know
+            return to_onnx(estimator, data.train[:1], target_opset=versions)
 
 
 def _by_onnxmltools(estimator: Any, family: str, data: Data) -> onnx.ModelProto:

@@ -16,12 +16,34 @@ from mpcserve.compiler.graph import FUSED, Graph, to_onnx
 from mpcserve.compiler.passes.fuse_activations import fuse_activations
 from mpcserve.compiler.passes.fuse_attention import fuse_attention
 from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
+from mpcserve.compiler.passes.fuse_shares import fuse_shares
 from mpcserve.compiler.registry import registry
 from mpcserve.plan import bill_of
 from mpcserve.protocol import Together
 from tests.onnx_cases import Array, model_of, node, on_grid, plain, rng_of
 
 F32 = np.float32
+
+
+@pytest.mark.parametrize(("exponential", "op"), [(True, "Softmax"), (False, "LogSoftmax")])
+def test_shares_of_a_sum_of_exponentials(exponential: bool, op: str) -> None:
+    """As naive Bayes is exported; what is compared is that the range of shares is known."""
+    nodes = [
+        node("ReduceLogSumExp", ["x", "axis"], ["t"], keepdims=0),
+        node("Reshape", ["t", "column"], ["c"]),
+        node("Sub", ["x", "c"], ["l" if exponential else "y"]),
+    ]
+    nodes += [node("Exp", ["l"], ["y"])] if exponential else []
+    constants = {"axis": np.array([1]), "column": np.array([-1, 1])}
+    model = model_of(nodes, {"x": [4, 5]}, constants)
+    graph = import_model(model, 1, registry()).graph
+    assert graph is not None
+    graph = fuse_shares(graph)
+    assert [n.op for n in graph.nodes] == [op]
+    x = (8 * rng_of(3).normal(size=(4, 5))).astype(F32)
+    (got,), (expected,) = (plain(m, x) for m in (to_onnx(graph), model))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    compiled_agrees(model, [np.clip(x, -16, 16)], 1e-3, 16.0)
 
 
 def fused(model: onnx.ModelProto) -> Graph:

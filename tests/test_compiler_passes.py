@@ -84,6 +84,19 @@ def test_the_swap_compares_fewer_elements_with_zero() -> None:
     assert last.value.shape == (1, 3, 3, 3)
 
 
+def test_a_cast_of_whole_numbers_stays() -> None:
+    """onnxruntime multiplies floats with floats alone, and ranges are measured by running it."""
+    nodes = [
+        node("ArgMax", ["x"], ["i"], axis=1, keepdims=1),
+        node("Transpose", ["i"], ["t"], perm=[1, 0]),
+        node("Cast", ["t"], ["f"], to=1),
+        node("MatMul", ["f", "w"]),
+    ]
+    model = model_of(nodes, {"x": [4, 3]}, {"w": np.ones((4, 2))})
+    rows = rng_of(1).normal(size=(4, 3)).astype(np.float32)
+    agree(model, [rows], ulps=4, calibrate=rows)
+
+
 def test_identities_disappear() -> None:
     model = model_of(
         [

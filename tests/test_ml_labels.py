@@ -77,12 +77,15 @@ def test_other_numbers_of_classes_stay_secret() -> None:
     assert plans[0].digest == plans[1].digest
 
 
-def test_a_class_may_be_looked_up_in_a_constant_array() -> None:
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_class_may_be_looked_up_in_a_constant_array(cast: bool) -> None:
     nodes = [
         helper.make_node("ArgMax", ["x"], ["i"], axis=1, keepdims=0, name="argmax"),
         helper.make_node("ArrayFeatureExtractor", ["c", "i"], ["f"], domain=ML, name="pick"),
-        helper.make_node("Reshape", ["f", "s"], ["y"], name="flat"),
+        helper.make_node("Reshape", ["f", "s"], ["r" if cast else "y"], name="flat"),
     ]
+    if cast:
+        nodes.append(helper.make_node("Cast", ["r"], ["y"], to=onnx.TensorProto.STRING))
     constants = [
         helper.make_tensor("c", onnx.TensorProto.STRING, [3], [b"p", b"q", b"r"]),
         helper.make_tensor("s", onnx.TensorProto.INT64, [1], [-1]),

@@ -127,6 +127,22 @@ def test_kernels_of_a_regressor(kernel: str) -> None:
     same_in_standard_operators(model, rows())
 
 
+def test_distances_to_many_support_vectors_are_products() -> None:
+    rng, count = rng_of(8), 700
+    model = regressor(
+        "SVMRegressor",
+        FEATURES,
+        coefficients=rng.normal(size=count).tolist(),
+        kernel_params=[0.3, 0.0, 3.0],
+        kernel_type="RBF",
+        n_supports=count,
+        rho=[0.4],
+        support_vectors=rng.normal(size=count * FEATURES).tolist(),
+    )
+    result = same_in_standard_operators(model, rows(), within=1e-4)
+    assert "Relu" in {n.op_type for n in result.graph.node}
+
+
 def support_machine(count: int, **attrs: Any) -> onnx.ModelProto:
     rng = rng_of(3)
     per_class = [2, 3, 2, 4][:count]

@@ -158,6 +158,14 @@ def test_a_post_transform_follows_the_scores(transform: str, targets: int) -> No
     agree(regressor("TreeEnsembleRegressor", FEATURES, **attrs), within=1e-3)
 
 
+@pytest.mark.parametrize("targets", [1, 2])
+def test_whole_numbers_come_out_whole(targets: int) -> None:
+    """The number of a leaf may be looked up next."""
+    attrs = forest(4, targets)
+    attrs["target_weights"] = list(map(float, range(len(attrs["target_weights"]))))
+    agree(regressor("TreeEnsembleRegressor", FEATURES, **attrs), within=0.0)
+
+
 def test_a_classifier_names_the_class() -> None:
     attrs = random_forest(rng_of(4), 5, FEATURES, 4, 3, grid=GRID)
     names = {"classlabels_strings": ["low", "middle", "high"]}

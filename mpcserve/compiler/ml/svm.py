@@ -108,9 +108,18 @@ def kernel(w: Writer, x: str, vectors: Any, kind: str, params: Sequence[float]) 
     return w.op("Tanh", shifted) if kind == "SIGMOID" else w.op("Pow", shifted, w.constant(degree))
 
 
+FEW_SQUARES = 2048
+"""Up to so many, squares cost less than a comparison for each support vector, and three rounds."""
+
+
 def squared_distance(w: Writer, x: str, vectors: Any, gamma: float) -> str:
-    """gamma · |x − v|², as a sum of squares: so the compiler proves that it is not negative."""
+    """gamma · |x − v|², known not to be negative: a sum of squares, or of products and compared."""
     scaled = w.op("Mul", x, w.constant(np.full(vectors.shape[1], np.sqrt(gamma))))
+    if vectors.size > FEW_SQUARES:
+        own = w.reduce("ReduceSum", w.op("Mul", scaled, scaled), 1)
+        offsets = w.constant(gamma * np.square(vectors).sum(axis=1))
+        inner = w.op("Gemm", scaled, w.constant(-2 * np.sqrt(gamma) * vectors.T), offsets)
+        return w.op("Relu", w.op("Add", inner, own))
     rows = w.op("Unsqueeze", scaled, w.constant([1], np.int64))
     gaps = w.op("Sub", rows, w.constant(np.sqrt(gamma) * vectors))
     total = w.reduce("ReduceSum", w.op("Mul", gaps, gaps), 2)

@@ -19,15 +19,25 @@ def tree_ensemble_regressor(
     w: Writer, x: str, /, *, post_transform: str = "NONE", **attrs: Any
 ) -> str | None:
     """The post transform becomes an operator of its own."""
-    y = w.op("TreeEnsembleRegressor", w.floats(x), domain=ML, **attrs)
+    y = w.op("TreeEnsembleRegressor", w.floats(x), domain=ML, **_single_precision(attrs))
     return of_targets(w, y, attrs.get("n_targets", 1), post_transform)
 
 
 @rewrites("TreeEnsemble")
 def tree_ensemble(w: Writer, x: str, /, *, post_transform: int = 0, **attrs: Any) -> str | None:
     """The post transform becomes an operator of its own."""
-    y = w.op("TreeEnsemble", w.floats(x), domain=ML, **attrs)
+    double = attrs["leaf_weights"].dtype == np.float64
+    y = w.op("TreeEnsemble", w.floats(x), domain=ML, **_single_precision(attrs))
+    y = w.cast(y, np.float64) if double else y
     return of_targets(w, y, attrs.get("n_targets", 1), TRANSFORMS[post_transform])
+
+
+def _single_precision(attrs: dict[str, Any]) -> dict[str, Any]:
+    """Tables of doubles as float32: rows and thresholds are rounded alike."""
+    return {
+        k: v.astype(np.float32) if isinstance(v, np.ndarray) and v.dtype == np.float64 else v
+        for k, v in attrs.items()
+    }
 
 
 @rewrites("TreeEnsembleClassifier")
@@ -65,7 +75,7 @@ def tree_ensemble_classifier(
         target_treeids=list(class_treeids),
         target_weights=weights.tolist(),
         n_targets=1 if single else count,
-        **structure,
+        **_single_precision(structure),
     )
     labels = (classlabels_int64s, classlabels_strings)
     if single:

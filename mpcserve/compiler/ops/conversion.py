@@ -14,7 +14,7 @@ _FLOATS = (1, 10, 11, 16)
 _INTEGERS = (2, 3, 4, 5, 6, 7, 12, 13)
 """From uint8 to uint64. A number outside of the type's range is kept as it is."""
 
-_BOOL = 9
+_STRING, _BOOL = 8, 9
 
 
 @lowers("Cast", since=6)
@@ -22,6 +22,8 @@ def cast(b: Builder, x: Ref, /, *, to: int, saturate: int = 1, round_mode: str =
     """x; 4 rounds from fractions to whole numbers, 2 to a boolean, 1 from one."""
     if to == _BOOL:
         return _boolean(b, x)
+    if to == _STRING and b.labels(x):
+        return x
     if to in _FLOATS:
         return number_of(b, x)
     if to in _INTEGERS:

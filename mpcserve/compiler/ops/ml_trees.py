@@ -220,8 +220,10 @@ def _scores(b: Builder, hits: Ref, scores: Reals, aggregate: str) -> Ref:
         scores = scores / trees
     ends = scores.min(axis=1), scores.max(axis=1)
     largest = 2.0 ** np.ceil(np.log2(max(np.abs(scores).max(), 2.0**-b.frac_bits)))
-    # So many small errors add up that each leaf has some bits more.
+    # So many small errors add up that each leaf has some bits more. Whole numbers have none: the
+    # number of a leaf may be looked up next, and must not be a little less.
     fine = b.frac_bits + (int(trees).bit_length() + 1) // 2
+    fine = 0 if np.all(scores == np.rint(scores)) else fine
     table = b.weight(scores, fine, span=(-largest, largest))
     joined = aggregate in ("SUM", "AVERAGE")
     if targets == 1:
@@ -231,11 +233,12 @@ def _scores(b: Builder, hits: Ref, scores: Reals, aggregate: str) -> Ref:
     elif joined:
         chosen = b.reshape(b.number(hits), (rows, trees * leaves))
         flat = b.reshape(table, (trees * leaves, targets))
-        each = b.reshape(b.matmul(chosen, flat), (rows, 1, targets))
+        to = min(fine, b.frac_bits)
+        each = b.reshape(b.matmul(chosen, flat, to=to), (rows, 1, targets))
     else:
         chosen = b.transpose(b.number(hits), (1, 0, 2))
-        each = b.transpose(b.matmul(chosen, table), (1, 0, 2))
-    slack = 2.0 ** (1 - b.frac_bits)
+        each = b.transpose(b.matmul(chosen, table, to=min(fine, b.frac_bits)), (1, 0, 2))
+    slack = 2.0 ** (1 - b.frac_bits) if fine else 0.0
     low, high = (e.sum(axis=0) if joined else e for e in ends)
     shape = (1, -1, targets)
     each = b.within(each, low.reshape(shape) - slack, high.reshape(shape) + slack)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from mpcserve.compiler.graph import Graph, Node
 
 _FLOATS = (1, 10, 11, 16)
@@ -15,12 +17,12 @@ _BOOL = 9
 def remove_identities(graph: Graph) -> Graph:
     """Same function, fewer nodes. A node that names an output of the model stays."""
     kept = {o.name for o in graph.outputs}
-    booleans = _booleans(graph)
+    others = _booleans(graph) | _integers(graph)
     instead: dict[str, str] = {}
     nodes = []
     for node in graph.nodes:
         node = replace(node, inputs=tuple(instead.get(i, i) for i in node.inputs))
-        if _idle(node, booleans) and node.outputs[0] not in kept:
+        if _idle(node, others) and node.outputs[0] not in kept:
             instead[node.outputs[0]] = node.inputs[0]
         else:
             nodes.append(node)
@@ -49,12 +51,33 @@ def _booleans(graph: Graph) -> set[str]:
     return found
 
 
-def _idle(node: Node, booleans: set[str]) -> bool:
+_COUNTS = ("ArgMax", "ArgMin", "Shape", "Size", "LabelEncoder")
+"""Operators whose result is whole, whatever they read; a cast makes it a float for the next."""
+
+
+def _integers(graph: Graph) -> set[str]:
+    """Whole numbers: taking their cast away would leave a graph that onnxruntime refuses."""
+    found = {i.name for i in graph.inputs if np.dtype(i.dtype).kind in "iu"}
+    found |= {name for name, value in graph.constants.items() if value.dtype.kind in "iu"}
+    for node in graph.nodes:
+        first = node.inputs[1] if node.op == "Where" else node.inputs[0] if node.inputs else ""
+        kept = first in found and node.op not in (*_COMPARES, "Cast", "CastLike")
+        counted = node.op in _COUNTS or (
+            node.op == "Cast" and node.attrs.get("to") not in (*_FLOATS, _BOOL)
+        )
+        if kept or counted:
+            found.update(node.outputs)
+        elif node.op == "TopK":
+            found.update(node.outputs[1:])
+    return found
+
+
+def _idle(node: Node, others: set[str]) -> bool:
     outputs = [o for o in node.outputs if o]
     if node.domain not in ("", "ai.onnx") or len(outputs) != 1:
         return False
     if node.op == "Dropout":
         return len(node.inputs) < 3
     if node.op == "Cast":
-        return node.attrs.get("to") in _FLOATS and node.inputs[0] not in booleans
+        return node.attrs.get("to") in _FLOATS and node.inputs[0] not in others
     return node.op == "Identity"
