@@ -1,15 +1,17 @@
-"""Write the parts of the documentation that follow from the code: `python docs/generate.py`.
+"""Write the parts of the documentation that follow from the code and from measurements.
 
-Between `<!-- name -->` and `<!-- /name -->` in README.md stands what the function of that name
-returns; a test checks that it is current.
+`python docs/generate.py`: between `<!-- name -->` and `<!-- /name -->` of a page stands what the
+function of that name returns; a test checks that it is current.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mpcserve.compiler.ml.rewrite import rewriters
 from mpcserve.compiler.registry import registry
@@ -99,23 +101,110 @@ def config() -> str:
     return f"```yaml\n{text.rstrip()}\n```"
 
 
-BLOCKS: Mapping[str, Callable[[], str]] = {
-    "operators": operators,
-    "costs": costs,
-    "config": config,
+def full_size() -> str:
+    """Networks of full size, one row each."""
+    rows = [
+        "| model | input | parameters | largest error | of spread | top-1 | rounds | MB online | "
+        "MB dealt | s | s in float | s compiling | GB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    family = ""
+    for r in sorted(_measured("zoo"), key=lambda r: (r["family"], r["model"], r["exporter"])):
+        if r["size"] != "full":
+            continue
+        if r["family"] != family:
+            family = r["family"]
+            rows.append(f"| **{family}** | | | | | | | | | | | | |")
+        rows.append(_full_row(r))
+    return "\n".join(rows)
+
+
+def _full_row(r: Mapping[str, Any]) -> str:
+    if r["reason"]:
+        return f"| {r['model']} | {r['input']} | | {r['reason']} | | | | | | | | | |"
+    cells = [
+        r["model"],
+        r["input"],
+        f"{r['parameters']:,}",
+        f"{r['max_abs_error']:.2g}",
+        f"{r['spread']:.2g}",
+        "" if r["agreement"] is None else f"{100 * r['agreement']:.2f} %",
+        r["rounds"],
+        f"{r['online_mb']:.1f}",
+        f"{r['dealt_mb']:.1f}",
+        f"{r['seconds']:.2f}",
+        f"{r['onnxruntime_seconds']:.3f}",
+        f"{r['compile_seconds']:.1f}",
+        f"{r['memory_gb']:.1f}",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def small() -> str:
+    """Small networks by both exporters, side by side."""
+    rows = [
+        "| model | parameters | exporter | largest error | of spread | top-1 | rounds | "
+        "MB online |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in sorted(_measured("zoo"), key=lambda r: (r["model"], r["exporter"])):
+        if r["size"] != "tiny":
+            continue
+        if r["reason"]:
+            rows.append(f"| {r['model']} | | {r['exporter']} | {r['reason']} | | | | |")
+            continue
+        agreed = "" if r["agreement"] is None else f"{100 * r['agreement']:.2f} %"
+        rows.append(
+            f"| {r['model']} | {r['parameters']:,} | {r['exporter']} | {r['max_abs_error']:.2g} | "
+            f"{r['spread']:.2g} | {agreed} | {r['rounds']} | {r['online_mb']:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def tabular() -> str:
+    """Classical models of tables, one row each."""
+    rows = [
+        "| model | data | parameters | largest error | agreement | rounds | MB online | MB dealt | "
+        "s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    family = ""
+    for r in _measured("tabular"):
+        if r["family"] != family:
+            family = r["family"]
+            rows.append(f"| **{family}** | | | | | | | | |")
+        rows.append(
+            f"| {r['model']} | {r['dataset']} | {r['parameters']:,} | {r['max_abs_error']:.2g} | "
+            f"{100 * r['agreement']:.2f} % | {r['rounds']} | {r['online_mb']:.4f} | "
+            f"{r['dealt_mb']:.4f} | {r['seconds']:.4f} |"
+        )
+    return "\n".join(rows)
+
+
+def _measured(name: str) -> list[dict[str, Any]]:
+    """Lines of docs/models/NAME.json; none before the first measurement."""
+    path = ROOT / "docs" / "models" / f"{name}.json"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "README.md": {"operators": operators, "costs": costs, "config": config},
+    "docs/models.md": {"full-size": full_size, "small": small, "tabular": tabular},
 }
+"""Page → its blocks."""
 
 
-def filled(text: str) -> str:
-    """The text with every block's content replaced by what the code says today."""
-    for name, make in BLOCKS.items():
+def filled(page: str) -> str:
+    """The page with every block's content replaced by what the code says today."""
+    text = (ROOT / page).read_text()
+    for name, make in BLOCKS[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert pattern.search(text), f"README.md has no block {name}: {inspect.getdoc(make)}"
+        assert pattern.search(text), f"{page} has no block {name}: {inspect.getdoc(make)}"
         content = make()
         text = pattern.sub(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)  # type: ignore[misc]
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page in BLOCKS:
+        (ROOT / page).write_text(filled(page))

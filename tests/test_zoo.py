@@ -50,7 +50,7 @@ def test_an_exported_network_is_computed_by_the_protocol(path: Path) -> None:
 def test_every_family_is_there_by_both_exporters() -> None:
     stems = {name.rpartition(".")[0] for name in NAMES}
     assert sorted(f"{s}.{e}" for s in stems for e in ("dynamo", "legacy")) == NAMES
-    assert len(stems) >= 14
+    assert len(stems) >= 16
 
 
 def test_both_exports_of_a_network_cost_about_the_same() -> None:

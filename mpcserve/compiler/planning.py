@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import ceil, log2
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from mpcserve.compiler.forest import has_trees
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.lower import Ranges, Scales, lower
 from mpcserve.compiler.narrow import TOLERANCE, narrowed
+from mpcserve.compiler.noise import noise_of
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.unused import remove_unused
@@ -51,6 +53,13 @@ Ring = Literal["auto", 32, 64]
 
 USUAL = 16
 """Fraction bits of what has no reason for more or fewer."""
+
+FAIR = 2.0**-11
+"""Expected error of an output in 64 bits, both root mean squares; where it is more, as in very deep
+networks, all have more fraction bits."""
+
+MOST_FINER = 4
+"""So many at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +158,15 @@ def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[st
     if compares and ring == 32:
         raise ConfigError("ring is 32, trees are compared in 64 bits", "leave ring out")
     finer = finer_inputs(task.ranges, usual) if compares else {}
-    draft = tune_weights(_lowered(task, group, Scales(usual, inputs=finer)), usual)
-    check_draft(draft, "tune_weights")
-    draft = tune_inputs(draft, usual)
-    check_draft(draft, "tune_inputs")
+    draft = _tuned(task, group, Scales(usual, inputs=finer))
     if ring != 32:
         raise_all(task.graph.name, check_fit(draft, usual))
-    if ring == 64 or (ring == "auto" and (compares or frac_bits is not None or varies(draft))):
+    wide = ring == 64 or (ring == "auto" and (compares or frac_bits is not None or varies(draft)))
+    if ring == "auto" and not wide and (by := _lacking(draft, task.felt)):
+        other = _tuned(task, group, Scales(usual + by))
+        if not check_fit(other, usual + by):
+            draft, usual = other, usual + by
+    if wide:
         draft, notes = extended(draft), []
     else:
         result = narrowed(
@@ -171,6 +182,23 @@ def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[st
         draft, notes = result.draft, [result.note]
     check_draft(draft, "extended")
     return draft, [*notes, *coarse_weights(draft, usual)]
+
+
+def _tuned(task: Task, group: int, scales: Scales) -> Draft:
+    """The graph at some scales, its weights and inputs as fine as they need to be."""
+    draft = tune_weights(_lowered(task, group, scales), scales.usual)
+    check_draft(draft, "tune_weights")
+    draft = tune_inputs(draft, scales.usual)
+    check_draft(draft, "tune_inputs")
+    return draft
+
+
+def _lacking(draft: Draft, felt: Felt) -> int:
+    """Fraction bits to add, as far as samples tell."""
+    if any(draft.steps[o.id].power is None for o in draft.outputs):
+        return 0
+    variance = noise_of(draft, FAIR, felt).variance
+    return min(max(ceil(log2(variance) / 2), 0), MOST_FINER) if variance else 0
 
 
 def varies(draft: Draft) -> bool:
