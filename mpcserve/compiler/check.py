@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
+from onnx import defs
 
-from mpcserve.compiler import importing
+from mpcserve.compiler import control, importing
 from mpcserve.compiler.calibrate import Declared, ranges_of
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import (
@@ -86,9 +87,20 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     except (ModelError, Unsupported) as e:
         # What is already known may well be the reason.
         problems += [] if problems else [Problem("", "", str(e), e.hint)]
-    if graph is None:
-        problems += unknown_operators(model, found, {t.name for t in held})
+    if problems:
+        # Nothing was said of nodes behind one that was refused.
+        named = {p.node for p in problems}
+        unknown = unknown_operators(model, found, {t.name for t in held})
+        problems += [p for p in unknown if p.node not in named and not _unfolds(p.op)]
     return Imported(name, digest, given, graph, public, tuple(problems))
+
+
+def _unfolds(op: str) -> bool:
+    """Whether the operator is replaced by others: a graph that it holds, or its definition."""
+    if op in control.UNROLLED or not defs.has(op):
+        return op in control.UNROLLED
+    schema = defs.get_schema(op)
+    return bool(schema.has_function or schema.has_context_dependent_function)
 
 
 def check_model(
