@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import defs
@@ -99,7 +100,7 @@ def _unfolds(op: str) -> bool:
     """Whether the operator is replaced by others: a graph that it holds, or its definition."""
     if op in control.UNROLLED or not defs.has(op):
         return op in control.UNROLLED
-    schema = defs.get_schema(op)
+    schema: Any = defs.get_schema(op)
     return bool(schema.has_function or schema.has_context_dependent_function)
 
 
