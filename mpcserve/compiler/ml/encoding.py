@@ -101,7 +101,7 @@ def label_encoder(
     **text: object,
 ) -> str | None:
     """Numbers to numbers: a comparison with each key, and a product with the secret values."""
-    if text or list(keys_int64s) == list(range(len(values_int64s))):
+    if text or (keys_int64s and list(keys_int64s) == list(range(len(values_int64s)))):
         return None  # names of classes, and indices of them
     keys, dtype = (keys_floats, np.float32) if keys_floats else (keys_int64s, np.int64)
     values = np.array([*values_floats, *values_int64s], np.float64)
