@@ -9,9 +9,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from onnx import defs
 
 from mpcserve.compiler.ml.rewrite import rewriters
 from mpcserve.compiler.registry import registry
@@ -93,6 +96,113 @@ def _cost(op: str, size: int, width: int, reads: int) -> Cost:
 
 def _sum(costs: list[Cost]) -> Cost:
     return Cost(sum((c.rounds for c in costs), ()), sum(c.dealt for c in costs))
+
+
+Case = Mapping[str, Any]
+
+
+def _recorded() -> list[Case]:
+    """What ONNX's node tests came to, as `python -m tests.node_suite --record` wrote it."""
+    cases: list[Case] = json.loads((ROOT / "tests" / "node_suite.json").read_text())
+    return cases
+
+
+def _tested() -> dict[str, list[Case]]:
+    """Operator → its cases that are not left out."""
+    by_op: dict[str, list[Case]] = defaultdict(list)
+    for case in _recorded():
+        if case["status"] != "excluded":
+            by_op[case["op"]].append(case)
+    return by_op
+
+
+def direct() -> str:
+    """Operators with a rule of their own."""
+    entries: dict[str, list[Any]] = defaultdict(list)
+    for e in registry().entries:
+        entries[e.op].append(e)
+    tested = _tested()
+    return _table([_row(op, entries[op], tested.get(op, [])) for op in sorted(entries)])
+
+
+def _without_rule() -> dict[str, list[Case]]:
+    ruled = {e.op for e in registry().entries}
+    return {op: cases for op, cases in sorted(_tested().items()) if op not in ruled}
+
+
+def defined() -> str:
+    """Operators that are compiled by their definition."""
+    found = {op: c for op, c in _without_rule().items() if _is_secret(c) and op in _standard()}
+    return _table([_row(op, [], cases) for op, cases in found.items()])
+
+
+def constant() -> str:
+    """Operators that only a compiler meets."""
+    found = [op for op, cases in _without_rule().items() if not _is_secret(cases)]
+    return ", ".join(f"`{op}`" for op in found)
+
+
+def failing() -> str:
+    """Cases that do not pass, and why."""
+    lines = [f"* `{c['name']}`: {c['reason']}" for c in _recorded() if c["status"] == "failed"]
+    return "\n".join(lines) or "None."
+
+
+def _standard() -> set[str]:
+    return {s.name for s in defs.get_all_schemas() if not s.domain.startswith("ai.onnx.ml")}
+
+
+def _is_secret(cases: Sequence[Case]) -> bool:
+    return any(c["group"] != "constant" for c in cases)
+
+
+def passed() -> str:
+    """How many cases pass."""
+    cases = _recorded()
+    parts = []
+    for group in ("common", "rare", "constant"):
+        count = Counter(c["status"] for c in cases if c["group"] == group)
+        parts.append(f"{count['passed']} of {count.total()} of the {group} ones")
+    return "Of its cases pass " + ", ".join(parts) + "."
+
+
+def _table(rows: Sequence[str]) -> str:
+    head = "| operator | opsets | refused | rounds | bytes | of | error | cases |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
+
+
+def _row(op: str, entries: Sequence[Any], cases: Sequence[Case]) -> str:
+    domain = entries[0].domain if entries else ""
+    known = defs.get_schema(op, domain=domain) if defs.has(op, domain) else None
+    since = min((e.since for e in entries), default=known.since_version if known else 1)
+    opsets = f"ml {since} –" if domain else f"{max(since, 7)} –"
+    taken = {name for e in entries for name in e.attributes}
+    refused = sorted(set(known.attributes) - taken) if known is not None and entries else []
+    passed = [c for c in cases if c["status"] == "passed"]
+    cost = ["", "", ""]
+    if passed:
+        largest = max(passed, key=lambda c: (c.get("elements", 0), c["name"]))
+        elements = largest.get("elements", 0)
+        sent = largest.get("sent", 0) / max(elements, 1)
+        cost = [str(largest.get("rounds", 0)), f"{sent:.1f}" if sent else "0", str(elements)]
+    error = max((c.get("error", 0.0) for c in passed), default=0.0)
+    note = ", ".join(f"`{name}`" for name in refused)
+    tests = f"{len(passed)}/{len(cases)}" if cases else "–"
+    cells = [f"`{op}`", opsets, note, *cost, f"{error:.1g}" if error else "0", tests]
+    return "| " + " | ".join(cells) + " |"
+
+
+def excluded() -> str:
+    """Cases that are left out, by reason."""
+    left: dict[str, list[str]] = defaultdict(list)
+    for case in _recorded():
+        if case["status"] == "excluded":
+            left[case["reason"]].append(case["name"])
+    lines = []
+    for reason, names in sorted(left.items(), key=lambda item: (-len(item[1]), item[0])):
+        listed = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"* **{reason}**, {len(names)} cases: {listed}")
+    return "\n".join(lines)
 
 
 def config() -> str:
@@ -190,6 +300,14 @@ def _measured(name: str) -> list[dict[str, Any]]:
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"operators": operators, "costs": costs, "config": config},
     "docs/models.md": {"full-size": full_size, "small": small, "tabular": tabular},
+    "docs/operators.md": {
+        "passed": passed,
+        "direct": direct,
+        "defined": defined,
+        "constant": constant,
+        "failing": failing,
+        "excluded": excluded,
+    },
 }
 """Page → its blocks."""
 

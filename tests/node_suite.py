@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from onnx import helper, numpy_helper
 from mpcserve.errors import MpcError
 from mpcserve.onnx_backend import FLOATS, parameters_of, prepare
 
-PASSING = Path(__file__).parent / "node_suite_passing.txt"
-"""Names of the cases that pass: none of them may fail again."""
+RESULTS = Path(__file__).parent / "node_suite.json"
+"""What every case came to: none that passes may fail again, and docs/operators.md is made of it."""
 
 KINDS = ("node", "simple", "pytorch-converted", "pytorch-operator")
 
@@ -135,15 +135,21 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`status`: passed, failed, or excluded. `error`: largest, as a part of max(1, |expected|)."""
+    """`status`: passed, failed, or excluded. `error`: largest, as a part of max(1, |expected|).
+
+    `rounds` and `sent`, bytes online, took the `elements` of all outputs together.
+    """
 
     name: str
     op: str
     group: str
     status: str
-    reason: str
-    error: float
-    seconds: float
+    reason: str = ""
+    error: float = 0.0
+    rounds: int = 0
+    sent: int = 0
+    elements: int = 0
+    seconds: float = 0.0
 
 
 @cache
@@ -159,9 +165,26 @@ def cases() -> tuple[Case, ...]:
     return tuple(_classified(case, found) for case in found.values())
 
 
+def results() -> dict[str, Outcome]:
+    """The recorded outcomes by name."""
+    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return {row["name"]: Outcome(**row) for row in recorded}
+
+
 def passing() -> list[str]:
-    """The names in the list."""
-    return PASSING.read_text().split() if PASSING.exists() else []
+    """Names of the cases that are recorded as passing."""
+    return [o.name for o in results().values() if o.status == "passed"]
+
+
+def record(outcomes: Sequence[Outcome]) -> None:
+    """Write what was run into the record, a line per case."""
+    known = results() | {o.name: replace(o, seconds=0.0) for o in outcomes}
+    blank = asdict(Outcome("", "", "", ""))
+    rows = []
+    for o in sorted(known.values(), key=lambda o: o.name):
+        told = {k: v for k, v in asdict(o).items() if v != blank[k]}
+        rows.append(json.dumps(told | {"error": float(f"{o.error:.2g}")} if o.error else told))
+    RESULTS.write_text("[\n" + ",\n".join(rows) + "\n]\n")
 
 
 def selected(pattern: str = "") -> list[Case]:
@@ -174,21 +197,25 @@ def run(case: Case) -> Outcome:
     """One case through the protocol."""
     start = time.process_time()
     if case.group == "excluded":
-        return Outcome(case.name, case.op, case.group, "excluded", case.reason, 0.0, 0.0)
-    reason, error = "", 0.0
+        return Outcome(case.name, case.op, case.group, "excluded", case.reason)
+    reason, error, bill, elements = "", 0.0, None, 0
     try:
         model = prepare(case.model, public=case.public)
         for inputs, expected in case.data_sets:
+            elements = sum(np.size(want) for want in expected)
             for got, want in zip(model.run(list(inputs)), expected, strict=True):
                 why, off = _difference(got, want, case)
                 reason, error = reason or why, max(error, off)
+        bill = model.bill
     except MpcError as e:
         reason = str(e).partition(": ")[2] or str(e)
     except Exception as e:  # a crash of one case is an outcome, the others run
         reason = f"crash: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
     status = "failed" if reason else "passed"
     seconds = time.process_time() - start
-    return Outcome(case.name, case.op, case.group, status, reason, error, seconds)
+    rounds, sent = (bill.rounds, bill.online_bytes) if bill is not None else (0, 0)
+    cost = rounds, sent, elements, seconds
+    return Outcome(case.name, case.op, case.group, status, reason, error, *cost)
 
 
 def _difference(got: Any, want: Any, case: Case) -> tuple[str, float]:
@@ -378,7 +405,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.node_suite")
     parser.add_argument("-k", default="", metavar="PATTERN", help="name, operator or group")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes")
-    parser.add_argument("--keep", action="store_true", help="make the list of passing cases anew")
+    parser.add_argument(
+        "--record", action="store_true", help="write what comes out into the record"
+    )
     parser.add_argument("--failed", action="store_true", help="print only what fails")
     options = parser.parse_args()
     outcomes = []
@@ -389,10 +418,8 @@ def main() -> None:
             note = o.reason or f"error {o.error:.1e}"
             print(f"{o.status} {1e3 * o.seconds:6.0f} ms {o.name}: {note}", flush=True)
     print(report(outcomes))
-    if options.keep:
-        passed = {o.name for o in outcomes if o.status == "passed"}
-        kept = {name for name in passing() if name not in {o.name for o in outcomes}}
-        PASSING.write_text("".join(f"{name}\n" for name in sorted(passed | kept)))
+    if options.record:
+        record(outcomes)
     if options.json:
         options.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
     sys.exit(any(o.status == "failed" for o in outcomes))

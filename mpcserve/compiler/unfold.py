@@ -20,6 +20,7 @@ from onnx import defs, helper, numpy_helper, shape_inference
 
 from mpcserve.compiler import control
 from mpcserve.compiler.constants import evaluated, hollow
+from mpcserve.compiler.contrib import contrib_body
 from mpcserve.compiler.dtypes import held
 from mpcserve.compiler.expand import Body, body_of
 from mpcserve.compiler.graph import Node, Shape, attributes_of, static_shape
@@ -172,10 +173,11 @@ class Unfolding:
         rule = self.registry.find(own.op_type, self.opsets.get("", 1), own.domain)
         if standard and own.op_type in _RANDOM:
             raise Unsupported("draws random numbers", "give them to the model as an input")
-        if self._computed(own):
+        body = None if rule else contrib_body(own)
+        if body is None and self._computed(own):
             _define(scope, node.output, own.output)
             return
-        body = None if rule else body_of(own, self.opsets, self.types)
+        body = body or (None if rule else body_of(own, self.opsets, self.types))
         outputs = None if body is None else self._defined(own, body)
         if outputs is None:
             if rule is None and self._trials:
