@@ -14,9 +14,7 @@ from mpcserve.compiler.lookup import choices, number_of
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Problem, TooWide, Unsupported
 from mpcserve.compiler.registry import Lowering, Registry
-
-SHAPED_BY_DATA = ("NonZero", "Unique", "NonMaxSuppression")
-"""Operators that no plan can hold: everybody sees the shapes in a plan."""
+from mpcserve.compiler.unknown import unknown_op
 
 Reach = tuple[float, float, str]
 """(low, high, known) of an input."""
@@ -104,20 +102,6 @@ def _lower_node(
     return [problem]
 
 
-def unknown_op(node: Node, opset: int, registry: Registry) -> Problem:
-    """What to say of an operator that has no lowering."""
-    if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
-        reason = f"operator of domain {node.domain!r} is not supported"
-        return Problem(node.name, node.op, reason, "export the model with standard operators")
-    if node.op in SHAPED_BY_DATA:
-        reason = "the shape of its result would depend on secret data and so reveal it"
-        return Problem(node.name, node.op, reason, "use a mask of fixed shape, or TopK")
-    later = [e.since for e in registry.entries if e.op == node.op]
-    reason = "operator is not supported" + (f" in opset {opset}" if later else "")
-    way = f"export with opset {min(later)} or newer" if later else "replace it by supported ones"
-    return Problem(node.name, node.op, reason, way)
-
-
 def _call(
     b: Builder, entry: Lowering, node: Node, known: Mapping[str, Operand]
 ) -> dict[str, Operand]:
@@ -129,7 +113,8 @@ def _call(
         raise Unsupported("all its inputs are constant, yet it could not be folded")
     unknown = sorted(set(node.attrs) - set(entry.attributes))
     if unknown:
-        raise Unsupported(f"attribute {unknown[0]!r} is not supported")
+        named = ", ".join(map(repr, unknown))
+        raise Unsupported(f"attribute {named} is not supported", "export the model without it")
     arrays = [x for x in operands if isinstance(x, np.ndarray)]
     for x in arrays if not entry.domain else []:  # names of classes are text
         if x.dtype.kind not in "biuf":

@@ -11,9 +11,9 @@ from onnx import helper
 from mpcserve.compiler.dtypes import is_supported
 from mpcserve.compiler.graph import Graph, Node
 from mpcserve.compiler.load import OLDEST_OPSET, opset_of
-from mpcserve.compiler.lower import unknown_op
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.registry import Registry
+from mpcserve.compiler.unknown import unknown_op
 
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
 """Operators whose result depends on a shape alone: constants once shapes are fixed."""

@@ -67,7 +67,11 @@ class Scope:
 
 
 class _NoRule(Exception):
-    """A definition needs an operator that has no lowering."""
+    """A definition needs `op`, which has no lowering, or has none as it is used there."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__(op)
+        self.op = op
 
 
 class Unfolding:
@@ -156,7 +160,7 @@ class Unfolding:
             self._visit(node, scope, name)
         except Unsupported as e:
             if self._trials:
-                raise _NoRule from None
+                raise _NoRule(node.op_type) from None
             self.problems.append(Problem(name, node.op_type, e.reason, e.hint))
             self._break(node, scope)
         if len(self.nodes) == before:
@@ -181,7 +185,7 @@ class Unfolding:
         outputs = None if body is None else self._defined(own, body)
         if outputs is None:
             if rule is None and self._trials:
-                raise _NoRule
+                raise _NoRule(own.op_type)
             self._keep(own)
         _define(scope, node.output, own.output if outputs is None else outputs)
 
