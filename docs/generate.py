@@ -156,14 +156,21 @@ def _is_secret(cases: Sequence[Case]) -> bool:
     return any(c["group"] != "constant" for c in cases)
 
 
+GROUPS = {
+    "common": "the common operators' cases",
+    "rare": "the rarer ones'",
+    "constant": "those that no secret enters",
+}
+
+
 def passed() -> str:
     """How many cases pass."""
     cases = _recorded()
     parts = []
-    for group in ("common", "rare", "constant"):
+    for group in GROUPS:
         count = Counter(c["status"] for c in cases if c["group"] == group)
-        parts.append(f"{count['passed']} of {count.total()} of the {group} ones")
-    return "Of its cases pass " + ", ".join(parts) + "."
+        parts.append(f"{count['passed']} of {count.total()} of {GROUPS[group]}")
+    return "Today pass " + ", ".join(parts) + "."
 
 
 def _table(rows: Sequence[str]) -> str:

@@ -22,30 +22,24 @@ _BITS = (
     "works on the bits of numbers, which are not held as in floating point",
     "replace it by arithmetic",
 )
+_FILES = ("files are not decoded", "decode the image before the model")
 _FINITE = ("a secret is always finite: it has no NaN and no infinity to look for", "remove it")
 
+_OPERATORS: Mapping[tuple[str, str], str] = {
+    _SHAPE: "NonMaxSuppression NonZero Unique",
+    _TEXT: "RegexFullMatch StringConcat StringNormalizer StringSplit TfIdfVectorizer",
+    _LISTS: "ConcatFromSequence Optional OptionalGetElement OptionalHasElement SequenceAt"
+    " SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap"
+    " SplitToSequence",
+    _QUANTISED: "ConvInteger DequantizeLinear DynamicQuantizeLinear MatMulInteger QLinearConv"
+    " QLinearMatMul QuantizeLinear",
+    _BITS: "BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor",
+    _FINITE: "IsInf IsNaN",
+    _FILES: "ImageDecoder",
+}
+
 REASONS: Mapping[str, tuple[str, str]] = {
-    **dict.fromkeys(("NonMaxSuppression", "NonZero", "Unique"), _SHAPE),
-    **dict.fromkeys(
-        ("RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer"),
-        _TEXT,
-    ),
-    **dict.fromkeys(
-        ("ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement")
-        + ("SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert")
-        + ("SequenceLength", "SequenceMap", "SplitToSequence"),
-        _LISTS,
-    ),
-    **dict.fromkeys(
-        ("ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
-        + ("QLinearConv", "QLinearMatMul", "QuantizeLinear"),
-        _QUANTISED,
-    ),
-    **dict.fromkeys(
-        ("BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"), _BITS
-    ),
-    **dict.fromkeys(("IsInf", "IsNaN"), _FINITE),
-    "ImageDecoder": ("files are not decoded", "decode the image before the model"),
+    op: why for why, ops in _OPERATORS.items() for op in ops.split()
 }
 """Operator → (reason, workaround)."""
 
