@@ -10,7 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from mpcserve.compiler import compile_model
+from mpcserve.compiler.builder import Builder
 from mpcserve.compiler.chunks import sign_chunks
+from mpcserve.compiler.widths import extended
 from mpcserve.errors import ModelError
 from mpcserve.plan import Instruction, Plan, cost_of, verify_plan
 from mpcserve.plan.ops import OPS
@@ -258,3 +260,16 @@ def test_independent_branches_share_rounds() -> None:
 
 def test_ops_of_a_plan_are_few() -> None:
     assert ops_of(compile_model(chain("MatMul", "Relu")).plan) == ["matmul", "sign", "select"]
+
+
+def test_an_extend_before_overlapping_parts_is_counted_once() -> None:
+    b = Builder(16, 20)
+    x = b.input("x", "float32", (8,), (-1.0, 1.0, "assumed"))
+    h = b.mul(x, b.weight(np.full(8, 0.5), 40))
+    for _ in range(12):
+        h = b.slice(b.concat([b.slice(h, 0, k, k + 4) for k in range(4)], 0), 0, 0, 8)
+    b.output("y", "float32", b.mul(h, b.weight(np.full(8, 0.5), 30)))
+    draft = extended(b.draft())
+    places = [step.inputs[0] for step in draft.steps if step.op == "extend"]
+    # Twelve layers of four parts each are 4^12 ways to one value.
+    assert [draft.steps[j].shape for j in places] == [(8,)]

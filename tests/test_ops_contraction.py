@@ -92,9 +92,10 @@ def test_fourier_transforms_are_local(inverse: int, onesided: int, length: int |
     assert np.abs(got - expected).max() < 3 * 2.0**-16
 
 
-def test_frames_are_transformed_with_a_window() -> None:
+@pytest.mark.parametrize("shape", [(2, 64, 1), (2, 64)])
+def test_frames_are_transformed_with_a_window(shape: Any) -> None:
     rng = rng_of(4)
-    x = rng.uniform(-1, 1, (2, 64, 1)).astype(np.float32)
+    x = rng.uniform(-1, 1, shape).astype(np.float32)
     given = {"s": np.int64(8), "w": np.hanning(16).astype(np.float32)}
     model = model_of([node("STFT", ["x", "s", "w"])], {"x": x.shape}, given)
     compiled = agree(model, [x], ulps=4, rng=rng, input_range=(-1, 1))

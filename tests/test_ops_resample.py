@@ -101,3 +101,12 @@ def test_the_largest_element_of_a_region_is_exact() -> None:
         [node("MaxRoiPool", ["x", "r"], pooled_shape=[2, 2])], {"x": SHAPE}, given, opset=16
     )
     agree(model, [rng.uniform(-4, 4, SHAPE).astype(np.float32)], ulps=0, rng=rng)
+
+
+def test_whole_numbers_are_interpolated_as_fractions() -> None:
+    nodes = [node("Cast", ["x"], ["f"], to=1), node("Resize", ["f", "", "s"], mode="linear")]
+    given = {"s": np.array([1.0, 1.0, 2.0, 2.0], np.float32)}
+    model = model_of(nodes, {"x": SHAPE}, given, kind=6)
+    model.graph.output[0].type.tensor_type.elem_type = 1
+    x = rng_of(11).integers(-8, 9, SHAPE).astype(np.int32)
+    agree(model, [x], ulps=4)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
-from mpcserve.compiler.functions import ROUNDING_ULPS, WIDEST_BOUND
+from mpcserve.compiler.functions import ROUNDING_ULPS, WIDEST_BOUND, with_frac_bits
 from mpcserve.compiler.problems import TooWide
 
 Ints = NDArray[np.int64]
@@ -106,6 +106,8 @@ def combined(b: Builder, x: Ref, axis: int, indices: Array, weights: Floats) -> 
     Error: none where the weights are whole numbers, else 1.75 ulp and Σ_t 2^-21·|x| at most.
     Cost: none, width only.
     """
+    if x.frac_bits < b.frac_bits and np.any(weights != np.rint(weights)):
+        x = with_frac_bits(b, x, b.frac_bits)
     shift, factors = scaled(weights, b.bound(x))
     if len(factors) == 1 and np.all(factors == 1):
         return b.gather(x, axis, indices[0])

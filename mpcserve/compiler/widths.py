@@ -79,6 +79,7 @@ class _Needs:
     ring: int
     width: list[int] = field(init=False)
     wider: dict[int, dict[int, int]] = field(default_factory=dict)
+    _found: dict[tuple[int, int], frozenset[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = self.draft.steps
@@ -102,23 +103,31 @@ class _Needs:
 
     def _cheaper_before(self, id: int, width: int) -> bool:
         """Whether extending what `id` is made of touches fewer elements than extending `id`."""
-        return self._extended(id, width) < self._here(id)
+        return sum(map(self._here, self._places(id, width))) < self._here(id)
 
     def _here(self, id: int) -> int:
         """Elements that an extend behind `id` touches, if it can read the value at all."""
         step = self.draft.steps[id]
         return prod(step.shape) if step.bound + 2 <= self.caps[id] else TOO_MANY
 
-    def _extended(self, id: int, width: int) -> int:
-        """Elements to extend, at best, so that `id` has `width` bits."""
+    def _places(self, id: int, width: int) -> frozenset[int]:
+        """Values behind which an extend stands, at best, so that `id` has `width` bits."""
+        known = self._found.get((id, width))
+        if known is None:
+            known = self._found[id, width] = self._searched(id, width)
+        return known
+
+    def _searched(self, id: int, width: int) -> frozenset[int]:
         step = self.draft.steps[id]
         if width <= self.caps[id]:
-            return 0
+            return frozenset()
         spare = step.attrs["bits"] if step.op == "shift" else 0
+        here = frozenset([id])
         if not OPS[step.op].local or width + spare > RING_BITS:
-            return self._here(id)
-        before = sum(self._extended(j, width + spare) for j in dict.fromkeys(step.inputs))
-        return min(self._here(id), before)
+            return here
+        # Parts of one value share its extend.
+        before = here.union(*(self._places(j, width + spare) for j in step.inputs)) - here
+        return here if self._here(id) <= sum(map(self._here, before)) else before
 
 
 def _caps(steps: tuple[Step, ...], ring: int) -> list[int]:

@@ -67,6 +67,8 @@ def stft(
     onesided: int = 1,
 ) -> Ref:
     """Fourier transforms of overlapping frames times a public window. Error: as DFT."""
+    if len(x.shape) == 2:  # as torch exports it
+        x = b.reshape(x, (*x.shape, 1))
     step = ints_of(frame_step, "frame_step")[0]
     weights = None if window is None else np.asarray(values_of(window, "window"), np.float64)
     if frame_length is not None:
