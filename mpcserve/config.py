@@ -8,6 +8,7 @@ All problems of a file are reported together, each with file, line, key, expecte
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,16 @@ class Address:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if the host can only be this machine."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +95,14 @@ class Deadlines:
 class Limits:
     """`requests` evaluations run at once, `queue` requests may wait; any further is refused.
 
-    Of those that wait, up to `together` of one model share an evaluation.
+    Of those that wait, up to `together` of one model share an evaluation. Large instructions are
+    computed by `threads`; 0: by as many as there are cores, which servers on one machine share.
     """
 
     requests: int = 2
     queue: int = 64
     together: int = 16
+    threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +333,7 @@ _SCHEMA: _Schema = {
         "requests": _count(Limits().requests, 1),
         "queue": _count(Limits().queue, 0),
         "together": _count(Limits().together, 1),
+        "threads": _count(Limits().threads, 0),
     },
     "log_level": _Key(_one_of(LOG_LEVELS), f"one of {', '.join(LOG_LEVELS)}", "info"),
     "model": _Key(_word, "a model name", None),

@@ -117,7 +117,8 @@ def test_all_problems_are_reported_at_once_with_their_lines() -> None:
         "got '-1'",
         "/somewhere/mpcserve.yaml:8: deadlines.request: expected a positive number of seconds, "
         "got 'soon'",
-        "/somewhere/mpcserve.yaml:6: limits: expected keys requests, queue, together, got a list",
+        "/somewhere/mpcserve.yaml:6: limits: expected keys requests, queue, together, threads, "
+        "got a list",
     ]
 
 

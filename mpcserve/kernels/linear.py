@@ -13,17 +13,19 @@ which follow from shapes, are kept for the next call: one or two megabytes for a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from mpcserve.kernels import linear_micro as micro
-from mpcserve.kernels.linear_image import Geometry, geometry_of, grid, prepare
+from mpcserve.kernels.linear_image import Band, Geometry, Source, geometry_of, grid, prepare
 from mpcserve.kernels.linear_micro import KC, LINE, ROWS, Index, lanes_of, scratch_words
 from mpcserve.kernels.linear_runs import ROWS_MAX, Runs, multiply_runs, scratch_for
+from mpcserve.kernels.tasks import Run, Task, one_by_one
 from mpcserve.ring import Words
 
 TILE_OUTPUTS = 1 << 16  # words of output that are worth sending on their own …
@@ -96,12 +98,15 @@ class _Out:
 
 
 class _Room:
-    """Where a product is written: the whole of it, or one tile after another in the same place."""
+    """Where a product is written: the whole of it, or one tile after another in the same place.
 
-    __slots__ = ("_words", "whole")
+    With `apart` every tile has a place of its own, since some are computed ahead of others.
+    """
 
-    def __init__(self, whole: Words | None) -> None:
-        self.whole = whole is not None
+    __slots__ = ("_apart", "_words", "whole")
+
+    def __init__(self, whole: Words | None, apart: bool = False) -> None:
+        self.whole, self._apart = whole is not None, apart
         self._words = whole
 
     def take(self, start: int, stop: int, dtype: np.dtype[Any]) -> tuple[Words, int]:
@@ -109,6 +114,8 @@ class _Room:
         if self.whole:
             assert self._words is not None
             return self._words, 0
+        if self._apart:
+            return np.empty(stop - start, dtype), start
         if self._words is None or self._words.size < stop - start:
             self._words = np.empty(stop - start, dtype)
         return self._words[: stop - start], start
@@ -126,14 +133,14 @@ def matmul(a: Words, b: Words | Packed) -> Words:
     Shapes: [..., m, k] and [..., k, n] → [..., m, n]; leading dimensions broadcast.
     """
     out = np.empty(_matmul_shape(a.shape, b.shape), a.dtype)
-    for _ in _matmul(a, b, _Room(out.reshape(-1))):
-        pass
+    for task in _matmul(a, b, _Room(out.reshape(-1))):
+        task()
     return out
 
 
-def matmul_tiles(a: Words, b: Words | Packed) -> Iterator[Tile]:
-    """matmul(a, b) front to back, tile by tile."""
-    return _matmul(a, b, _Room(None))
+def matmul_tiles(a: Words, b: Words | Packed, run: Run = one_by_one) -> Iterator[Tile]:
+    """matmul(a, b) front to back, tile by tile; `run` may compute some ahead."""
+    return run(_matmul(a, b, _Room(None, run is not one_by_one)))
 
 
 def conv2d(
@@ -151,8 +158,8 @@ def conv2d(
     """
     shape = geometry_of(x.shape, w.shape, strides, pads, dilations, groups)
     out = np.empty(shape.out_shape, x.dtype)
-    for _ in _conv2d(x, w, shape, _Room(out.reshape(-1))):
-        pass
+    for task in _conv2d(x, w, shape, _Room(out.reshape(-1))):
+        task()
     return out
 
 
@@ -163,10 +170,11 @@ def conv2d_tiles(
     pads: tuple[int, int, int, int],
     dilations: tuple[int, int],
     groups: int,
+    run: Run = one_by_one,
 ) -> Iterator[Tile]:
     """conv2d(x, w, …) front to back, tile by tile."""
     shape = geometry_of(x.shape, w.shape, strides, pads, dilations, groups)
-    return _conv2d(x, w, shape, _Room(None))
+    return run(_conv2d(x, w, shape, _Room(None, run is not one_by_one)))
 
 
 def pack_matmul_b(b: Words) -> Packed:
@@ -220,11 +228,11 @@ def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
 
 
-def _matmul(a: Words, b: Words | Packed, room: _Room) -> Iterator[Tile]:
+def _matmul(a: Words, b: Words | Packed, room: _Room) -> Iterator[Task[Tile]]:
     _check(a.dtype, b.dtype)
     shape = _matmul_shape(a.shape, b.shape)
     if prod(shape) == 0 or a.shape[-1] == 0:
-        yield 0, room.zeros(prod(shape), a.dtype)
+        yield lambda: (0, room.zeros(prod(shape), a.dtype))
         return
     if len(b.shape) == 2 and a.ndim > 2:  # one right operand for all rows: one tall product
         a = a.reshape(-1, a.shape[-1])
@@ -233,46 +241,55 @@ def _matmul(a: Words, b: Words | Packed, room: _Room) -> Iterator[Tile]:
     left, right = _left_of(a, tuple(lead)), _right_of(b, tuple(lead))
     items, item = prod(lead), height * wide
     at = grid((items,), (item,))
-    for tile in _tiles(items, height, wide, a.shape[-1], room.whole):
+
+    def fill(tile: _Tile) -> Tile:
         start, stop = tile[0] * item + tile[2] * wide, (tile[1] - 1) * item + tile[3] * wide
         words, shift = room.take(start, stop, a.dtype)
         _multiply(left, right, _Out(words, at - shift if shift else at, wide, height), tile)
-        yield start, words
+        return start, words
+
+    for tile in _tiles(items, height, wide, a.shape[-1], room.whole):
+        yield partial(fill, tile)
 
 
-def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[Tile]:
+def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[Task[Tile]]:
     _check(x.dtype, w.dtype)
     if prod(g.out_shape) == 0 or g.deep == 0:
-        yield 0, room.zeros(prod(g.out_shape), x.dtype)
+        yield lambda: (0, room.zeros(prod(g.out_shape), x.dtype))
         return
     x = _contiguous(x)
     channel, item = g.pixels, g.rows * g.pixels
+
+    def fill(
+        left: _Left, first: int, last: int, bands: Sequence[Band], only: Source | None, tile: _Tile
+    ) -> Tile:
+        start = (first + tile[0]) * item + tile[2] * channel
+        stop = (first + tile[1] - 1) * item + tile[3] * channel
+        words, shift = room.take(start, stop, x.dtype)
+        for band in bands:
+            source = only or prepare(x, g, first, last, band)
+            offs, base = source.offs, source.base
+            right = _Right(
+                source.words,
+                source.at,
+                g.deep,
+                len(base),
+                offs,
+                base,
+                False,
+                False,
+                source.runs,
+            )
+            begin = first * item + band[0] * g.out_shape[3] - shift
+            at = grid((last - first,), (item,)) + begin
+            _multiply(left, right, _Out(words, at, channel, g.rows), tile)
+        return start, words
+
     for first, last, bands in g.chunks():
         left = _conv_left(w, g, first, last)
-        source = prepare(x, g, first, last, bands[0])
+        only = prepare(x, g, first, last, bands[0]) if len(bands) == 1 else None
         for tile in _tiles(last - first, g.rows, channel, g.deep, room.whole):
-            start = (first + tile[0]) * item + tile[2] * channel
-            stop = (first + tile[1] - 1) * item + tile[3] * channel
-            words, shift = room.take(start, stop, x.dtype)
-            for band in bands:
-                if len(bands) > 1:
-                    source = prepare(x, g, first, last, band)
-                offs, base = source.offs, source.base
-                right = _Right(
-                    source.words,
-                    source.at,
-                    g.deep,
-                    len(base),
-                    offs,
-                    base,
-                    False,
-                    False,
-                    source.runs,
-                )
-                begin = first * item + band[0] * g.out_shape[3] - shift
-                at = grid((last - first,), (item,)) + begin
-                _multiply(left, right, _Out(words, at, channel, g.rows), tile)
-            yield start, words
+            yield partial(fill, left, first, last, bands, only, tile)
 
 
 def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:

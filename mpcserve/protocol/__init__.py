@@ -1,5 +1,6 @@
 """Masked sharing on two servers with a helper: what each role computes, without sockets."""
 
+from mpcserve.kernels.tasks import Run, Task, one_by_one
 from mpcserve.protocol.dealer import Dealer
 from mpcserve.protocol.owners import reveal, share_input, share_weights, unpack_weight
 from mpcserve.protocol.parties import Round, Steps
@@ -21,12 +22,15 @@ __all__ = [
     "Dealer",
     "Materials",
     "Round",
+    "Run",
     "ServerProgram",
     "Steps",
+    "Task",
     "Together",
     "Transcript",
     "Watch",
     "drive",
+    "one_by_one",
     "reveal",
     "share_input",
     "share_weights",

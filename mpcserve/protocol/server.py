@@ -15,6 +15,7 @@ import numpy as np
 
 from mpcserve.errors import Refused, WireError
 from mpcserve.kernels import bits, packing
+from mpcserve.kernels.tasks import Run, one_by_one
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.stack import stack
@@ -113,7 +114,10 @@ def size_of(material: Material) -> int:
 
 
 class ServerProgram:
-    """One deployment on alice or bob: the plan, pair keys and masked weights Δw."""
+    """One deployment on alice or bob: the plan, pair keys and masked weights Δw.
+
+    `run` runs the parts of a large product or selection: on several cores, if it has them.
+    """
 
     def __init__(
         self,
@@ -122,6 +126,7 @@ class ServerProgram:
         carol_key: bytes,
         peer_key: bytes,
         weights: Mapping[str, Words],
+        run: Run = one_by_one,
     ) -> None:
         self.plan, self.role = plan, role
         self._carol_key, self._peer_key = carol_key, peer_key
@@ -146,7 +151,8 @@ class ServerProgram:
             for id in held.keys() - plan.static_reads:
                 del held[id]
         self._fixed = Fixed(deltas, halves, products)
-        self._walks = {1: Walk(plan, role, self._fixed)}
+        self._run = run
+        self._walks = {1: Walk(plan, role, self._fixed, run)}
 
     def __repr__(self) -> str:
         return f"ServerProgram({self.plan.name!r}, {self.role})"
@@ -174,7 +180,7 @@ class ServerProgram:
         complete(stacked.plan, deltas, True)
         complete(stacked.plan, halves, False)
         products = {stacked.done_by[id]: weight for id, weight in fixed.products.items()}
-        return Walk(stacked.plan, self.role, Fixed(deltas, halves, products))
+        return Walk(stacked.plan, self.role, Fixed(deltas, halves, products), self._run)
 
     # -- before the input ---------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from mpcserve.kernels.tasks import Run
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.schedule import schedule_of
@@ -54,15 +55,15 @@ class Walk:
     Inputs are no step; what is fixed is none either.
     """
 
-    def __init__(self, plan: Plan, side: Side, fixed: Fixed) -> None:
+    def __init__(self, plan: Plan, side: Side, fixed: Fixed, run: Run) -> None:
         self.plan = plan
         self.deltas = _values(plan, fixed.deltas)
         self.halves = _values(plan, fixed.halves)
         moving = [i for i in plan.instructions if i.id not in plan.static and i.op != "input"]
-        self.before = tuple(_finishing(plan, (_before(plan, i, fixed) for i in moving)))
+        self.before = tuple(_finishing(plan, (_before(plan, i, fixed, run) for i in moving)))
         ids = {i.id for i in moving}
         order = [id for level in schedule_of(plan).levels for id in level if id in ids]
-        steps = _finishing(plan, (_online(plan, plan[id], side, fixed) for id in order))
+        steps = _finishing(plan, (_online(plan, plan[id], side, fixed, run) for id in order))
         made = {step.id: step for step in steps}
         self.levels = tuple(
             tuple(made[id] for id in level if id in ids) for level in schedule_of(plan).levels
@@ -85,16 +86,16 @@ def _finishing(plan: Plan, steps: Iterable[Step]) -> list[Step]:
     return done[::-1]
 
 
-def _before(plan: Plan, i: Instruction, fixed: Fixed) -> Step:
+def _before(plan: Plan, i: Instruction, fixed: Fixed, run: Run) -> Step:
     if OPS[i.op].local:
         return Step(i.id, i.inputs, (), local=ready_local(i, plan.operands(i), False))
-    return Step(i.id, i.inputs, (), prepare=_prepare(i, fixed))
+    return Step(i.id, i.inputs, (), prepare=_prepare(i, fixed, run))
 
 
-def _prepare(i: Instruction, fixed: Fixed) -> Prepare:
+def _prepare(i: Instruction, fixed: Fixed, run: Run) -> Prepare:
     if i.op in PRODUCTS:
         weight = fixed.products.get(i.id)
-        return lambda io, halves: product.prepare(io, i, halves, fixed.deltas, weight)
+        return lambda io, halves: product.prepare(io, i, halves, fixed.deltas, weight, run)
     if i.op == "sign":
         return lambda io, halves: sign.prepare(io, i)
     if i.op == "all":
@@ -109,16 +110,16 @@ def _prepare(i: Instruction, fixed: Fixed) -> Prepare:
     return lambda io, halves: select.prepare_extend(io, i, halves)
 
 
-def _online(plan: Plan, i: Instruction, side: Side, fixed: Fixed) -> Step:
+def _online(plan: Plan, i: Instruction, side: Side, fixed: Fixed, run: Run) -> Step:
     if OPS[i.op].local:
         return Step(i.id, i.inputs, (), local=ready_local(i, plan.operands(i), True))
-    return Step(i.id, i.inputs, (), evaluate=_evaluate(i, side, fixed))
+    return Step(i.id, i.inputs, (), evaluate=_evaluate(i, side, fixed, run))
 
 
-def _evaluate(i: Instruction, side: Side, fixed: Fixed) -> Evaluate:
+def _evaluate(i: Instruction, side: Side, fixed: Fixed, run: Run) -> Evaluate:
     if i.op in PRODUCTS:
         weight = fixed.products.get(i.id)
-        return lambda m, deltas: product.evaluate(side, i, m, deltas, fixed.deltas, weight)
+        return lambda m, deltas: product.evaluate(side, i, m, deltas, fixed.deltas, weight, run)
     if i.op == "sign":
         return lambda m, deltas: sign.evaluate(side, i, m, deltas[0])
     if i.op == "all":
@@ -128,7 +129,7 @@ def _evaluate(i: Instruction, side: Side, fixed: Fixed) -> Evaluate:
     if i.op == "tally":
         return lambda m, deltas: tally.evaluate(side, i, m, deltas[0])
     if i.op == "select":
-        return partial(select.evaluate_select, side, i)
+        return lambda m, deltas: select.evaluate_select(side, i, m, deltas, run)
     assert i.op == "extend"
     return lambda m, deltas: select.evaluate_extend(side, i, m, deltas[0])
 

@@ -238,7 +238,7 @@ class Alice(OnlineServer):
         client.send(ServerProgram.weight_seed(plan, "alice", keys["carol"]))
         weights = WeightsReceived(client, plan, self.deadlines.round)
         self.store.stage(deployment, weights)
-        live = bring_to_life("alice", deployment, self.store)
+        live = bring_to_life("alice", deployment, self.store, self.workers.run)
         for follower in (bob, carol):
             what = f"{follower.peer} to store the deployment"
             theirs = receive_message(follower, "staged", what, request.deadline.left())

@@ -186,7 +186,7 @@ class Bob(OnlineServer):
             weights = WeightsReceived(asked.channel, deployment.plan, timeout)
             with self.up_to_alice(alice, deployment.id):
                 self._store_under_new_key(request, asked, deployment, weights)
-                live = bring_to_life("bob", deployment, self.store)
+                live = bring_to_life("bob", deployment, self.store, self.workers.run)
                 alice.send_message({"type": "staged", "weights": weights.digest})
                 receive_message(alice, "commit", "alice to commit", DECISION_S)
             self.enliven(self.store.commit(deployment.id), live)

@@ -19,7 +19,7 @@ from mpcserve.plan.bill import bill_of
 from mpcserve.plan.ops import OPS, packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.schedule import schedule_of
-from mpcserve.protocol import Round, ServerProgram, Steps, unpack_weight
+from mpcserve.protocol import Round, Run, ServerProgram, Steps, unpack_weight
 from mpcserve.serving.deployment import Deployment, Store
 from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.profile import Profile
@@ -56,12 +56,14 @@ class Live:
         return self._dealt[slots]
 
 
-def bring_to_life(role: Side, deployment: Deployment, store: Store) -> Live:
+def bring_to_life(role: Side, deployment: Deployment, store: Store, run: Run) -> Live:
     """Unpack Δw and pack it for the kernels."""
     plan = deployment.plan
     weights = {n: unpack_weight(plan, n, data) for n, data in store.weights(deployment)}
     peer: Side = "bob" if role == "alice" else "alice"
-    program = ServerProgram(plan, role, deployment.keys["carol"], deployment.keys[peer], weights)
+    program = ServerProgram(
+        plan, role, deployment.keys["carol"], deployment.keys[peer], weights, run
+    )
     return Live(deployment, program, tuple(round_names(plan)))
 
 

@@ -16,6 +16,7 @@ from mpcserve.serving.ledger import Ledger
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.request import MAX_PLAN_BYTES, Request, check_digest
 from mpcserve.serving.server import OWNERS, Route, Server
+from mpcserve.serving.workers import Workers, threads_of
 from mpcserve.transport import Channel
 
 
@@ -47,6 +48,7 @@ class OnlineServer(Server):
         super().__init__(wiring)
         self.ledger = Ledger(wiring.config.state / wiring.role / "ledger.sqlite")
         self._live: dict[bytes, Live] = {}
+        self.workers = Workers(threads_of(wiring.config))
         self._live_lock = threading.Lock()
 
     def start(self) -> None:
@@ -62,6 +64,7 @@ class OnlineServer(Server):
     def close(self) -> None:
         """End all links, close the ledger."""
         super().close()
+        self.workers.close()
         self.ledger.close()
 
     def health(self) -> dict[str, Any]:
@@ -82,7 +85,7 @@ class OnlineServer(Server):
 
     def enliven(self, deployment: Deployment, ready: Live | None = None) -> None:
         """Put a committed deployment in use, and the one it replaces out of use."""
-        live = ready or bring_to_life(self.side, deployment, self.store)
+        live = ready or bring_to_life(self.side, deployment, self.store, self.workers.run)
         with self._live_lock:
             self._live[deployment.id] = live
             if deployment.replaces is not None:

@@ -13,7 +13,7 @@ from mpcserve.transport.channel import Channel
 from mpcserve.transport.endpoints import Listener, MemoryNetwork, OnLink, OnStream, connect
 from mpcserve.transport.link import Link
 from mpcserve.transport.network import LAN, LOOPBACK, WAN, NetworkProfile
-from mpcserve.transport.options import Address, Counters, Hooks, LinkOptions
+from mpcserve.transport.options import Counters, Hooks, LinkOptions
 from mpcserve.transport.tls import ROLE_URI, TlsFiles
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "LOOPBACK",
     "ROLE_URI",
     "WAN",
-    "Address",
     "Channel",
     "Counters",
     "Hooks",

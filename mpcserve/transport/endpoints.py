@@ -18,11 +18,18 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
+from mpcserve.config import Address
 from mpcserve.errors import ConfigError, MpcError, PeerError, PeerLost, PeerTimeout, Refused
 from mpcserve.transport.channel import Channel
 from mpcserve.transport.link import Connected, Link
 from mpcserve.transport.network import LOOPBACK, NetworkProfile
-from mpcserve.transport.options import Address, Counters, Hooks, LinkOptions, check_plaintext
+from mpcserve.transport.options import (
+    Counters,
+    Hooks,
+    LinkOptions,
+    address_of,
+    check_plaintext,
+)
 from mpcserve.transport.tls import (
     PlainCodec,
     TlsCodec,
@@ -74,7 +81,7 @@ def connect(
     Raises: ConfigError (files, role, address), PeerLost (refused, reset), PeerTimeout, PeerError
     (wrong role; a certificate that one side does not accept), Refused (said the peer).
     """
-    where = Address.parse(address)
+    where = address_of(address)
     make, role = _security(where, tls, role, insecure_plaintext)
     deadline = time.monotonic() + timeout
     name = f"{role_expected} at {where}"
@@ -130,7 +137,7 @@ class Listener:
         insecure_plaintext: bool = False,
         options: LinkOptions = _DEFAULT,
     ) -> None:
-        where = Address.parse(address)
+        where = address_of(address)
         self._make, self._role = _security(where, tls, role, insecure_plaintext)
         self._on_link = on_link
         self._accept_roles = frozenset(accept_roles)

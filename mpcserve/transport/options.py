@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mpcserve.config import Address, parse_address
 from mpcserve.errors import ConfigError, MpcError
 from mpcserve.transport.network import LOOPBACK, NetworkProfile
 
@@ -74,37 +74,14 @@ class Counters:
     wire_received: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """host:port."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """`host:port` or `[ipv6]:port`. Raises: ConfigError."""
-        host, colon, port = text.rpartition(":")
-        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        plain = port.isascii() and port.isdigit() and int(port) < 1 << 16
-        if not (colon and host and plain):
-            raise ConfigError(
-                f"address: expected host:port, got {text[:80]!r}", "for example 127.0.0.1:9701"
-            )
-        return cls(host, int(port))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """True if the host can only be this machine."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+def address_of(text: str) -> Address:
+    """`host:port` or `[ipv6]:port`. Raises: ConfigError."""
+    try:
+        return parse_address(text)
+    except ValueError:
+        raise ConfigError(
+            f"address: expected host:port, got {text[:80]!r}", "for example 127.0.0.1:9701"
+        ) from None
 
 
 def check_plaintext(address: Address) -> None:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpcserve.kernels import linear, local, packing
+from mpcserve.kernels.tasks import Run, one_by_one
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.opening import open_packed
 from mpcserve.protocol.parties import DealIO, Known, Mask, PrepareIO, Side, Steps
@@ -71,7 +72,7 @@ def fix(side: Side, i: Instruction, index: int, delta: Words, half: Words) -> Fi
     return Fixed(index, ready(i, index, online), ready(i, index, delta))
 
 
-def _tiles(i: Instruction, a: Operand, b: Operand) -> Iterator[tuple[int, Words]]:
+def _tiles(i: Instruction, a: Operand, b: Operand, run: Run) -> Iterator[linear.Tile]:
     """a∘b front to back: (index of the first word, words that are valid until the next step)."""
     a, b = (as_words(v, i.attrs["ring"]) if isinstance(v, np.ndarray) else v for v in (a, b))
     assert isinstance(a, np.ndarray)
@@ -79,8 +80,8 @@ def _tiles(i: Instruction, a: Operand, b: Operand) -> Iterator[tuple[int, Words]
         assert isinstance(b, np.ndarray)
         return iter([(0, np.asarray(a * b, order="C").reshape(-1))])
     if i.op == "matmul":
-        return linear.matmul_tiles(a, b)
-    return linear.conv2d_tiles(a, b, *_geometry(i))
+        return linear.matmul_tiles(a, b, run)
+    return linear.conv2d_tiles(a, b, *_geometry(i), run)
 
 
 def _whole(i: Instruction, a: Operand, b: Operand) -> Words:
@@ -116,7 +117,12 @@ def deal(
 
 
 def prepare(
-    io: PrepareIO, i: Instruction, halves: Sequence[Words], known: Known, fixed: Fixed | None
+    io: PrepareIO,
+    i: Instruction,
+    halves: Sequence[Words],
+    known: Known,
+    fixed: Fixed | None,
+    run: Run = one_by_one,
 ) -> tuple[Words, Material]:
     """γ_i − λd_i − λx_i∘Δw, and the output's mask share."""
     ring = i.attrs["ring"]
@@ -128,7 +134,7 @@ def prepare(
     else:
         other = halves[1 - fixed.index]
         flat = rest.reshape(-1)
-        for start, words in _tiles(i, *_pair(fixed.index, fixed.delta, other)):
+        for start, words in _tiles(i, *_pair(fixed.index, fixed.delta, other), run):
             flat[start : start + words.size] -= words
     if len(i.inputs) == 3:
         rest -= as_words(halves[2], ring)
@@ -144,6 +150,7 @@ def evaluate(
     deltas: Sequence[Words],
     known: Known,
     fixed: Fixed | None,
+    run: Run = one_by_one,
 ) -> Steps[Words]:
     """1 round of `width` bits each way."""
     leader, rest, ring = side == "alice", material.rest, i.attrs["ring"]
@@ -159,7 +166,7 @@ def evaluate(
     width, out = i.value.width, np.empty(i.value.size, word_type(i.value.width))
 
     def pieces() -> Iterator[memoryview]:
-        for start, words in _tiles(i, a, b):
+        for start, words in _tiles(i, a, b, run):
             stop = start + words.size
             count = (stop if stop == out.size else stop // 8 * 8) - start // 8 * 8
             space = packing.packed_space(count, width)

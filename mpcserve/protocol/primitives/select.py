@@ -13,12 +13,14 @@ Source: ABY2.0, ASTRA (masked evaluation); MSB-dependent wrap as in SIRNN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from mpcserve.kernels import bits, local, packing
+from mpcserve.kernels.tasks import Run, one_by_one
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.opening import open_packed, open_share, tiles
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
@@ -149,7 +151,11 @@ def _prepare_pair(io: PrepareIO, i: Instruction, half: Words) -> Pair:
 
 
 def evaluate_select(
-    side: Side, i: Instruction, material: SelectMaterial, deltas: Sequence[Words]
+    side: Side,
+    i: Instruction,
+    material: SelectMaterial,
+    deltas: Sequence[Words],
+    run: Run = one_by_one,
 ) -> Steps[Words]:
     """1 round of n bits each way, however many pairs."""
     n, last = i.value.width, len(material.pairs) - 1
@@ -159,30 +165,30 @@ def evaluate_select(
         for x, pair in zip(deltas[1::2], material.pairs, strict=True)
     ]
 
-    def pieces() -> Iterator[memoryview]:
-        for part in tiles(out.size):
-            space = packing.packed_space(part.stop - part.start, n)
-            for number, (x, bit, pair) in enumerate(
-                zip(flats, deltas[::2], material.pairs, strict=True)
-            ):
-                local.select_share(
-                    x,
-                    pair.half,
-                    bit,
-                    *pair[1:],
-                    part.start,
-                    part.stop,
-                    i.attrs["width"],
-                    _offset(i),
-                    bool(i.attrs["when"]),
-                    material.lam,
-                    n,
-                    side == "alice",
-                    number == 0,
-                    number == last,
-                    out,
-                    space,
-                )
-            yield packing.packed_bytes(space)
+    def piece(part: slice) -> memoryview:
+        space = packing.packed_space(part.stop - part.start, n)
+        for number, (x, bit, pair) in enumerate(
+            zip(flats, deltas[::2], material.pairs, strict=True)
+        ):
+            local.select_share(
+                x,
+                pair.half,
+                bit,
+                *pair[1:],
+                part.start,
+                part.stop,
+                i.attrs["width"],
+                _offset(i),
+                bool(i.attrs["when"]),
+                material.lam,
+                n,
+                side == "alice",
+                number == 0,
+                number == last,
+                out,
+                space,
+            )
+        return packing.packed_bytes(space)
 
-    return (yield from open_packed(out, n, pieces())).reshape(i.value.shape)
+    pieces = run(partial(piece, part) for part in tiles(out.size))
+    return (yield from open_packed(out, n, pieces)).reshape(i.value.shape)
