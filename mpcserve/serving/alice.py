@@ -116,10 +116,10 @@ class Alice(OnlineServer):
             ) as members:
                 if members:
                     self._evaluate(live, members, bob)
-            me.check()
-            # Last, so that whoever has his answer finds the gate open.
-            request.channel.send_message(server_report(self.role, me.facts))
-        bob.close()
+        bob.close()  # what went wrong with this one alone must not end what bob still reads
+        me.check()
+        # Last, so that whoever has his answer finds the gate open.
+        request.channel.send_message(server_report(self.role, me.facts))
 
     def _most_together(self, live: Live) -> int:
         """One, as long as there is stock: what is dealt already is quicker than what is shared."""

@@ -46,7 +46,7 @@ class Bob(OnlineServer):
 
     def __init__(self, wiring: Wiring) -> None:
         limits = wiring.config.limits
-        self.meeting: Meeting[Request] = Meeting(limits.requests + limits.queue)
+        self.meeting: Meeting[Member] = Meeting(limits.requests + limits.queue)
         self.joining: Meeting[Member] = Meeting(limits.requests + limits.queue)
         self.shelf: Shelf[BobHalf] = Shelf()
         self.spool = Spool(wiring.config.state / wiring.role / "spool")
@@ -81,23 +81,25 @@ class Bob(OnlineServer):
     def _park(self, request: Request) -> None:
         self.links.get("alice")
         timeout = request.deadline.left(self.deadlines.round)
-        self.meeting.offer(request.id, request, "alice", timeout)
+        me = Member(request)
+        self.meeting.offer(request.id, me, "alice", timeout)
+        me.check()
 
     # -- infer ------------------------------------------------------------------------------------
 
     def _evaluate(self, request: Request) -> None:
         alice, timeout = request.channel, self.deadlines.round
-        with self.meeting.claim(request.id, "the data owner", timeout) as asked:
+        with self.meeting.claim(request.id, "the data owner", timeout) as me:
             alice.send_message({"type": "met"})
             what = "the bundle to use"
             run = Message(alice.receive_message(what, request.deadline.left()), alice.peer)
-            me = Member(asked)
             if run.text("type") == "join":
                 self.joining.offer(request.id, me, "alice", timeout)
             else:
                 self._lead(run.expect("run"), me, alice)
-            me.check()
-            asked.channel.send_message(server_report(self.role, me.facts))
+            # An error of its own is told to its owner: it must not end what alice still reads.
+            if me.error is None:
+                me.here.channel.send_message(server_report(self.role, me.facts))
 
     def _lead(self, run: Message, me: Member, alice: Channel) -> None:
         """Evaluate for this member and those who join it."""
@@ -178,9 +180,10 @@ class Bob(OnlineServer):
     def _stage(self, request: Request) -> None:
         alice, timeout = request.channel, self.deadlines.round
         with (
-            self.meeting.claim(request.id, "the model owner", timeout) as asked,
+            self.meeting.claim(request.id, "the model owner", timeout) as owner,
             self.one_change(request.deadline.left()),
         ):
+            asked = owner.here
             order = receive_message(alice, "order", "the deployment", request.deadline.left())
             deployment = self._order(request, asked, order)
             weights = WeightsReceived(asked.channel, deployment.plan, timeout)
