@@ -59,6 +59,70 @@ def test_rows_reach_the_same_leaves(depth: int, targets: int, modes: Sequence[st
     agree(regressor("TreeEnsembleRegressor", FEATURES, **forest(depth, targets, modes=modes)))
 
 
+@pytest.mark.parametrize("modes", [INEQUALITIES, EQUALITIES], ids=["order", "equality"])
+def test_whole_numbers_are_compared_with_halves(modes: Sequence[str]) -> None:
+    attrs = random_forest(rng_of(3), 4, FEATURES, 4, 3, modes=modes, grid=GRID)
+    attrs["nodes_values"] = [np.rint(10 * v) / 2 for v in attrs["nodes_values"]]
+    labels = {"classlabels_int64s": [0, 1, 2]}
+    model = classifier(
+        "TreeEnsembleClassifier", FEATURES, kind=onnx.TensorProto.INT64, **attrs, **labels
+    )
+    x = np.rint(3 * rows()).astype(np.int64)
+    got, expected = run(compile_model(model, calibrate=x, batch=len(x)), x), plain(model, x)
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_allclose(got[1], expected[1], atol=2.0**-14)
+
+
+def test_columns_of_several_inputs_are_as_fine_as_the_finest() -> None:
+    """A tree over a whole number, a large and a small column, each an input of its own."""
+    tree = regressor("TreeEnsembleRegressor", 3, **one_split_each()).graph.node[0]
+    names = ("count", "large", "small")
+    kinds = (onnx.TensorProto.INT64, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT)
+    nodes = [
+        helper.make_node("Cast", ["count"], ["c"], to=onnx.TensorProto.FLOAT, name="cast"),
+        helper.make_node("Concat", ["c", "large", "small"], ["x"], axis=1, name="join"),
+        tree,
+    ]
+    ins = [helper.make_tensor_value_info(n, k, ["N", 1]) for n, k in zip(names, kinds, strict=True)]
+    outs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(ML, 3)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "columns", ins, outs), opset_imports=opsets, ir_version=10
+    )
+    rng = rng_of(9)
+    feed = {
+        "count": rng.integers(0, 5, (64, 1)),
+        "large": (1000 * rng.random((64, 1))).astype(np.float32),
+        "small": (1e-3 * rng.random((64, 1))).astype(np.float32),
+    }
+    compiled = compile_model(model, calibrate=feed, batch=64)
+    bits = [compiled.plan.value(i.id).frac_bits for i in compiled.plan.inputs]
+    assert bits[0] == 0 and bits[1] == bits[2] > 30
+    outputs, _ = Together(compiled.plan, compiled.weights).infer(list(feed.values()))
+    np.testing.assert_allclose(outputs[0], plain(model, *feed.values())[0], atol=2.0**-14)
+
+
+def one_split_each() -> dict[str, Any]:
+    """count ≤ 2.5, large ≤ 500, small ≤ 0.0005: eight leaves."""
+    splits, nodes = (2.5, 500.0, 0.0005), range(15)
+    level = [int(k + 1).bit_length() - 1 for k in nodes]
+    inner = [lv < 3 for lv in level]
+    return {
+        "nodes_treeids": [0] * 15,
+        "nodes_nodeids": list(nodes),
+        "nodes_featureids": [lv if i else 0 for lv, i in zip(level, inner, strict=True)],
+        "nodes_values": [splits[lv] if i else 0.0 for lv, i in zip(level, inner, strict=True)],
+        "nodes_modes": ["BRANCH_LEQ" if i else "LEAF" for i in inner],
+        "nodes_truenodeids": [2 * k + 1 if i else 0 for k, i in zip(nodes, inner, strict=True)],
+        "nodes_falsenodeids": [2 * k + 2 if i else 0 for k, i in zip(nodes, inner, strict=True)],
+        "target_treeids": [0] * 8,
+        "target_nodeids": list(range(7, 15)),
+        "target_ids": [0] * 8,
+        "target_weights": [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5],
+        "n_targets": 1,
+    }
+
+
 @pytest.mark.parametrize("how", ["SUM", "AVERAGE", "MIN", "MAX"])
 @pytest.mark.parametrize("targets", [1, 2])
 def test_trees_are_joined_as_the_model_asks(how: str, targets: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Seen
-from mpcserve.compiler.dtypes import natural_range
+from mpcserve.compiler.dtypes import is_integer, natural_range
 from mpcserve.compiler.graph import Graph, to_onnx
 from mpcserve.compiler.lower import Ranges, Reach
 from mpcserve.compiler.running import runner
@@ -54,7 +54,11 @@ def ranges_of(
         feeds = tuple(islice(samples.feeds(graph.inputs), max(TRIED // _batch(graph), 1)))
         margin = _margin(samples) if margin_bits is None else margin_bits
         values = {k: _with_margin(s, margin) for k, s in seen_in(graph, samples).items()}
-        finest = {k: _least_reach(a) for k, a in samples.arrays.items() if a.ndim == 2 and a.any()}
+        finest = {
+            i.name: _least_reach(a)
+            for i in graph.inputs
+            if (a := samples.arrays[i.name]).ndim == 2 and a.any() and not is_integer(i.dtype)
+        }
         notes.append(_calibrated(samples, margin))
         for i in graph.inputs:
             if i.name not in inputs:

@@ -53,13 +53,16 @@ def with_frac_bits(b: Builder, x: Ref, frac_bits: int) -> Ref:
 
 
 def aligned(b: Builder, *xs: Operand) -> list[Ref]:
-    """All operands at one scale: the plan's, or the finest one where that is coarser and does."""
+    """All operands at one scale: the plan's, or the finest one where that is coarser and does.
+
+    Whole numbers are exact at any scale, and take that of the others.
+    """
     scales = {x.frac_bits for x in xs if isinstance(x, Ref)}
     finest = max(scales, default=b.frac_bits)
     if not all(_on_grid(x, finest) for x in xs if not isinstance(x, Ref)):
         finest = max(finest, b.frac_bits)
         scales.add(finest)
-    frac_bits = finest if len(scales) < 2 else min(finest, b.frac_bits)
+    frac_bits = finest if len(scales - {0}) < 2 else min(finest, b.frac_bits)
     return [with_frac_bits(b, secret(b, x, frac_bits), frac_bits) for x in xs]
 
 

@@ -80,12 +80,16 @@ def with_weight_bits(draft: Draft, change: Mapping[int, int]) -> Draft:
 
 
 def finer_inputs(ranges: Ranges, frac_bits: int) -> dict[str, int]:
-    """Fraction bits of inputs that trees may compare: enough for the feature that reaches least."""
-    found = {}
-    for name, finest in ranges.finest.items():
-        most = COMPARED_BITS - frexp(max(map(abs, ranges.inputs[name][:2])))[1]
-        found[name] = max(min(FEATURE_BITS - frexp(finest)[1], most), frac_bits)
-    return found
+    """Fraction bits of inputs that trees may compare: enough for the feature that reaches least.
+
+    The same for all inputs, as they may be columns that are put side by side.
+    """
+    if not ranges.finest:
+        return {}
+    reach = max(abs(end) for name in ranges.finest for end in ranges.inputs[name][:2])
+    wish = FEATURE_BITS - frexp(min(ranges.finest.values()))[1]
+    bits = max(min(wish, COMPARED_BITS - frexp(reach)[1]), frac_bits)
+    return dict.fromkeys(ranges.finest, bits)
 
 
 def tune_inputs(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Draft:

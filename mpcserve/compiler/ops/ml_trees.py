@@ -30,6 +30,9 @@ ML = "ai.onnx.ml"
 AGGREGATES = ("AVERAGE", "SUM", "MIN", "MAX")
 """In the order of their numbers in TreeEnsemble."""
 
+MOST_PATHS = 1 << 27
+"""Entries of the matrices of paths: a gigabyte on each server."""
+
 Reals = NDArray[np.float64]
 
 
@@ -121,14 +124,24 @@ def _compared(b: Builder, x: Ref, tests: Sequence[Sequence[tuple[int, float, boo
         if not 0 <= feature < x.shape[1]:
             raise Unsupported(f"tests feature {feature} of {x.shape[1]}")
         chosen[feature, k] = 1.0
-        # On the grid of x: then x > t is the same for the rounded values, equal ones included.
-        thresholds[0, k] = np.clip(np.rint(threshold / ulp) * ulp - ulp * reached, low, high)
+        thresholds[0, k] = np.clip(_on_grid(threshold, reached, x.frac_bits), low, high)
     matrix = b.weight(chosen, 0, span=(0.0, 1.0))
     cuts = b.weight(thresholds, x.frac_bits, span=(low, high))
     # −x, not x, is multiplied: so nothing tunes the fraction bits that the thresholds rest on.
     gaps = b.matmul(b.scale(x, -1), matrix, cuts, to=x.frac_bits)
     gaps = b.within(gaps, low - high, high - low)
     return b.reshape(b.sign(gaps), (x.shape[0], len(tests), len(tests[0])))
+
+
+def _on_grid(threshold: float, reached: bool, frac_bits: int) -> float:
+    """t on the grid of x, so that x > t, or x ≥ t where it is `reached`, is x > the result.
+
+    Rounded as x is, it equals whatever equalled it; whole numbers are not rounded.
+    """
+    scaled = np.ldexp(threshold, frac_bits)
+    if frac_bits:
+        return float(np.ldexp(np.rint(scaled) - reached, -frac_bits))
+    return float(np.ceil(scaled) - 1 if reached else np.floor(scaled))
 
 
 def _plain(test: Test) -> tuple[int, float, bool]:
@@ -169,6 +182,12 @@ def _leaves(b: Builder, x: Ref, forest: Forest, padding: Padding) -> Ref:
     A path is followed where its tests that want 1 add up to their number and the others to 0.
     """
     count = padding.comparisons
+    if len(forest.trees) * count * padding.leaves > MOST_PATHS:
+        raise Unsupported(
+            f"has {len(forest.trees)} trees of up to {padding.leaves} leaves: their paths are "
+            f"{len(forest.trees) * count * padding.leaves:.2g} secret numbers",
+            "train fewer trees, or smaller ones (max_leaf_nodes, max_depth)",
+        )
     tests, wants, starts = [], [], []
     for tree in forest.trees:
         flat = [(t, c) for t, test in enumerate(tree.tests) for c in test.comparisons]
