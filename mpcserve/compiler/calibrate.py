@@ -156,9 +156,19 @@ def _refuse_outside(name: str, array: Array, declared: tuple[float, float]) -> N
         )
 
 
+ONE_SIDE = 2.0**-8
+"""Values of which none is nearer to zero than this part of the farthest have one sign."""
+
+
 def _with_margin(seen: Seen, margin_bits: int) -> Seen:
-    slack = (2.0**margin_bits - 1) * max(abs(seen.low), abs(seen.high))
-    return replace(seen, low=seen.low - slack, high=seen.high + slack)
+    """A range 2^margin_bits times as far; what is well on one side of zero stays there."""
+    most, factor = max(abs(seen.low), abs(seen.high)), 2.0**margin_bits
+    low, high = seen.low - (factor - 1) * most, seen.high + (factor - 1) * most
+    if seen.low > ONE_SIDE * most:
+        low = seen.low / factor
+    if seen.high < -ONE_SIDE * most:
+        high = seen.high / factor
+    return replace(seen, low=low, high=high)
 
 
 def _input_reach(array: Array, margin_bits: int) -> Reach:

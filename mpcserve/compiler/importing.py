@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import onnx
-from onnx import helper, inliner, version_converter
+from onnx import helper, inliner, numpy_helper, shape_inference, version_converter
 
 from mpcserve.compiler.graph import Graph, Tensor, static_shape
 from mpcserve.compiler.load import opset_of
@@ -101,6 +101,8 @@ def restored(model: onnx.ModelProto, held: list[onnx.TensorProto]) -> onnx.Model
 def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     """In the newest opset that onnx and onnxruntime share; unchanged where there is no way."""
     target = newest_opset()
+    if opset_of(model) < 7:
+        _slopes_by_channel(model)
     if opset_of(model) == target or _has_old_scan(model):
         return model
     try:
@@ -109,6 +111,27 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     except (RuntimeError, onnx.checker.ValidationError, version_converter.ConvertError):
         return model
     return result
+
+
+def _slopes_by_channel(model: onnx.ModelProto) -> None:
+    """Until opset 6 a row of slopes of PRelu is one a channel; broadcasting reads it otherwise."""
+    graph = shape_inference.infer_shapes(model).graph
+    shapes = {i.name: static_shape(i.type) for i in (*graph.input, *graph.value_info)}
+    shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        x, slope = (shapes.get(i) for i in (*node.input, "", "")[:2])
+        if node.op_type == "PRelu" and x and slope and len(slope) == 1 and slope[0] > 1:
+            name = f"{node.name}/slope"
+            shape = np.array([-1, *[1] * (len(x) - 2)], np.int64)
+            model.graph.initializer.append(numpy_helper.from_array(shape, f"{name}/shape"))
+            inputs = [node.input[1], f"{name}/shape"]
+            nodes.append(helper.make_node("Reshape", inputs, [name], f"{name}/reshape"))
+            node.input[1] = name
+        nodes.append(node)
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _has_old_scan(model: onnx.ModelProto) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.fourier import Curve
-from mpcserve.compiler.functions import aligned, times, with_frac_bits
+from mpcserve.compiler.functions import aligned, clip, times, with_frac_bits
 from mpcserve.compiler.problems import TooWide
 from mpcserve.compiler.smooth import exp, spectral, stated
 
@@ -274,7 +274,15 @@ def power(b: Builder, x: Ref, exponent: float) -> Ref:
     if float(exponent).is_integer() and abs(exponent) <= 64:
         y = whole_power(b, x, int(abs(exponent)))
         return y if exponent >= 0 else reciprocal(b, y)
-    return exp(b, times(b, logarithm(b, x), exponent))
+    logs = times(b, logarithm(b, x), exponent)
+    if exponent < 0 and b.interval(logs).most > HIGHEST_POWER:
+        # Next to zero, where a negative power has no end, it stays at e^20.
+        logs = clip(b, logs, None, HIGHEST_POWER)
+    return exp(b, logs)
+
+
+HIGHEST_POWER = 20.0
+"""Negative powers of numbers near zero reach e^20 and no more."""
 
 
 def whole_power(b: Builder, x: Ref, n: int) -> Ref:

@@ -9,7 +9,7 @@ Error: at most 1e-3·max(1, |y|), mostly below 1e-4.
 
 from __future__ import annotations
 
-from math import log, pi
+from math import ceil, log, log2, pi
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,17 @@ ACCEPTED = 4.0
 FINE_BITS = 20
 """Fraction bits of the sine and cosine whose quotient is the tangent."""
 
-FINE_SQUARE = 24
+FINE_SQUARE = 26
 """Fraction bits of a radicand that may be near zero, where a root is steep."""
+
+ROOM = 58
+"""Bits of a square and its fraction together."""
+
+LIFT = 8
+"""Ulps by which such a radicand is raised: roots of less are not to be had."""
+
+NEAR_END = 15 / 16
+"""Beyond, next to ±1, no waves fit a function that is steep there."""
 
 SURE_COSINE = 2.0**-6
 """A cosine that is larger than this on the whole range is known to be positive."""
@@ -127,12 +136,14 @@ def arc_sine(b: Builder, x: Ref) -> Ref:
 
 def _arc(b: Builder, x: Ref, f: Curve) -> Ref:
     x = _within_domain(b, with_frac_bits(b, x, b.frac_bits), -1.0, 1.0)
-    if b.interval(x).magnitude < 1 and (y := _direct(b, x, f)) is not None:
+    if b.interval(x).magnitude < NEAR_END and (y := _direct(b, x, f)) is not None:
         return y
     size = absolute(b, x)
     rest = b.offset(b.scale(size, -1), 1.0)
     b.within(rest, 0.0, 1.0)
-    steep = root(b, with_frac_bits(b, rest, FINE_SQUARE))
+    lift = LIFT * 2.0**-FINE_SQUARE
+    fine = b.within(b.offset(with_frac_bits(b, rest, FINE_SQUARE), lift), lift, 1.0 + lift)
+    steep = root(b, fine)
     arc = b.mul(steep, spectral(b, size, arc_core, 0.0, 1.0))
     b.within(arc, -0.01, pi / 2 + 0.01)
     # acos x = π − acos |x| and asin x = π/2 − acos x.
@@ -182,9 +193,10 @@ def hyperbolic_arc_cosine(b: Builder, x: Ref) -> Ref:
     x = _within_domain(b, with_frac_bits(b, x, b.frac_bits), 1.0, np.inf)
     held = b.interval(x)
     low, high = max(held.least, 1.0), held.most
-    square = b.mul(b.offset(x, -1.0), b.offset(x, 1.0), to=FINE_SQUARE)
-    b.within(square, low * low - 1.0, high * high)
-    # A square that is not positive is taken to be a few ulps, so its root to be 2^−11 at most.
+    to = max(min(FINE_SQUARE, ROOM - 2 * ceil(log2(high + 1))), b.frac_bits)
+    ulp = 2.0**-to
+    square = b.offset(b.mul(b.offset(x, -1.0), b.offset(x, 1.0), to=to), LIFT * ulp)
+    b.within(square, low * low - 1.0 + (LIFT - 1) * ulp, high * high)
     total = b.within(b.add(x, root(b, square)), low, 2 * high + 0.01)
     y = logarithm(b, total)
     slack = 2.0**-8
@@ -194,7 +206,7 @@ def hyperbolic_arc_cosine(b: Builder, x: Ref) -> Ref:
 def hyperbolic_arc_tangent(b: Builder, x: Ref) -> Ref:
     """atanh x for |x| < 1: (log(1 + x) − log(1 − x)) / 2. Rounds: 1 within about ±0.9, else 5."""
     x = _within_domain(b, with_frac_bits(b, x, b.frac_bits), -1.0, 1.0)
-    if b.interval(x).magnitude < 1 and (y := _direct(b, x, np.arctanh)) is not None:
+    if b.interval(x).magnitude < NEAR_END and (y := _direct(b, x, np.arctanh)) is not None:
         return y
     up, down = (logarithm(b, b.offset(b.scale(x, s), 1.0)) for s in (1, -1))
     return times(b, b.sub(up, down), 0.5)

@@ -10,7 +10,7 @@ import numpy as np
 from mpcserve.compiler import order
 from mpcserve.compiler.booleans import negative
 from mpcserve.compiler.builder import Builder, Operand, Ref
-from mpcserve.compiler.functions import axis_of, ints_of
+from mpcserve.compiler.functions import axis_of, ints_of, values_of
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
 
@@ -131,3 +131,25 @@ def duel(b: Builder, last: bool, a: Ref, later: Ref, i: Ref, j: Ref) -> tuple[Re
     low = np.minimum(b.interval(i).low, b.interval(j).low)
     high = np.maximum(b.interval(i).high, b.interval(j).high)
     return best, b.within(chosen, low, high)
+
+
+@lowers("OneHot", since=9)
+def one_hot(b: Builder, index: Ref, depth: Operand, values: Operand, /, *, axis: int = -1) -> Ref:
+    """The on-value at a secret index along a new axis, else the off-value: 2 or 3 rounds.
+
+    A negative index counts from the end; one outside of [−depth, depth) finds no place.
+    """
+    count = ints_of(depth, "depth")[0]
+    off, on = (float(v) for v in np.ravel(values_of(values, "values")))
+    at = axis_of(axis, len(index.shape) + 1)
+    shape = (*index.shape[:at], 1, *index.shape[at:])
+    lowest = -count if b.interval(index).least < 0 else 0
+    ends = np.arange(lowest, count + 1).reshape(-1, *[1] * (len(shape) - at - 1))
+    places = b.constant(ends, index.frac_bits)
+    below = negative(b, b.sub(b.reshape(index, shape), places))
+    each = b.xor([b.slice(below, at, k, len(ends) - 1 + k) for k in range(2)])
+    found = b.slice(each, at, len(ends) - 1 - count, len(ends) - 1)
+    if lowest:
+        found = b.xor([found, b.slice(each, at, 0, count)])
+    frac_bits = 0 if off.is_integer() and on.is_integer() else b.frac_bits
+    return b.offset(b.number(found, on - off, frac_bits), off)
