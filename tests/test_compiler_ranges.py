@@ -139,6 +139,19 @@ def test_with_neither_range_nor_samples_the_range_is_assumed_and_said_to_be() ->
     assert any("assumed" in note for note in plan.notes)
 
 
+def test_what_samples_show_on_one_side_of_zero_keeps_its_sign() -> None:
+    rng = np.random.default_rng(4)
+    x = rng.uniform(1.0, 2.0, (40, 3)).astype(np.float32)
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Reciprocal", ["h"])]
+    model = model_of(nodes, {"x": ("N", 3)}, {"w": np.array([[2.0], [2.0], [-1.0]], np.float32)})
+    plans = [compile_model(model, calibrate=s * x, margin_bits=2).plan for s in (1.0, -1.0)]
+    for plan in plans:
+        held = next(i for i in plan.instructions if i.op == "matmul")
+        # A divisor of either sign would be compared with zero and its inverse chosen by that.
+        assert "select" not in {i.op for i in plan.instructions}
+        assert held.value.known == "calibrated"
+
+
 def test_a_declared_range_proves_the_bounds() -> None:
     plan = compile_model(single(), input_range=(-1, 3)).plan
     assert (plan.inputs[0].low, plan.inputs[0].high, plan.inputs[0].known) == (-1, 3, "proved")

@@ -398,6 +398,21 @@ class Builder:
         """How the bound is known."""
         return self._steps[x.id].known
 
+    def one_side(self, x: Ref) -> tuple[float, float]:
+        """The ends of x, where samples that were all on one side of zero tell its sign.
+
+        For divisors and the like, which cannot be zero: for all else a sign must be proved.
+        """
+        held, step, factor = self.interval(x), self._steps[x.id], 1.0
+        while not step.nearest and step.op in (*BIT_MOVES, "scale") and len(step.inputs) == 1:
+            before = self._steps[step.inputs[0]]
+            if step.op == "scale":
+                factor *= step.attrs["factor"] * 2.0 ** (before.frac_bits - step.frac_bits)
+            step = before
+        nearest = step.nearest * factor
+        low = max(held.least, nearest) if nearest > 0 else held.least
+        return low, min(held.most, nearest) if nearest < 0 else held.most
+
     def is_tight(self, x: Ref) -> bool:
         """Whether x takes every value of its interval: it comes from one value by local steps."""
         step = self._steps[x.id]
@@ -423,7 +438,8 @@ class Builder:
         # Samples pass through in floats; fixed point may be off by some ulps, also at zero.
         slack = 2.0 ** (ROUNDING_BITS - self.frac_bits)
         hull = iv.uniform(seen.low - slack, seen.high + slack, len(x.shape))
-        step = replace(step, sampled=hull, power=seen.power, active=seen.active)
+        nearest = float(np.copysign(max(abs(seen.nearest) - slack, 0.0), seen.nearest))
+        step = replace(step, sampled=hull, power=seen.power, active=seen.active, nearest=nearest)
         self._steps[x.id] = self._settle(step)
 
     def step(self, x: Ref) -> Step:

@@ -161,14 +161,15 @@ ONE_SIDE = 2.0**-8
 
 
 def _with_margin(seen: Seen, margin_bits: int) -> Seen:
-    """A range 2^margin_bits times as far; what is well on one side of zero stays there."""
+    """A range 2^margin_bits times as far, and as near where all is well on one side of zero."""
     most, factor = max(abs(seen.low), abs(seen.high)), 2.0**margin_bits
-    low, high = seen.low - (factor - 1) * most, seen.high + (factor - 1) * most
+    slack = (factor - 1) * most
+    nearest = 0.0
     if seen.low > ONE_SIDE * most:
-        low = seen.low / factor
-    if seen.high < -ONE_SIDE * most:
-        high = seen.high / factor
-    return replace(seen, low=low, high=high)
+        nearest = seen.low / factor
+    elif seen.high < -ONE_SIDE * most:
+        nearest = seen.high / factor
+    return replace(seen, low=seen.low - slack, high=seen.high + slack, nearest=nearest)
 
 
 def _input_reach(array: Array, margin_bits: int) -> Reach:

@@ -33,12 +33,13 @@ def weakest(known: Sequence[str]) -> str:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What samples showed of a tensor: the hull of its elements, margin included; their mean square
-    and the share of them that is not zero."""
+    and the share of them that is not zero. `nearest` to zero, where all are on one side of it."""
 
     low: float
     high: float
     power: float
     active: float
+    nearest: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class Step:
 
     `stated`: a range that mathematics gives, `sampled`: one that samples give; both are intersected
     with what interval arithmetic finds. `power`, `active`: mean square and share of nonzero
-    elements in samples. `is_bit`: the value is 0 or 1, shared mod 2.
+    elements in samples. `is_bit`: the value is 0 or 1, shared mod 2. `nearest`: see
+    `Seen`.
     """
 
     op: str
@@ -63,6 +65,7 @@ class Step:
     power: float | None = None
     active: float | None = None
     is_bit: bool = False
+    nearest: float = 0.0
 
     @property
     def bound(self) -> int:

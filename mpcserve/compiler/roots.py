@@ -131,22 +131,22 @@ def _at_least(b: Builder, x: Ref, threshold: float) -> Ref:
 
 
 def _positive_range(b: Builder, x: Ref, what: str) -> tuple[float, float]:
-    held, least = b.interval(x), 2.0 ** (FLOOR_BITS - x.frac_bits)
+    (low, high), least = b.one_side(x), 2.0 ** (FLOOR_BITS - x.frac_bits)
     sure = b.known(x) in ("exact", "proved") and b.is_tight(x)
-    if held.most <= least or (held.least < -16 * least and sure):
+    if high <= least or (low < -16 * least and sure):
         raise TooWide(
-            f"{what} lies in [{held.least:.4g}, {held.most:.4g}], expected to be positive",
+            f"{what} lies in [{low:.4g}, {high:.4g}], expected to be positive",
             "calibrate with samples (--calibrate), declare a positive --input-range, or add a "
             "small constant to it",
         )
-    return max(held.least, least), held.most
+    return max(low, least), high
 
 
 def of_either_sign(b: Builder, x: Ref) -> bool:
     """Whether a divisor may be negative by more than errors of values that are positive."""
-    held, sure = b.interval(x), b.known(x) in ("exact", "proved") and b.is_tight(x)
+    (low, high), sure = b.one_side(x), b.known(x) in ("exact", "proved") and b.is_tight(x)
     slack = 16 * 2.0 ** (FLOOR_BITS - x.frac_bits)
-    return held.least < -slack and (sure or held.least < -held.most / MOSTLY)
+    return low < -slack and (sure or low < -high / MOSTLY)
 
 
 MOSTLY = 64
@@ -161,7 +161,7 @@ def _size(b: Builder, x: Ref, below: Ref) -> Ref:
 
 def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
     """1 / x. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6; 4 more for x of either sign."""
-    if b.interval(x).most <= 0:
+    if b.one_side(x)[1] <= 0:
         return b.scale(reciprocal(b, b.scale(x, -1), to), -1)
     if of_either_sign(b, x):
         below = b.sign(x)
@@ -183,7 +183,7 @@ def divide(
     intervals cannot see. `spread`: brings what is computed per divisor to the shape of x, where
     that is not by broadcasting.
     """
-    if b.interval(y).most <= 0:
+    if b.one_side(y)[1] <= 0:
         return b.scale(divide(b, x, b.scale(y, -1), ratio, spread), -1)
     if of_either_sign(b, y):
         below = b.sign(y)
