@@ -1,13 +1,13 @@
 """The Builder that lowering functions call: each method emits one instruction, returns its value.
 
 A `Ref` names a secret value of the plan. Widths, rings and chunks are decided later, by demand; the
-Builder keeps shapes, fraction bits and intervals. Steps that would do nothing are not emitted.
+Builder keeps shapes, fraction bits and intervals (see `values`). Steps that would do nothing are
+not emitted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -15,35 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import interval as iv
-from mpcserve.compiler.draft import Draft, Seen, Shape, Step
+from mpcserve.compiler.draft import Draft, Shape, Step
 from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Unsupported
-from mpcserve.compiler.ranges import encoded, settle, spanned
+from mpcserve.compiler.ranges import encoded, spanned
+from mpcserve.compiler.values import Ref, Values
 from mpcserve.plan.ops import BIT_MOVES, BITS, MAX_ALL, OPS
 from mpcserve.plan.plan import InputSpec, OutputSpec
 from mpcserve.plan.table import listed
 
+__all__ = ["WAVE_BITS", "Array", "Builder", "Operand", "Ref"]
+
 Array = NDArray[Any]
-
-ROUNDING_BITS = 6
-"""By how many ulps fixed point may be outside what samples showed, as a power of two."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """A secret value: its id in the draft, its shape and its fraction bits."""
-
-    id: int
-    shape: Shape
-    frac_bits: int
-
-    def __bool__(self) -> bool:
-        raise TypeError("a secret has no truth value")
-
-
-SOURCES = ("input", "weight", "constant")
 
 REARRANGES = ("reshape", "transpose", "slice", "gather", "expand")
 
@@ -55,7 +40,7 @@ Operand = Ref | Array
 """What a lowering function receives per ONNX input: a secret value, or a constant of the model."""
 
 
-class Builder:
+class Builder(Values):
     """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered.
 
     `group`: of how many values a maximum may be found at once (see `strategy`). `trees`: what
@@ -65,13 +50,12 @@ class Builder:
     def __init__(
         self, frac_bits: int, opset: int, group: int = 2, trees: TreeBounds | None = None
     ) -> None:
-        self.frac_bits = frac_bits
+        super().__init__(frac_bits)
         self.trees = trees or TreeBounds()
         self.group = group
         self.opset = opset
         self.layer = ""
         self.n_outputs = 1
-        self._steps: list[Step] = []
         self._arrays: dict[str, NDArray[np.floating]] = {}
         self._inputs: list[InputSpec] = []
         self._outputs: list[OutputSpec] = []
@@ -384,72 +368,7 @@ class Builder:
         }
         return self._emit("spectral", (x.id,), attrs, x.shape, to)
 
-    # what is known
-
-    def interval(self, x: Ref) -> Interval:
-        """Range of x as reals, per element (compact)."""
-        return self._steps[x.id].interval
-
-    def bound(self, x: Ref) -> int:
-        """|x| < 2^bound ulp."""
-        return self._steps[x.id].bound
-
-    def known(self, x: Ref) -> str:
-        """How the bound is known."""
-        return self._steps[x.id].known
-
-    def one_side(self, x: Ref) -> tuple[float, float]:
-        """The ends of x, where samples that were all on one side of zero tell its sign.
-
-        For divisors and the like, which cannot be zero: for all else a sign must be proved.
-        """
-        held, step, factor = self.interval(x), self._steps[x.id], 1.0
-        while not step.nearest and step.op in (*BIT_MOVES, "scale") and len(step.inputs) == 1:
-            before = self._steps[step.inputs[0]]
-            if step.op == "scale":
-                factor *= step.attrs["factor"] * 2.0 ** (before.frac_bits - step.frac_bits)
-            step = before
-        nearest = step.nearest * factor
-        low = max(held.least, nearest) if nearest > 0 else held.least
-        return low, min(held.most, nearest) if nearest < 0 else held.most
-
-    def is_tight(self, x: Ref) -> bool:
-        """Whether x takes every value of its interval: it comes from one value by local steps."""
-        step = self._steps[x.id]
-        while step.op not in SOURCES:
-            if not OPS[step.op].local or len(step.inputs) != 1 or step.op == "sum":
-                return False
-            step = self._steps[step.inputs[0]]
-        return True
-
-    def within(self, x: Ref, low: Any, high: Any) -> Ref:
-        """State a range of x that interval arithmetic cannot see; the same Ref."""
-        rank = len(x.shape)
-        ends = [_ranked(np.asarray(e, np.float64), rank) for e in (low, high)]
-        step = replace(self._steps[x.id], stated=Interval(*ends))
-        self._steps[x.id] = self._settle(step)
-        return x
-
-    def sampled(self, x: Ref, seen: Seen) -> None:
-        """What samples showed of x; so also of what x merely rearranges."""
-        step = self._steps[x.id]
-        if step.op in ("reshape", "transpose"):
-            self.sampled(self.ref(step.inputs[0]), seen)
-        # Samples pass through in floats; fixed point may be off by some ulps, also at zero.
-        slack = 2.0 ** (ROUNDING_BITS - self.frac_bits)
-        hull = iv.uniform(seen.low - slack, seen.high + slack, len(x.shape))
-        nearest = float(np.copysign(max(abs(seen.nearest) - slack, 0.0), seen.nearest))
-        step = replace(step, sampled=hull, power=seen.power, active=seen.active, nearest=nearest)
-        self._steps[x.id] = self._settle(step)
-
-    def step(self, x: Ref) -> Step:
-        """What makes x."""
-        return self._steps[x.id]
-
-    def ref(self, id: int) -> Ref:
-        """The Ref of value `id`."""
-        step = self._steps[id]
-        return Ref(id, step.shape, step.frac_bits)
+    # the whole
 
     def draft(self) -> Draft:
         """Everything emitted so far."""
@@ -506,10 +425,3 @@ class Builder:
         )  # fmt: skip
         self._steps.append(self._settle(step))
         return Ref(len(self._steps) - 1, tuple(shape), frac_bits)
-
-    def _settle(self, step: Step) -> Step:
-        return settle(step, [self._steps[j] for j in step.inputs])
-
-
-def _ranked(x: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
-    return x.reshape((1,) * (rank - x.ndim) + x.shape)

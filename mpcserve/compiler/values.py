@@ -1,0 +1,113 @@
+"""What is known of the values of a draft in the making: ranges proved, stated, seen in samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcserve.compiler import interval as iv
+from mpcserve.compiler.draft import Seen, Shape, Step
+from mpcserve.compiler.interval import Interval
+from mpcserve.compiler.ranges import settle
+from mpcserve.plan.ops import BIT_MOVES, OPS
+
+ROUNDING_BITS = 6
+"""By how many ulps fixed point may be outside what samples showed, as a power of two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A secret value: its id in the draft, its shape and its fraction bits."""
+
+    id: int
+    shape: Shape
+    frac_bits: int
+
+    def __bool__(self) -> bool:
+        raise TypeError("a secret has no truth value")
+
+
+SOURCES = ("input", "weight", "constant")
+
+
+class Values:
+    """The steps so far, and what their intervals say. `frac_bits`: of what is computed."""
+
+    def __init__(self, frac_bits: int) -> None:
+        self.frac_bits = frac_bits
+        self._steps: list[Step] = []
+
+    def interval(self, x: Ref) -> Interval:
+        """Range of x as reals, per element (compact)."""
+        return self._steps[x.id].interval
+
+    def bound(self, x: Ref) -> int:
+        """|x| < 2^bound ulp."""
+        return self._steps[x.id].bound
+
+    def known(self, x: Ref) -> str:
+        """How the bound is known."""
+        return self._steps[x.id].known
+
+    def one_side(self, x: Ref) -> tuple[float, float]:
+        """The ends of x, where samples that were all on one side of zero tell its sign.
+
+        For divisors and the like, which cannot be zero: for all else a sign must be proved.
+        """
+        held, step, factor = self.interval(x), self._steps[x.id], 1.0
+        while not step.nearest and step.op in (*BIT_MOVES, "scale") and len(step.inputs) == 1:
+            before = self._steps[step.inputs[0]]
+            if step.op == "scale":
+                factor *= step.attrs["factor"] * 2.0 ** (before.frac_bits - step.frac_bits)
+            step = before
+        nearest = step.nearest * factor
+        low = max(held.least, nearest) if nearest > 0 else held.least
+        return low, min(held.most, nearest) if nearest < 0 else held.most
+
+    def is_tight(self, x: Ref) -> bool:
+        """Whether x takes every value of its interval: it comes from one value by local steps."""
+        step = self._steps[x.id]
+        while step.op not in SOURCES:
+            if not OPS[step.op].local or len(step.inputs) != 1 or step.op == "sum":
+                return False
+            step = self._steps[step.inputs[0]]
+        return True
+
+    def within(self, x: Ref, low: Any, high: Any) -> Ref:
+        """State a range of x that interval arithmetic cannot see; the same Ref."""
+        rank = len(x.shape)
+        ends = [_ranked(np.asarray(e, np.float64), rank) for e in (low, high)]
+        step = replace(self._steps[x.id], stated=Interval(*ends))
+        self._steps[x.id] = self._settle(step)
+        return x
+
+    def sampled(self, x: Ref, seen: Seen) -> None:
+        """What samples showed of x; so also of what x merely rearranges."""
+        step = self._steps[x.id]
+        if step.op in ("reshape", "transpose"):
+            self.sampled(self.ref(step.inputs[0]), seen)
+        # Samples pass through in floats; fixed point may be off by some ulps, also at zero.
+        slack = 2.0 ** (ROUNDING_BITS - self.frac_bits)
+        hull = iv.uniform(seen.low - slack, seen.high + slack, len(x.shape))
+        nearest = float(np.copysign(max(abs(seen.nearest) - slack, 0.0), seen.nearest))
+        step = replace(step, sampled=hull, power=seen.power, active=seen.active, nearest=nearest)
+        self._steps[x.id] = self._settle(step)
+
+    def step(self, x: Ref) -> Step:
+        """What makes x."""
+        return self._steps[x.id]
+
+    def ref(self, id: int) -> Ref:
+        """The Ref of value `id`."""
+        step = self._steps[id]
+        return Ref(id, step.shape, step.frac_bits)
+
+    def _settle(self, step: Step) -> Step:
+        return settle(step, [self._steps[j] for j in step.inputs])
+
+
+def _ranked(x: NDArray[np.float64], rank: int) -> NDArray[np.float64]:
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)
