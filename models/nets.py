@@ -382,11 +382,11 @@ def export(name: str, path: Path, exporter: str, tiny: bool) -> dict[str, Any]:
     }
 
 
-def write_test(name: str, exporter: str) -> None:
-    """The small network as the tests read it: without samples and without remarks."""
+def write_test(name: str, exporter: str) -> dict[str, Any]:
+    """The small network as the tests read it, without remarks; what there is to know of it."""
     path = TESTS / f"{name}.{exporter}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
-    export(name, path, exporter, tiny=True)
+    card = export(name, path, exporter, tiny=True)
     path.with_suffix(".calibration.npz").unlink()
     path.with_suffix(".samples.npz").unlink()
     model = onnx.load(path)
@@ -394,6 +394,7 @@ def write_test(name: str, exporter: str) -> None:
         del part.metadata_props[:]
         part.doc_string = ""
     onnx.save(model, path)
+    return card
 
 
 def main() -> None:
@@ -409,9 +410,8 @@ def main() -> None:
     if given.list:
         print(json.dumps({"names": list(NETS)}))
     elif given.tests:
-        for name in [given.name] if given.name else NETS:
-            for exporter in EXPORTERS:
-                write_test(name, exporter)
+        cards = [write_test(name, exporter) for name in NETS for exporter in EXPORTERS]
+        (TESTS / "cards.json").write_text("".join(json.dumps(card) + "\n" for card in cards))
     else:
         print(json.dumps(export(given.name, given.file, given.exporter, given.tiny)))
 

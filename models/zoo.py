@@ -1,14 +1,15 @@
 """Export, compile, verify and measure the networks of `nets.py`.
 
-    python models/zoo.py --tiny                       # all small ones, by both exporters: minutes
+    python models/zoo.py --tiny                       # the small ones of the tests: minutes
     python models/zoo.py --only resnet50 vgg16        # full size
     python models/zoo.py --json docs/models/zoo.json  # and keep what was measured
 
-Each network is exported by torch in one process (`--torch` names a Python that has it) and, in
-another, compiled with calibration samples and evaluated on others by the real protocol, all three
-roles side by side; onnxruntime on the exported file is what it is compared with. Seconds are of
-processor time: dealing, preparing and evaluating one input by all three roles. Memory is the
-largest of that process, which holds the compiler, the model owner and all three parties.
+A network of full size is exported by torch in one process (`--torch` names a Python that has it);
+small ones lie in `tests/data/zoo`. In another process it is compiled with calibration samples and
+evaluated on others by the real protocol, all three roles side by side; onnxruntime on the exported
+file is what it is compared with. Seconds are of processor time: dealing, preparing and evaluating
+one input by all three roles. Memory is the largest of that process, which holds the compiler, the
+model owner and all three parties.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TIE = 1e-2
 """Of the logits' spread: two that are nearer are a tie, and either is right."""
 
+SMALL = ROOT / "tests" / "data" / "zoo"
+SEED, CALIBRATION = 7, 16
 INPUTS = 2
 """Samples that are evaluated."""
 
@@ -123,9 +126,38 @@ def measured(path: Path, card: Mapping[str, Any], inputs: int) -> Result:
     )
 
 
+def small(given: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    """Measure the small ones that the tests run."""
+    for line in (SMALL / "cards.json").read_text().splitlines():
+        card = json.loads(line)
+        if (given.only and card["model"] not in given.only) or card[
+            "exporter"
+        ] not in given.exporter:
+            continue
+        path = folder / f"{card['model']}.{card['exporter']}.onnx"
+        path.write_bytes((SMALL / path.name).read_bytes())
+        shape = tuple(map(int, card["input"].split("×")))
+        rows = np.random.default_rng(SEED).standard_normal((CALIBRATION + given.inputs, *shape))
+        rows = rows.astype(np.float32)
+        np.savez(path.with_suffix(".calibration.npz"), input=rows[:CALIBRATION])
+        np.savez(path.with_suffix(".samples.npz"), input=rows[CALIBRATION:])
+        yield _in_process(path, card, given.inputs)
+
+
+def _in_process(path: Path, card: Mapping[str, Any], inputs: int) -> Result:
+    """Measured in a process of its own: its memory is what it took."""
+    found = _run(
+        [sys.executable, __file__, "--measure", str(path), "--inputs", str(inputs)],
+        json.dumps(card),
+    )
+    if isinstance(found, str):
+        keys = ("family", "model", "exporter", "size", "input", "parameters")
+        return Result(**{k: card[k] for k in keys}, reason=found)
+    return Result(**found)
+
+
 def each(given: argparse.Namespace, folder: Path) -> Iterator[Result]:
     """Export and measure, every step in a process of its own."""
-    size = ["--tiny"] if given.tiny else []
     listed = _run([given.torch, str(ROOT / "models" / "nets.py"), "--list"])
     if isinstance(listed, str):
         raise SystemExit(f"{given.torch} cannot list the networks: {listed}")
@@ -135,15 +167,12 @@ def each(given: argparse.Namespace, folder: Path) -> Iterator[Result]:
         for exporter in given.exporter:
             path = folder / f"{name}.{exporter}.onnx"
             card = _run([given.torch, str(ROOT / "models" / "nets.py"), name, str(path),
-                         "--exporter", exporter, *size])  # fmt: skip
-            empty = Result("", name, exporter, "tiny" if given.tiny else "full", "")
+                         "--exporter", exporter])  # fmt: skip
             if isinstance(card, str):
-                yield Result(**asdict(empty) | {"reason": f"export: {card}"})
+                yield Result("", name, exporter, "full", "", reason=f"export: {card}")
                 continue
-            found = _run([sys.executable, __file__, "--measure", str(path),
-                          "--inputs", str(given.inputs)], json.dumps(card))  # fmt: skip
+            yield _in_process(path, card, given.inputs)
             path.unlink()
-            yield Result(**asdict(empty) | {"reason": found} if isinstance(found, str) else found)
 
 
 def _run(command: Sequence[str], given: str = "") -> dict[str, Any] | str:
@@ -196,7 +225,7 @@ def main() -> None:
         print(json.dumps(asdict(measured(given.measure, card, given.inputs))))
         return
     with TemporaryDirectory(prefix="zoo-") as folder:
-        for result in each(given, Path(folder)):
+        for result in (small if given.tiny else each)(given, Path(folder)):
             print(printed(result), flush=True)
             if given.json:
                 kept(given.json, [result])
