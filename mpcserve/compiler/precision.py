@@ -11,6 +11,7 @@ from dataclasses import replace
 from math import frexp
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Draft, Step
 from mpcserve.compiler.functions import WIDEST_BOUND
@@ -159,8 +160,7 @@ def fewest_bits(largest: float) -> int:
 
 def significant(draft: Draft, weight: int) -> int:
     """The fewest fraction bits that a weight may have in 32 bits."""
-    values = draft.arrays[draft.steps[weight].attrs["name"]]
-    return fewest_bits(float(np.abs(values).max(initial=0.0)))
+    return fewest_bits(_largest(draft, weight))
 
 
 def _way_out(frac_bits: int) -> str:
@@ -171,12 +171,28 @@ def _way_out(frac_bits: int) -> str:
 def _exact(draft: Draft, weight: int) -> bool:
     """Whether more fraction bits would change nothing."""
     step = draft.steps[weight]
-    scaled = np.ldexp(draft.arrays[step.attrs["name"]], step.frac_bits)
-    return bool(np.all(scaled == np.rint(scaled)))
+    values = draft.arrays[step.attrs["name"]].ravel()
+    # Nearly always the first few tell.
+    parts = (values[:FIRST], values[FIRST:])
+    return all(_whole(np.ldexp(part, step.frac_bits)) for part in parts)
+
+
+def _whole(values: NDArray[np.floating]) -> bool:
+    return bool(np.all(values == np.rint(values)))
+
+
+FIRST = 4096
+"""Elements of a weight that are looked at before the others."""
+
+
+def _largest(draft: Draft, weight: int) -> float:
+    """max |w|, without a copy of what may be a hundred million numbers."""
+    values = draft.arrays[draft.steps[weight].attrs["name"]]
+    return float(max(-values.min(initial=0.0), values.max(initial=0.0)))
 
 
 def _fewest(draft: Draft, weight: int) -> int:
-    largest = float(np.abs(draft.arrays[draft.steps[weight].attrs["name"]]).max(initial=0.0))
+    largest = _largest(draft, weight)
     return max(FEWEST_SIGNIFICANT_BITS - frexp(largest)[1], 0)
 
 
@@ -187,7 +203,7 @@ def _room(product: Step) -> int:
 
 
 def _wished(draft: Draft, id: int, products: list[int], frac_bits: int) -> int:
-    largest = float(np.abs(draft.arrays[draft.steps[id].attrs["name"]]).max(initial=0.0))
+    largest = _largest(draft, id)
     if largest == 0.0:
         return frac_bits
     small = frac_bits - SMALL_WEIGHT_BITS - frexp(largest)[1] + 1
