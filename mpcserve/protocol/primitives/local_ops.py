@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mpcserve.kernels import bits, linear
+from mpcserve.kernels import bits, linear, weighing
 from mpcserve.plan.plan import Instruction, Value
 from mpcserve.ring import HALF_BITS, WORD_BITS, Words, as_words, word_type, words_of
 
@@ -179,23 +179,23 @@ DENSE = 8
 
 
 def _combine(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Local:
-    at, shape, word = i.attrs, i.value.shape, word_type(i.value.width)
-    axis, length = at["axis"], operands[0].shape[at["axis"]]
+    at, old, word = i.attrs, operands[0].shape, word_type(i.value.width)
+    axis, length = at["axis"], old[at["axis"]]
     indices = np.asarray(at["indices"]).astype(np.intp).reshape(at["taps"], -1)
     factors = words_of(at["factors"], indices.shape, i.value.width)
     if DENSE * len(indices) >= length:
         matrix = np.zeros((length, indices.shape[1]), word)
         np.add.at(matrix, (indices, np.arange(indices.shape[1])), factors)
         return lambda xs: _multiplied(xs[0], axis, matrix)
-    along = (-1, *[1] * (len(shape) - 1 - axis))
+    tables = np.ascontiguousarray(indices.T), np.ascontiguousarray(factors.T)
+
+    lead, tail, shape = prod(old[:axis]), prod(old[axis + 1 :]), i.value.shape
 
     def combine(xs: Sequence[Words]) -> Words:
-        total = np.zeros(shape, word)
-        for index, factor in zip(indices, factors, strict=True):
-            part = np.take(xs[0], index, axis=axis)
-            part *= factor.reshape(along)
-            total += part
-        return total
+        x = np.ascontiguousarray(xs[0]).reshape(lead, length, tail)
+        out = np.empty((lead, shape[axis], tail), word)
+        weighing.weighed(x, *tables, out)
+        return out.reshape(shape)
 
     return combine
 
