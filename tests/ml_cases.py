@@ -53,7 +53,7 @@ def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
     """As the compiler rewrites it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    return in_standard_operators(importing.converted(importing.named(copy)))
+    return in_standard_operators(importing.converted(importing.named(copy)))[0]
 
 
 def same_in_standard_operators(

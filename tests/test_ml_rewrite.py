@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from mpcserve.compiler import importing
+from mpcserve.compiler import check_model, importing
 from mpcserve.compiler.ml.rewrite import ML, rewriters
 from tests.ml_cases import (
     classifier,
@@ -256,6 +256,24 @@ def test_maps_of_probabilities_become_a_matrix() -> None:
     dropped = importing.named(model)
     assert "ZipMap" not in {n.op_type for n in dropped.graph.node}
     assert dropped.graph.output[1].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            support_machine(4, kernel_type="RBF", prob_a=[-1.0] * 6, prob_b=[0.0] * 6),
+            "probabilities of 4 classes, computed for up to 3",
+        ),
+        (regressor("OneHotEncoder", FEATURES, cats_strings=["a", "b"]), "encodes text"),
+        (regressor("Normalizer", FEATURES, norm="L7"), "norm 'L7' is unknown"),
+    ],
+    ids=["probabilities", "text", "norm"],
+)
+def test_what_is_refused_is_told_with_its_reason(model: onnx.ModelProto, reason: str) -> None:
+    (report,) = [r for r in check_model(model) if r.status == "unsupported"]
+    assert reason in report.reason
+    assert report.op == model.graph.node[0].op_type
 
 
 def test_every_rewriting_says_what_it_does() -> None:

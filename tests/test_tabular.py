@@ -44,3 +44,13 @@ def test_models_of_many_operators_agree(name: str) -> None:
 def test_every_case_has_a_name_of_its_own() -> None:
     listed = [case.name for family in tabular.FAMILIES[:3] for case in family()]
     assert len(set(listed)) == len(listed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["xgboost", "lightgbm"])
+def test_boosted_trees_of_other_libraries_agree(family: str) -> None:
+    for module in (family, "onnxmltools"):
+        pytest.importorskip(module)
+    for case in tabular.boosted():
+        if case.family == family and case.dataset == "breast_cancer":
+            assert tabular.measured(case).agreement == 1.0

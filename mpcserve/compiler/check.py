@@ -79,7 +79,8 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
     model, held = importing.lightened(given)
     try:
         importing.checked(model)
-        model = in_standard_operators(importing.converted(model))
+        model, refused = in_standard_operators(importing.converted(model))
+        problems += refused
         problems += too_old(model)
         if not blocked and opset_of(model) >= OLDEST_OPSET:
             graph, unfolding = importing.unfolded(model, held, name, found)

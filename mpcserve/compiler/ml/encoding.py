@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 
 from mpcserve.compiler.ml.rewrite import Writer, rewrites
+from mpcserve.compiler.problems import Unsupported
+
+ENCODE_FIRST = "encode it as numbers before the model is exported"
 
 _DISTRIBUTIONS = ("LinearClassifier", "TreeEnsembleClassifier")
 
 
 @rewrites("Normalizer")
-def normalizer(w: Writer, x: str, /, *, norm: str = "MAX") -> str | None:
+def normalizer(w: Writer, x: str, /, *, norm: str = "MAX") -> str:
     """Rows divided by their norm; scores that a softmax made have the norm 1 already."""
     maker = w.maker(x)
     if norm == "L1" and maker is not None and maker.op_type in _DISTRIBUTIONS:
@@ -22,9 +26,9 @@ def normalizer(w: Writer, x: str, /, *, norm: str = "MAX") -> str | None:
     x = w.floats(x)
     if norm == "MAX":
         return w.op("Div", x, w.reduce("ReduceMax", x, 1))
-    if norm == "L1":
-        return w.op("LpNormalization", x, axis=1, p=1)
-    return w.op("LpNormalization", x, axis=1, p=2) if norm == "L2" else None
+    if norm not in ("L1", "L2"):
+        raise Unsupported(f"norm {norm!r} is unknown")
+    return w.op("LpNormalization", x, axis=1, p=int(norm[1]))
 
 
 @rewrites("Binarizer")
@@ -81,9 +85,11 @@ def one_hot_encoder(
     cats_int64s: Sequence[int] = (),
     cats_strings: Sequence[str] = (),
     zeros: int = 1,
-) -> str | None:
+) -> str:
     """A comparison with each category, secret as well; text cannot be shared."""
-    return None if cats_strings else _equal(w, w.cast(x, np.int64), cats_int64s, np.int64)
+    if cats_strings:
+        raise Unsupported("encodes text, which cannot be shared", ENCODE_FIRST)
+    return _equal(w, w.cast(x, np.int64), cats_int64s, np.int64)
 
 
 @rewrites("LabelEncoder")
@@ -101,6 +107,8 @@ def label_encoder(
     **text: object,
 ) -> str | None:
     """Numbers to numbers: a comparison with each key, and a product with the secret values."""
+    if "keys_strings" in text or w.types.get(x) == onnx.TensorProto.STRING:
+        raise Unsupported("encodes text, which cannot be shared", ENCODE_FIRST)
     if text or (keys_int64s and list(keys_int64s) == list(range(len(values_int64s)))):
         return None  # names of classes, and indices of them
     keys, dtype = (keys_floats, np.float32) if keys_floats else (keys_int64s, np.int64)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpcserve.compiler.ml.rewrite import Writer, rewrites
 from mpcserve.compiler.ml.scores import above, label_of, of_targets, probit, transformed, winner
+from mpcserve.compiler.problems import Unsupported
 
 
 @rewrites("Scaler")
@@ -29,7 +30,7 @@ def linear_regressor(
     intercepts: Sequence[float] = (),
     post_transform: str = "NONE",
     targets: int = 1,
-) -> str | None:
+) -> str:
     """x @ coefficients + intercepts."""
     y = _scores(w, x, coefficients, intercepts, targets)
     return of_targets(w, y, targets, post_transform)
@@ -47,7 +48,7 @@ def linear_classifier(
     classlabels_strings: Sequence[str] = (),
     multi_class: int = 0,
     post_transform: str = "NONE",
-) -> tuple[str | None, ...]:
+) -> tuple[str, ...]:
     """Scores of all classes and the label of the largest."""
     count = len(classlabels_strings) or len(classlabels_ints)
     targets = len(intercepts) or count
@@ -60,10 +61,14 @@ def linear_classifier(
     return label, _of_single(w, scores, post_transform, second=count == 2)
 
 
-def _of_single(w: Writer, score: str, transform: str, second: bool) -> str | None:
+def _of_single(w: Writer, score: str, transform: str, second: bool) -> str:
     """What onnxruntime makes of a single score; it has no right answer for a second probit."""
     if transform == "PROBIT":
-        return None if second else probit(w, score)
+        if second:
+            raise Unsupported(
+                "makes a probit of a second class, which onnxruntime leaves undefined"
+            )
+        return probit(w, score)
     if transform == "LOGISTIC":
         score = w.op("Sigmoid", score)
     if not second:

@@ -4,8 +4,9 @@
     def scaler(w: Writer, x: str, /, *, offset: Sequence[float] = (), ...) -> str: ...
 
 Positional parameters are the node's inputs, keywords its attributes; the result is the name of each
-output. What remains is `TreeEnsembleRegressor`, `TreeEnsemble` and `LabelEncoder` of a computed
-label, which have lowerings. Both models can be run by onnxruntime, and tests compare them.
+output, or None for a node that is left to its lowering. What remains is `TreeEnsembleRegressor`,
+`TreeEnsemble`, and `LabelEncoder` and `ArrayFeatureExtractor` of a computed label. Both models can
+be run by onnxruntime, and tests compare them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from onnx import helper, numpy_helper
 
 from mpcserve.compiler.graph import attributes_of
 from mpcserve.compiler.load import opset_of
+from mpcserve.compiler.problems import Problem, Unsupported
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -124,13 +126,14 @@ def rewriters() -> Mapping[str, Rewrite]:
     return found
 
 
-def in_standard_operators(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every node of ai.onnx.ml rewritten that has a translation.
+def in_standard_operators(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Problem]]:
+    """(the model with every node of ai.onnx.ml rewritten that has a translation, what is wrong).
 
-    A node whose attributes are not understood stays, and is reported as unsupported.
+    A node that is refused stays.
     """
     if not any(n.domain == ML for n in model.graph.node):
-        return model
+        return model, []
+    problems: list[Problem] = []
     known = rewriters()
     types = {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
     types |= {t.name: t.data_type for t in model.graph.initializer}
@@ -141,11 +144,13 @@ def in_standard_operators(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         writer = Writer(node.name, opset_of(model), types, makers, constants)
         function = known.get(node.op_type) if node.domain == ML else None
-        if function is None or not _rewritten(writer, node, function):
-            nodes.append(node)
-        else:
-            nodes += writer.nodes
-            tensors += writer.tensors
+        try:
+            done = function is not None and _rewritten(writer, node, function)
+        except Unsupported as e:
+            problems.append(Problem(node.name, node.op_type, e.reason, e.hint))
+            done = False
+        nodes += writer.nodes if done else [node]
+        tensors += writer.tensors if done else []
         makers |= dict.fromkeys(node.output, node)
         if constants.issuperset(node.input):
             constants.update(node.output)
@@ -157,19 +162,19 @@ def in_standard_operators(model: onnx.ModelProto) -> onnx.ModelProto:
     for opset in result.opset_import:
         if opset.domain == ML:
             opset.version = max(opset.version, OLDEST)
-    return result
+    return result, problems
 
 
 def _rewritten(w: Writer, node: onnx.NodeProto, function: Rewrite) -> bool:
     attrs = attributes_of(node)
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if not takes_all and set(attrs) - set(parameters):
-        return False
+    if not takes_all and (unknown := sorted(set(attrs) - set(parameters))):
+        raise Unsupported(f"attribute {unknown[0]!r} is not supported")
     result = function(w, *node.input, **attrs)
-    results = result if isinstance(result, tuple) else (result,)
-    if None in results:
+    if result is None:
         return False
+    results = result if isinstance(result, tuple) else (result,)
     for name, output in zip(results, node.output, strict=False):
         if output:
             w.nodes.append(

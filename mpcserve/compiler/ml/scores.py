@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpcserve.compiler.ml.rewrite import ML, Writer
+from mpcserve.compiler.problems import Unsupported
 
 ERF_INVERSE = 0.147
 """The constant of Winitzki's approximation, which onnxruntime uses."""
 
 
-def transformed(w: Writer, scores: str, transform: str) -> str | None:
-    """A post transform of a matrix of scores; None if it is unknown."""
+def transformed(w: Writer, scores: str, transform: str) -> str:
+    """A post transform of a matrix of scores."""
     if transform == "NONE":
         return scores
     if transform == "LOGISTIC":
@@ -24,10 +25,10 @@ def transformed(w: Writer, scores: str, transform: str) -> str | None:
         return _softmax_zero(w, scores)
     if transform == "PROBIT":
         return probit(w, scores)
-    return None
+    raise Unsupported(f"post transform {transform!r} is unknown")
 
 
-def of_targets(w: Writer, y: str, targets: int, transform: str) -> str | None:
+def of_targets(w: Writer, y: str, targets: int, transform: str) -> str:
     """A regressor's post transform: of a single target onnxruntime knows the probit alone."""
     return transformed(w, y, "NONE" if targets == 1 and transform != "PROBIT" else transform)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpcserve.compiler.ml.rewrite import Writer, rewrites
 from mpcserve.compiler.ml.scores import above, label_of, transformed, winner
+from mpcserve.compiler.problems import Unsupported
 
 Labels = tuple[Sequence[int], Sequence[str]]
 
@@ -28,7 +29,7 @@ def svm_regressor(
     post_transform: str = "NONE",
     rho: Sequence[float] = (),
     support_vectors: Sequence[float] = (),
-) -> str | None:
+) -> str:
     """Σ coefficient · kernel(x, support vector) + rho; for one class, its sign.
 
     onnxruntime ignores the post transform.
@@ -62,7 +63,7 @@ def svm_classifier(
     rho: Sequence[float] = (),
     support_vectors: Sequence[float] = (),
     vectors_per_class: Sequence[int] = (),
-) -> tuple[str | None, ...]:
+) -> tuple[str, ...]:
     """One decision per pair of classes; the class that wins most of them, the first of equals."""
     labels = (classlabels_ints, classlabels_strings)
     count = len(classlabels_strings) or len(classlabels_ints)
@@ -78,14 +79,18 @@ def svm_classifier(
         return votes, platt(w, decisions, count, prob_a, prob_b)
     if count == 2:
         if post_transform not in ("NONE", "LOGISTIC"):
-            return None, None  # onnxruntime gives such scores another meaning
+            raise Unsupported(
+                f"has the post transform {post_transform} of two classes, which onnxruntime "
+                "computes from something else than its scores",
+                "export it with NONE or LOGISTIC",
+            )
         decisions = w.op("Concat", w.op("Neg", decisions), decisions, axis=1)
     return votes, transformed(w, decisions, post_transform)
 
 
 def _linear(
     w: Writer, x: str, coefficients: Any, rho: Sequence[float], transform: str, labels: Labels
-) -> tuple[str | None, ...]:
+) -> tuple[str, ...]:
     """One decision per class. Of two classes the second wins where any of them is positive."""
     scores = w.op("Gemm", x, w.constant(coefficients.T), w.constant(rho[:1]))
     if len(coefficients) != 2:
@@ -151,9 +156,7 @@ def _votes(w: Writer, decisions: str, count: int) -> str:
     return w.op("Gemm", won, w.constant(gain), w.constant(start))
 
 
-def platt(
-    w: Writer, decisions: str, count: int, a: Sequence[float], b: Sequence[float]
-) -> str | None:
+def platt(w: Writer, decisions: str, count: int, a: Sequence[float], b: Sequence[float]) -> str:
     """Probabilities of two or three classes that fit those of all pairs, 1 − σ(a·decision + b).
 
     For more classes they are the solution of a linear system, which is not computed here.
@@ -163,7 +166,12 @@ def platt(
     first = w.op("Sub", w.constant(1.0), second)
     if count == 2:
         return w.op("Concat", first, second, axis=1)
-    return _coupled(w, first, second) if count == 3 else None
+    if count > 3:
+        raise Unsupported(
+            f"has probabilities of {count} classes, computed for up to 3",
+            "train it with probability=False: classes and decisions come out",
+        )
+    return _coupled(w, first, second)
 
 
 PAIRS = ((0, 1), (0, 2), (1, 2))

@@ -9,6 +9,7 @@ import numpy as np
 
 from mpcserve.compiler.ml.rewrite import ML, Writer, rewrites
 from mpcserve.compiler.ml.scores import above, label_of, of_targets, transformed, winner
+from mpcserve.compiler.problems import Unsupported
 
 TRANSFORMS = ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO", "PROBIT")
 """In the order of their numbers in TreeEnsemble."""
@@ -17,14 +18,14 @@ TRANSFORMS = ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO", "PROBIT")
 @rewrites("TreeEnsembleRegressor")
 def tree_ensemble_regressor(
     w: Writer, x: str, /, *, post_transform: str = "NONE", **attrs: Any
-) -> str | None:
+) -> str:
     """The post transform becomes an operator of its own."""
     y = w.op("TreeEnsembleRegressor", w.floats(x), domain=ML, **_single_precision(attrs))
     return of_targets(w, y, attrs.get("n_targets", 1), post_transform)
 
 
 @rewrites("TreeEnsemble")
-def tree_ensemble(w: Writer, x: str, /, *, post_transform: int = 0, **attrs: Any) -> str | None:
+def tree_ensemble(w: Writer, x: str, /, *, post_transform: int = 0, **attrs: Any) -> str:
     """The post transform becomes an operator of its own."""
     double = attrs["leaf_weights"].dtype == np.float64
     y = w.op("TreeEnsemble", w.floats(x), domain=ML, **_single_precision(attrs))
@@ -57,7 +58,7 @@ def tree_ensemble_classifier(
     base_values_as_tensor: Any = None,
     post_transform: str = "NONE",
     **structure: Any,
-) -> tuple[str | None, ...]:
+) -> tuple[str, ...]:
     """A score per class, of which the largest wins; with two classes, one score and a threshold."""
     weights = np.ravel(
         class_weights if class_weights_as_tensor is None else class_weights_as_tensor
@@ -92,10 +93,13 @@ Labels = tuple[Sequence[int], Sequence[str]]
 
 def _single(
     w: Writer, y: str, base: Any, positive: bool, column: int, transform: str, labels: Labels
-) -> tuple[str | None, ...]:
+) -> tuple[str, ...]:
     """Two classes, but scores of only one of them, as onnxruntime treats them."""
     if base.size > 1 or transform == "PROBIT":
-        return None, None  # there its answer depends on memory that it did not write
+        raise Unsupported(
+            "has scores of one of two classes and a probit, or base values for both: onnxruntime's "
+            "answer then depends on memory that it did not write"
+        )
     if base.size and column == 0:
         y = w.op("Add", y, w.constant(base))
     label = label_of(w, above(w, y, 0.5 if positive else 0.0), *labels)
@@ -109,9 +113,7 @@ def _single(
     return label, w.op("Concat", other, y, axis=1)
 
 
-def _pair(
-    w: Writer, y: str, base: Any, transform: str, names: Sequence[str]
-) -> tuple[str | None, ...]:
+def _pair(w: Writer, y: str, base: Any, transform: str, names: Sequence[str]) -> tuple[str, ...]:
     """Scores of both classes: onnxruntime asks whether the second one is above zero."""
     if base.size == 1:
         y = w.op("Add", y, w.constant([base[0], 0.0]))
