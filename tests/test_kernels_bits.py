@@ -84,13 +84,14 @@ def test_a_chunk_shares_less_than_and_equal(c: int, dtype: type[np.unsignedinteg
     d[:500] = lam[:500]
     words, chunks, rows = (size + 63) // 64, np.array([c]), 1 << c
     mono, room = np.empty(rows * words, np.uint64), compare.scratch(c)
-    compare.chunk_monomials(lam, chunks, rows, words, room, mono)
+    compare.chunk_monomials(bits.bytes_of(lam), lam.itemsize, chunks, rows, words, room, mono)
     part = rng.integers(0, 2**64, mono.shape, np.uint64)
     beta, none = rng.integers(0, 2**64, words, np.uint64), np.empty(0, np.uint64)
     both = np.zeros((2, words), np.uint64)
     for share, leader in ((part, True), (mono ^ part, False)):
         out, to = np.empty_like(both), np.array([-1, -2])
-        compare.open_chunks(d, chunks, to, share, rows, none, 0, beta, leader, room, none, out)
+        how = (share, rows, none, 0, beta, leader, room, none, out)
+        compare.open_chunks(bits.bytes_of(d), d.itemsize, chunks, to, *how)
         both ^= out
     low = dtype((1 << c) - 1)
     less = (d & low) < (lam & low)

@@ -24,17 +24,20 @@ _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 BLOCK = 32
 """Words a block: tables of 2^5 rows × 32 words × 8 bytes = 8 KiB, two of them fit L1."""
 
+Bytes = NDArray[np.uint8]
+
+_HALF0 = np.uint32(0)
 _WORD = 64
 """Elements whose bits fill a word."""
 
 
 @inline
-def _slice_byte(typingctx, x, low, out, step):  # type: ignore[no-untyped-def]
-    """Word out[i·step], i < 8, is bit low + i of the 64 elements from x on."""
+def _slice_byte(typingctx, x, kind, low, out, step):  # type: ignore[no-untyped-def]
+    """Word out[i·step], i < 8, is bit low + i of the 64 words, of a kind, that lie from x on."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, shift, to, step = args
-        size = ir.IntType(x.dtype.bitwidth)
+        source, _, shift, to, step = args
+        size = ir.IntType(kind.bitwidth)
         many, bytes_ = ir.VectorType(size, _WORD), ir.VectorType(ir.IntType(8), _WORD)
         words = builder.load(builder.bitcast(source, many.as_pointer()), align=size.width // 8)
         amount = builder.trunc(shift, size) if size.width < _WORD else shift
@@ -49,40 +52,54 @@ def _slice_byte(typingctx, x, low, out, step):  # type: ignore[no-untyped-def]
             rest = builder.add(rest, rest)
         return context.get_dummy_value()
 
-    return types.void(x, types.int64, out, types.int64), codegen
+    return types.void(x, kind, types.int64, out, types.int64), codegen
 
 
 _LANE0 = ir.Constant(ir.IntType(32), 0)
 
 
 @part
-def slice_word(x: Words, start: int, low: int, octets: int, out: Place, step: int) -> None:
-    """Word out[i·step] is bit low + i of the 64 elements from `start` on, 0 behind the last."""
-    if x.size - start >= _WORD:
-        source = place_of(x, start)
+def slice_word(
+    x: Bytes, size: int, start: int, low: int, octets: int, out: Place, step: int
+) -> None:
+    """Word out[i·step] is bit low + i of the 64 elements from `start` on, 0 behind the last.
+
+    x: words of `size` bytes, of either kind, so that callers are compiled once.
+    """
+    count = x.size // size - start
+    source = place_of(x, start * size)
+    if count < _WORD:
+        for i in range(8 * octets):
+            byte, bit, plane = (low + i) >> 3, np.uint64((low + i) & 7), _U0
+            for k in range(count if byte < size else 0):
+                plane |= (np.uint64(source[k * size + byte]) >> bit & _U1) << np.uint64(k)
+            out[i * step] = plane
+    elif size == 8:
         for octet in range(octets):
-            _slice_byte(source, low + 8 * octet, on(out, 8 * octet * step), step)
-        return
-    for i in range(8 * octets):
-        plane = _U0
-        for k in range(x.size - start):
-            bit = np.uint64(np.uint64(x[start + k]) >> np.uint64(low + i)) & _U1
-            plane |= bit << np.uint64(k)
-        out[i * step] = plane
+            _slice_byte(source, _U0, low + 8 * octet, on(out, 8 * octet * step), step)
+    else:
+        for octet in range(octets):
+            _slice_byte(source, _HALF0, low + 8 * octet, on(out, 8 * octet * step), step)
 
 
-@kernel(
-    "void(uint64[::1], int64, int64, uint64[:, ::1])",
-    "void(uint32[::1], int64, int64, uint64[:, ::1])",
-)
-def slice_bits(x: Words, low: int, count: int, planes: Words) -> None:
-    """planes[i] = bit low + i of every x. Shapes: x [N], planes [count, ceil(N / 64)]."""
+@kernel("void(uint8[::1], int64, int64, int64, uint64[:, ::1])")
+def _slice_bits(x: Bytes, size: int, low: int, count: int, planes: Words) -> None:
     octets = (count + 7) >> 3
     block = np.empty(_WORD, np.uint64)
     for w in range(planes.shape[1]):
-        slice_word(x, w * _WORD, low, octets, place_of(block, 0), 1)
+        slice_word(x, size, w * _WORD, low, octets, place_of(block, 0), 1)
         for i in range(count):
             planes[i, w] = block[i]
+
+
+def slice_bits(x: Words, low: int, count: int, planes: Words) -> None:
+    """planes[i] = bit low + i of every x. Shapes: x [N], planes [count, ceil(N / 64)]."""
+    _slice_bits(bytes_of(x), x.itemsize, low, count, planes)
+
+
+def bytes_of(x: Words) -> Bytes:
+    """The memory of contiguous words."""
+    return x.view(np.uint8) if x.flags.writeable else x.copy().view(np.uint8)
 
 
 @kernel("void(uint64[::1], uint64[::1])", "void(uint64[::1], uint32[::1])")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcserve.kernels.bits import BLOCK, slice_word
+from mpcserve.kernels.bits import BLOCK, Bytes, slice_word
 from mpcserve.kernels.jit import kernel
 from mpcserve.kernels.places import Place, on, part, place_of
 from mpcserve.ring import Words
@@ -33,10 +33,10 @@ def scratch(chunk: int) -> Words:
 
 
 @part
-def _slice_block(x: Words, first: int, words: int, width: int, planes: Place) -> None:
+def _slice_block(x: Bytes, size: int, first: int, words: int, width: int, planes: Place) -> None:
     """planes[i·BLOCK + w] = bit i of elements 64·(first + w) and on."""
     for w in range(words):
-        slice_word(x, 64 * (first + w), 0, (width + 7) >> 3, on(planes, w), BLOCK)
+        slice_word(x, size, 64 * (first + w), 0, (width + 7) >> 3, on(planes, w), BLOCK)
 
 
 @part
@@ -90,14 +90,12 @@ def _deliver(
 
 
 @kernel(
-    *(
-        f"void({word}[::1], int64[::1], int64[::1], uint64[::1], int64, uint64[::1], int64,"
-        " uint64[::1], boolean, uint64[::1], uint64[::1], uint64[:, ::1])"
-        for word in ("uint64", "uint32")
-    )
+    "void(uint8[::1], int64, int64[::1], int64[::1], uint64[::1], int64, uint64[::1], int64,"
+    " uint64[::1], boolean, uint64[::1], uint64[::1], uint64[:, ::1])"
 )
 def open_chunks(
-    x: Words,
+    x: Bytes,
+    size: int,
     chunks: Rows,
     to: Rows,
     dealt: Words,
@@ -113,8 +111,8 @@ def open_chunks(
     """This side's shares of all chunks' outcomes: lt of chunk j goes to to[2j], eq to to[2j + 1].
 
     Into the last chunk's lt go Δ's sign, λ's and `beta` too: with the borrows of the chunks below
-    it, it is the masked result. Shapes: x [N]; dealt, `rows` rows: the chunks' monomials, λ's sign,
-    and more; masks and opened, `count` rows; beta [W]; kept [K, W].
+    it, it is the masked result. Shapes: x [N], words of `size` bytes; dealt, `rows` rows: the
+    chunks' monomials, λ's sign, and more; masks and opened, `count` rows; beta [W]; kept [K, W].
     """
     one = _ALL if leader else _U0
     planes, total = place_of(scratch, 0), beta.size
@@ -123,7 +121,7 @@ def open_chunks(
         width += chunks[j]
     for first in range(0, total, BLOCK):
         words = min(BLOCK, total - first)
-        _slice_block(x, first, words, width, planes)
+        _slice_block(x, size, first, words, width, planes)
         mono, mask = place_of(dealt, first * rows), place_of(masks, first * count)
         out, bit = place_of(opened, first * count), planes
         for j in range(chunks.size):
@@ -238,19 +236,14 @@ def merge_group(
                 here[w] = work[w]
 
 
-@kernel(
-    *(
-        f"void({word}[::1], int64[::1], int64, int64, uint64[::1], uint64[::1])"
-        for word in ("uint64", "uint32")
-    )
-)
+@kernel("void(uint8[::1], int64, int64[::1], int64, int64, uint64[::1], uint64[::1])")
 def chunk_monomials(
-    x: Words, chunks: Rows, rows: int, total: int, scratch: Words, out: Words
+    x: Bytes, size: int, chunks: Rows, rows: int, total: int, scratch: Words, out: Words
 ) -> None:
     """All monomials of every chunk of x's bits, then x's top bit.
 
     Row S − 1 of a chunk is the product of its bits i in S, for every non-empty subset S (a
-    bitmask). Shapes: x [N], N of `total` words; out, `rows` rows.
+    bitmask). Shapes: x [N], words of `size` bytes; planes have `total` words; out, `rows` rows.
     """
     planes = place_of(scratch, 0)
     width = 1
@@ -258,7 +251,7 @@ def chunk_monomials(
         width += chunks[j]
     for first in range(0, total, BLOCK):
         words = min(BLOCK, total - first)
-        _slice_block(x, first, words, width, planes)
+        _slice_block(x, size, first, words, width, planes)
         mono, bit = place_of(out, first * rows), planes
         for j in range(chunks.size):
             for i in range(chunks[j]):

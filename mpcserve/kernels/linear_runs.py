@@ -69,25 +69,24 @@ def multiply_runs(
     high, wide, step = runs
     item0, item1, row0, row1 = tile
     taps, sums = place_of(offs, 0), place_of(scratch, 0)
+    dense = step == wide
     several = max(1, RUN_WORDS // step) if step < 2 * wide else 1
+    total, unit = (high * wide, RUN_WORDS) if dense else (high, several)
     for item in range(item0, item1):
         source = place_of(right, right_at[item] + base)
         for i in range(row0, row1):
             factors = place_of(left, left_at[item] + i * row_step)
             to = place_of(out, out_at[item] + i * out_step)
-            if step == wide:
-                for x in range(0, high * wide, RUN_WORDS):
-                    count = min(RUN_WORDS, high * wide - x)
-                    _sum(on(source, x), taps, factors, col_step, deep, on(to, x), count)
-                continue
-            for y0 in range(0, high, several):
-                count = min(several, high - y0)
-                words = (count - 1) * step + wide
-                _sum(on(source, y0 * step), taps, factors, col_step, deep, sums, words)
-                for y in range(count):
-                    run, place = on(sums, y * step), on(to, (y0 + y) * wide)
+            for first in range(0, total, unit):
+                count = min(unit, total - first)
+                begin, words, place = first * step, (count - 1) * step + wide, sums
+                if dense:
+                    begin, words, place = first, count, on(to, first)
+                _sum(on(source, begin), taps, factors, col_step, deep, place, words)
+                for y in range(0 if dense else count):
+                    run, row = on(sums, y * step), on(to, (first + y) * wide)
                     for x in range(wide):
-                        place[x] = run[x]
+                        row[x] = run[x]
 
 
 def scratch_for(runs: Runs, dtype: np.dtype[np.unsignedinteger]) -> Words:

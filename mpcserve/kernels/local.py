@@ -65,20 +65,18 @@ def finish_product(
     T, V = z.dtype.type, out.dtype.type
     ring_mask = T(_ALL >> np.uint64(64 - ring))
     mask = V(_ALL >> np.uint64(64 - width))
-    t, zero = T(truncate), T(0)
+    t = T(truncate)
+    # x ^ −1 − (−1) is −x: bob's signs turn, alice's stay
+    flip, back = (T(0), V(0)) if leader else (T(_ALL), V(_ALL))
     first = packed = start >> 3 << 3
     for begin in range(0, z.size, _BLOCK):
         size, at = min(_BLOCK, z.size - begin), start + begin
         here, other = place_of(z, begin), place_of(rest, at)
         fresh, to = place_of(lam, at), place_of(out, at)
-        if leader:
-            for k in range(size):
-                quotient = T(T(T(here[k] + other[k]) & ring_mask) >> t)
-                to[k] = V(V(V(quotient) + fresh[k]) & mask)
-        else:
-            for k in range(size):
-                quotient = T(T(T(zero - T(here[k] + other[k])) & ring_mask) >> t)
-                to[k] = V(V(fresh[k] - V(quotient)) & mask)
+        for k in range(size):
+            share = T(T(T(here[k] + other[k]) ^ flip) - flip)
+            quotient = V(T(T(share & ring_mask) >> t))
+            to[k] = V(V(fresh[k] + V(V(quotient ^ back) - back)) & mask)
         packed = _pack_done(out, packed, at + size, first, width, space)
 
 
@@ -146,12 +144,13 @@ def extend_share(
 def _select(
     delta: Words, half: Words, bit: Words, beta: Words, cross: Words, carry: Words, top: Words,
     beta_top: Words, at: int, size: int, width: int, offset: np.uint64, flip: np.uint64,
-    leader: bool, wide: bool, out: Words,
+    leader: bool, out_width: int, out: Words,
 ) -> None:  # fmt: skip
     """out[at : at + size] += share of b·x; see `select_share`."""
     D, V = delta.dtype.type, out.dtype.type
     mask, high, o = D(_ALL >> np.uint64(64 - width)), D(width - 1), D(offset)
-    shift, zero, one = V(width), V(0), V(1)
+    shift, wide = (V(width), V(_ALL)) if out_width > width else (V(0), V(0))
+    zero, one = V(0), V(1)
     keep = V(1) if leader else V(0)
     x, lam, to = place_of(delta, at), place_of(half, at), place_of(out, at)
     b, bx = place_of(beta, at), place_of(cross, at)
@@ -161,9 +160,8 @@ def _select(
         low = V(V(D(d >> high)) - one)  # all ones where Δ'_msb = 0
         p = V(V(d) - V(o))
         share, crossed = V(V(keep * p) - V(D(lam[k] & mask))), V(V(b[k] * p) - bx[k])
-        if wide:
-            share = V(share + V(V(c[k] + V(t[k] & low)) << shift))
-            crossed = V(crossed + V(V(bt[k] & low) << shift))
+        share = V(share + V(V(V(c[k] + V(t[k] & low)) << shift) & wide))
+        crossed = V(crossed + V(V(V(bt[k] & low) << shift) & wide))
         e = at + k
         taken = V(zero - V(V((bit[e >> 6] >> np.uint64(e & 63)) & np.uint64(1)) ^ V(flip)))
         to[k] = V(to[k] + V(V(share & taken) + V(V(crossed ^ taken) - taken)))
@@ -206,7 +204,7 @@ def select_share(
     `first` brings the mask and the `last` is packed; start is a multiple of 64.
 
     Shapes: bit [ceil(N / 64)], all others [N]. half, beta, cross: shares of λ, β and β·λ; carry,
-    top and beta_top, of the carry, λ_msb and β·λ_msb, are not read unless out_width > width.
+    top and beta_top, of the carry, λ_msb and β·λ_msb, count only if out_width > width.
     """
     V = out.dtype.type
     mask = V(_ALL >> np.uint64(64 - out_width))
@@ -218,12 +216,8 @@ def select_share(
         if first:
             for k in range(size):
                 to[k] = fresh[k]
-        if out_width > width:
-            _select(delta, half, bit, beta, cross, carry, top, beta_top, at, size, width, offset,
-                    flip, leader, True, out)  # fmt: skip
-        else:
-            _select(delta, half, bit, beta, cross, carry, top, beta_top, at, size, width, offset,
-                    flip, leader, False, out)  # fmt: skip
+        _select(delta, half, bit, beta, cross, carry, top, beta_top, at, size, width, offset,
+                flip, leader, out_width, out)  # fmt: skip
         if last:
             for k in range(size):
                 to[k] = V(to[k] & mask)

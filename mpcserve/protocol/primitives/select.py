@@ -146,7 +146,7 @@ def _prepare_pair(io: PrepareIO, i: Instruction, half: Words) -> Pair:
     if n > m:
         carry, top, beta_top = (as_words(io.dealt(shape, n - m), n) for _ in range(3))
     else:
-        carry = top = beta_top = np.empty(0, word_type(n))
+        carry = top = beta_top = beta  # which do not count then
     return Pair(np.ascontiguousarray(half).reshape(-1), beta, cross, carry, top, beta_top)
 
 

@@ -152,8 +152,9 @@ def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     at, size = _layout(i), i.value.size
     words = (size + 63) // 64
     lam = np.asarray(masks[0].a + masks[0].b, order="C").reshape(-1)
+    room = compare.scratch(at.scratch)
     made = np.empty(at.rows * words, np.uint64)
-    compare.chunk_monomials(lam, at.chunks, at.rows, words, compare.scratch(at.scratch), made)
+    compare.chunk_monomials(bits.bytes_of(lam), lam.itemsize, at.chunks, at.rows, words, room, made)
     for level in at.levels:
         fresh = io.planes(level.opened, size)
         joint = (fresh.a ^ fresh.b).reshape(-1)
@@ -179,8 +180,10 @@ def evaluate(side: Side, i: Instruction, material: Material, delta: Words) -> St
     masks = material.masks[0] if at.levels else np.empty(0, np.uint64)
     mine = np.empty(count * words, np.uint64)
     kept = np.empty((2 * max(1, len(at.levels[0].groups) if at.levels else 1), words), np.uint64)
+    flat = np.ascontiguousarray(delta).reshape(-1)
     compare.open_chunks(
-        np.ascontiguousarray(delta).reshape(-1),
+        bits.bytes_of(flat),
+        flat.itemsize,
         at.chunks,
         at.to,
         material.dealt,
