@@ -101,7 +101,19 @@ def test_an_extend_goes_where_it_touches_the_fewest_elements() -> None:
     constants = {"w": eye(4), "v": 2 * eye(4), "axes": np.array([0])}
     plan = compile_model(model_of(nodes, {"x": (6, 4)}, constants)).plan
     (extend,) = instructions(plan, "extend")
-    assert extend.value.shape == (1, 4)
+    assert extend.value.size == 4
+
+
+def test_what_is_only_rearranged_is_extended_once() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Transpose", ["a"], ["t"]),
+        node("MatMul", ["a", "t"], ["b"]),
+        node("MatMul", ["b", "c"]),
+    ]
+    plan = compile_model(model_of(nodes, {"x": (3, 4)}, {"w": eye(4), "c": eye(3)})).plan
+    extended = instructions(plan, "extend")
+    assert sum(e.value.size for e in extended if e.value.size == 12) <= 12
 
 
 def test_only_the_readers_that_need_it_read_the_extended_value() -> None:

@@ -38,7 +38,7 @@ def test_attention_with_grouped_queries_agrees_in_few_rounds() -> None:
 
 
 def test_hidden_keys_are_neither_compared_nor_computed() -> None:
-    assert attended(is_causal=1).online_bytes < 0.75 * attended().online_bytes
+    assert attended(is_causal=1).dealt_bytes < 0.75 * attended().dealt_bytes
     window = attended(is_causal=1, left_window_size=1)
     assert window.online_bytes < attended(is_causal=1).online_bytes
 

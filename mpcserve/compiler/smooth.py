@@ -109,12 +109,26 @@ def above(b: Builder, x: Ref, end: float) -> End:
 
 
 def replaced(b: Builder, y: Ref, ends: list[tuple[End, Callable[[], Ref]]]) -> Ref:
-    """y, and beyond each end the value given there. Cost: one select, where there are ends."""
+    """y, and beyond each end the value given there. Cost: one select, where there are ends.
+
+    A select writes as many bits as its readers need; so y is selected too, unless that takes more
+    values to choose from: else it would be widened on its own.
+    """
     beyond = [(end.bit, value()) for end, value in ends if end.bit is not None]
     if not beyond:
         return y
+    within = b.xor([bit for bit, _ in beyond], flip=1)
+    some = [(bit, value) for bit, value in beyond if b.interval(value).magnitude > 0]
+    if len(some) < len(beyond):
+        chosen = b.choose([within, *(bit for bit, _ in some)], [y, *(value for _, value in some)])
+        return b.within(chosen, *_hull(b, [y, *(value for _, value in beyond)]))
     gaps = [b.sub(value, y) for _, value in beyond]
     return b.add(y, b.choose([bit for bit, _ in beyond], gaps))
+
+
+def _hull(b: Builder, xs: list[Ref]) -> tuple[float, float]:
+    held = [b.interval(x) for x in xs]
+    return min(h.least for h in held), max(h.most for h in held)
 
 
 def level(b: Builder, like: Ref, value: float) -> Ref:

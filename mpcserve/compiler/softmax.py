@@ -7,7 +7,8 @@ first. What a public mask hides is neither compared nor computed.
 
 from __future__ import annotations
 
-from math import ceil, log, log2
+from math import ceil, floor, log, log2
+from math import exp as e_to
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from mpcserve.compiler.builder import Builder, Ref
 from mpcserve.compiler.functions import aligned, with_frac_bits
 from mpcserve.compiler.masking import Layout, Mask, Rows, layout_of, no_mask
 from mpcserve.compiler.roots import divide, logarithm, reciprocal
-from mpcserve.compiler.smooth import SMALL_TOP, exp
+from mpcserve.compiler.smooth import ONE_CHUNK, SMALL_TOP, exp
 
 NARROW = 16.5
 """Ranges up to here need no maximum."""
@@ -26,6 +27,12 @@ DIRECT = 6.0
 
 FINE_BITS = 22
 """Fraction bits of e^(x − centre), which may be as small as e^−8."""
+
+FEWEST_STEPS, MOST_STEPS = 1, 4
+"""Fraction bits among which maxima are found."""
+
+INVERSE_BITS = 4
+"""Fraction bits, beyond the usual, of 1 / Σ: 1/128 then errs by 6e-5 of itself."""
 
 SPARE_BITS = 4
 """Fraction bits that the smallest e^(x − centre) may have fewer than usual, relative to itself."""
@@ -91,7 +98,7 @@ def attend(b: Builder, scores: Ref, values: Ref, mask: Mask | None = None) -> Re
     total = layout.back(b, _every_total(b, p.total, rows))
     least, most = min(held.least, 0.0), max(held.most, 0.0)
     if p.by_maximum:
-        inverse = reciprocal(b, total, b.frac_bits + ceil(log2(count)) + 1)
+        inverse = reciprocal(b, total, b.frac_bits + INVERSE_BITS)
         y = b.mul(y, inverse)
     else:
         y = divide(b, y, total, held.magnitude)
@@ -127,21 +134,38 @@ def _powers(b: Builder, x: Ref, rows: Rows) -> _Powers:
         fine = b.frac_bits - SPARE_BITS + ceil((spread - top) / log(2.0))
         powers = exp(b, t, max(min(fine, FINE_BITS), b.frac_bits), direct=SMALL_TOP)
     else:
-        t = b.within(b.sub(x, rows.spread(b, rows.maximum(b, x))), -spread, 0.0)
+        t = _below_maximum(b, x, rows, spread)
         powers = exp(b, t)
-    return _Powers(powers, _total(b, powers, rows, not narrow), t, not narrow)
+    off = None if narrow else b.interval(t).most
+    return _Powers(powers, _total(b, powers, rows, off), t, not narrow)
 
 
-def _total(b: Builder, powers: Ref, rows: Rows, by_maximum: bool) -> Ref:
-    """Σ e^t of each row with parts. Shapes: A × rows with parts."""
+def _below_maximum(b: Builder, x: Ref, rows: Rows, spread: float) -> Ref:
+    """x less about the largest of its row: softmax ignores what is taken from a whole row.
+
+    So maxima are found among a few high bits of x, which errs by a step and a half.
+    """
+    bits = min(max(floor(log2(ONE_CHUNK / spread)), FEWEST_STEPS), MOST_STEPS)
+    coarse = b.shift(x, x.frac_bits - bits)
+    # Extended once per row: else every level of the tournament would carry the bits of x.
+    highest = with_frac_bits(b, b.extend(rows.maximum(b, coarse)), x.frac_bits)
+    off = 1.5 * 2.0**-bits
+    return b.within(b.sub(x, rows.spread(b, highest)), -spread - off, off)
+
+
+def _total(b: Builder, powers: Ref, rows: Rows, off: float | None) -> Ref:
+    """Σ e^t of each row with parts; `off`: by how much the largest t may be below 0.
+
+    Shapes: A × rows with parts.
+    """
     count, length = rows.kept.shape
     dense = rows.placed(b, powers, np.zeros(rows.kept.shape))
     total = b.sum(b.reshape(dense, (powers.shape[0], count, length)), [2])
     total = b.gather(total, 1, np.flatnonzero(rows.kept.any(axis=1)).tolist())
     held, fewest, most = b.interval(powers), min(rows.counts), max(rows.counts)
     slack = most * 2.0 ** (2 - b.frac_bits)
-    if by_maximum:
-        return b.within(total, 1.0 - slack, most + slack)
+    if off is not None:
+        return b.within(total, e_to(-off) - slack, most * (e_to(off) + 2.0**-10) + slack)
     return b.within(total, fewest * held.least, most * held.most)
 
 

@@ -62,6 +62,9 @@ TOO_MANY = 1 << 62
 TRUNCATING = (*PRODUCTS, "spectral")
 """Instructions that open a truncated share: they deliver at most 64 − t bits."""
 
+MOVED = ("reshape", "transpose")
+"""Rearrangements that keep every element once."""
+
 OUTPUT = -1
 """Stands for the data owner among the readers of a value."""
 
@@ -102,8 +105,14 @@ class _Needs:
             readers[reader] = max(width, readers.get(reader, 0))
 
     def _cheaper_before(self, id: int, width: int) -> bool:
-        """Whether extending what `id` is made of touches fewer elements than extending `id`."""
-        return sum(map(self._here, self._places(id, width))) < self._here(id)
+        """Whether extending what `id` is made of touches fewer elements than extending `id`.
+
+        Or as many, of a value that is only rearranged: several may be made of it.
+        """
+        step, here = self.draft.steps[id], self._here(id)
+        if step.op in MOVED:
+            return sum(map(self._here, self._places(step.inputs[0], width))) <= here
+        return sum(map(self._here, self._places(id, width))) < here
 
     def _here(self, id: int) -> int:
         """Elements that an extend behind `id` touches, if it can read the value at all."""
