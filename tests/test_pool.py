@@ -172,6 +172,19 @@ def test_what_memory_does_not_hold_is_spooled_up_to_the_depth(
     assert all(e.did == [] for e in maker.made if e.spooled)
 
 
+def test_a_first_bundle_that_is_larger_than_guessed_is_not_kept_beyond_the_memory(
+    pool_of: Callable[..., Pool[Entry]], maker: Maker
+) -> None:
+    pool = pool_of(depth=3, max_bytes=150)
+    pool.add(A, 100)
+    assert pool.wait_filled(WAIT)
+    pool.add(B, 1)  # a guess: it takes 100
+    assert pool.wait_filled(WAIT)
+    assert pool.prepared_bytes() == 100
+    assert (pool.ready(A), pool.ready(B)) == (3, 3)
+    assert [e.did for e in maker.made if e.deployment == B][0] == ["finish", "abandon"]
+
+
 def test_memory_that_becomes_free_is_filled_from_the_disk(
     pool_of: Callable[..., Pool[Entry]], maker: Maker
 ) -> None:

@@ -291,8 +291,11 @@ class Pool(Generic[T]):
             stock.nbytes = entry.nbytes or stock.nbytes
             if entry not in stock.at_hand:
                 return
+            fits = sum(s.held for s in self._stocks.values()) <= self._max_bytes
             stock.at_hand.remove(entry)
-            kept = error is None and self._place(entry, stock.ready, deployment, stock)
+            # The first of a deployment may turn out larger than was guessed.
+            wanted = error is None and fits
+            kept = wanted and self._place(entry, stock.ready, deployment, stock)
             self._changed.notify_all()
         if not kept:
             entry.abandon()
