@@ -182,7 +182,8 @@ def test_a_first_bundle_that_is_larger_than_guessed_is_not_kept_beyond_the_memor
     assert pool.wait_filled(WAIT)
     assert pool.prepared_bytes() == 100
     assert (pool.ready(A), pool.ready(B)) == (3, 3)
-    assert [e.did for e in maker.made if e.deployment == B][0] == ["finish", "abandon"]
+    first = next(e for e in maker.made if e.deployment == B)
+    assert first.did == ["finish", "abandon"]
 
 
 def test_memory_that_becomes_free_is_filled_from_the_disk(
