@@ -42,11 +42,28 @@ FAMILIES = {
     "shape": "shape, all local",
     "ml_trees": "trees of `ai.onnx.ml`",
     "ml_labels": "labels of `ai.onnx.ml`",
+    "convolution": "convolutions",
+    "indexing": "public indices",
+    "resample": "resampling",
+    "signal": "signals",
+    "contraction": "sums of products",
 }
 
 
+def families() -> str:
+    """The operators of each family in one line."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for e in registry().entries:
+        found[e.family].add(e.op)
+    found["ml_rewritten"] = set(rewriters())
+    names = {**FAMILIES, "ml_rewritten": "more of `ai.onnx.ml`"}
+    order = [*names, *sorted(set(found) - set(names))]
+    lines = [f"* **{names.get(f, f)}**: {', '.join(sorted(found[f]))}" for f in order if found[f]]
+    return "\n".join(lines)
+
+
 def operators() -> str:
-    """One row per ONNX operator."""
+    """One row per ONNX operator: what it does, what it costs."""
     rows = ["| operator | from opset | what it does, what it costs |", "|---|---|---|"]
     entries = registry().entries
     ml = {e.op for e in entries if e.domain}
@@ -305,9 +322,10 @@ def _measured(name: str) -> list[dict[str, Any]]:
 
 
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "README.md": {"operators": operators, "costs": costs, "config": config},
+    "README.md": {"operators": families, "passed": passed, "costs": costs, "config": config},
     "docs/models.md": {"full-size": full_size, "small": small, "tabular": tabular},
     "docs/operators.md": {
+        "summaries": operators,
         "passed": passed,
         "direct": direct,
         "defined": defined,
