@@ -177,19 +177,24 @@ def seeded(estimator: Any, **options: Any) -> Callable[[], Any]:
     return lambda: estimator(random_state=0, **options)
 
 
-def boosted() -> Iterator[Case]:
-    """Of xgboost and lightgbm."""
-    import lightgbm
-    import xgboost
+def xgboosted() -> Iterator[Case]:
+    """Of xgboost."""
+    import xgboost as of
 
     few: dict[str, Any] = {"n_estimators": 50, "max_depth": 4, "n_jobs": 1}
+    for dataset in ("breast_cancer", "wine", "digits"):
+        yield Case("xgboost", "classifier, 50", dataset, lambda: of.XGBClassifier(**few))
+    yield Case("xgboost", "regressor, 50", "diabetes", lambda: of.XGBRegressor(**few))
+
+
+def lightgbms() -> Iterator[Case]:
+    """Of lightgbm."""
+    import lightgbm as of
+
     quiet: dict[str, Any] = {"verbose": -1, "n_estimators": 50, "n_jobs": 1}
     for dataset in ("breast_cancer", "wine", "digits"):
-        yield Case("xgboost", "classifier, 50", dataset, lambda: xgboost.XGBClassifier(**few))
-    yield Case("xgboost", "regressor, 50", "diabetes", lambda: xgboost.XGBRegressor(**few))
-    for dataset in ("breast_cancer", "wine", "digits"):
-        yield Case("lightgbm", "classifier, 50", dataset, lambda: lightgbm.LGBMClassifier(**quiet))
-    yield Case("lightgbm", "regressor, 50", "diabetes", lambda: lightgbm.LGBMRegressor(**quiet))
+        yield Case("lightgbm", "classifier, 50", dataset, lambda: of.LGBMClassifier(**quiet))
+    yield Case("lightgbm", "regressor, 50", "diabetes", lambda: of.LGBMRegressor(**quiet))
 
 
 def pipelines() -> Iterator[Case]:
@@ -213,7 +218,7 @@ def pipelines() -> Iterator[Case]:
     yield Case("pipelines", "min-max + norm + logistic regression", "wine", directions)
 
 
-FAMILIES = (linear, machines, trees, boosted, pipelines)
+FAMILIES = (linear, machines, trees, xgboosted, lightgbms, pipelines)
 
 
 # how it is exported

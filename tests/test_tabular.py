@@ -51,6 +51,5 @@ def test_every_case_has_a_name_of_its_own() -> None:
 def test_boosted_trees_of_other_libraries_agree(family: str) -> None:
     for module in (family, "onnxmltools"):
         pytest.importorskip(module)
-    for case in tabular.boosted():
-        if case.family == family and case.dataset == "breast_cancer":
-            assert tabular.measured(case).agreement == 1.0
+    case = next(tabular.xgboosted() if family == "xgboost" else tabular.lightgbms())
+    assert tabular.measured(case).agreement == 1.0
