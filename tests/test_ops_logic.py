@@ -9,6 +9,10 @@ import onnx
 import pytest
 
 from mpcserve.compiler import compile_model
+from mpcserve.compiler.builder import Builder
+from mpcserve.compiler.pipeline import encoded_weights
+from mpcserve.compiler.registry import registry
+from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ModelError
 from mpcserve.plan import bill_of
 from mpcserve.protocol import Together
@@ -52,6 +56,22 @@ def test_comparisons_are_exact_bits(op: str, other: str) -> None:
     assert bill_of(plan).rounds <= 3
     if other == "zero" and op != "Equal":
         assert ops_of(plan)[:2] in (["sign"], ["sign", "xor"], ["scale", "sign"])
+
+
+@pytest.mark.parametrize("op", ["Less", "LessOrEqual", "Greater", "Equal"])
+def test_no_secret_is_as_large_as_infinity(op: str) -> None:
+    x = steps(rng_of(10), 3, 4)
+    ends = np.array([-np.inf, 0.5, np.inf, -np.inf], np.float32)
+    for w in (ends, np.float32(-np.inf)):
+        b = Builder(16, 21)
+        held = b.input("x", "float32", (3, 4), (-4.0, 4.0, "proved"))
+        lowering = registry().find(op, 21)
+        assert lowering is not None
+        b.output("y", "bool", lowering.function(b, held, w))
+        plan = assign_widths(extended(b.draft()), "compared")
+        (got,), _ = Together(plan, encoded_weights(plan, b.draft())).infer([x])
+        expected = {"Less": np.less, "LessOrEqual": np.less_equal, "Greater": np.greater}
+        assert np.array_equal(got, expected.get(op, np.equal)(x, w))
 
 
 def test_logic_on_secret_bits_joins_what_comparisons_say() -> None:

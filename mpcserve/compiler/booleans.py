@@ -6,7 +6,7 @@ that is free. Constants of the model that are boolean are public structure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
@@ -44,7 +44,31 @@ def negative(b: Builder, x: Ref) -> Ref:
 
 def less(b: Builder, x: Operand, y: Operand) -> Ref:
     """The bit [x < y], exact on the grid of both. Cost: a sign, 2 rounds or 3."""
-    return negative(b, difference(b, x, y))
+    return _beside_infinity(b, x, y, np.less, lambda v, w: negative(b, difference(b, v, w)))
+
+
+def equal(b: Builder, x: Operand, y: Operand) -> Ref:
+    """The bit [x = y], exact on the grid of both. Cost: two signs side by side."""
+    return _beside_infinity(b, x, y, np.equal, lambda v, w: zero(b, difference(b, v, w)))
+
+
+def _beside_infinity(
+    b: Builder,
+    x: Operand,
+    y: Operand,
+    known: Callable[[Array, Array], Array],
+    compare: Callable[[Operand, Operand], Ref],
+) -> Ref:
+    """A comparison; where a constant is infinite, its result is known: no secret is infinite."""
+    ends = [np.zeros(v.shape) if isinstance(v, Ref) else np.asarray(v, np.float64) for v in (x, y)]
+    infinite = np.isinf(ends[0]) | np.isinf(ends[1])
+    if not infinite.any():
+        return compare(x, y)
+    said = known(*(np.where(np.isinf(e), e, 0.0) for e in ends))
+    if infinite.all():
+        return bit_of(b, said)
+    finite = [v if isinstance(v, Ref) else np.where(np.isinf(v), 0.0, v) for v in (x, y)]
+    return where(b, infinite, said, compare(*finite))
 
 
 def difference(b: Builder, x: Operand, y: Operand) -> Ref:

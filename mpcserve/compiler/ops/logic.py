@@ -41,7 +41,7 @@ def equal(b: Builder, x: Operand, y: Operand, /) -> Ref:
     """x = y on the grid: two signs side by side; of booleans local."""
     if of.are_booleans(b, x, y):
         return b.xor([of.bit_of(b, x), of.bit_of(b, y)], 1)
-    return of.zero(b, of.difference(b, x, y))
+    return of.equal(b, x, y)
 
 
 @lowers("And", since=7)
