@@ -159,3 +159,14 @@ def test_a_wide_range_costs_bits_not_the_compilation(size: float) -> None:
     (y,), _ = simulate(compiled.plan, compiled.weights, [x])
     (expected,) = plain(model, x)
     np.testing.assert_allclose(y, expected, atol=2e-3)
+
+
+def test_layer_normalisation_also_gives_its_means_and_deviations() -> None:
+    rng = rng_of(11)
+    constants = scale_and_bias(rng, 8)
+    outputs = ("y", "mean", "deviation")
+    one = node("LayerNormalization", ["x", *constants], outputs)
+    model = model_of([one], {"x": (3, 8)}, constants, outputs)
+    made = close(model, [values(rng, 3, 8)], 1e-3)
+    alone = model_of([node("LayerNormalization", ["x", *constants])], {"x": (3, 8)}, constants)
+    assert bill_of(made.plan).rounds == bill_of(close(alone, [values(rng, 3, 8)], 1e-3).plan).rounds

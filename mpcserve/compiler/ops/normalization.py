@@ -70,11 +70,17 @@ def layer_normalization(
     axis: int = -1,
     epsilon: float = 1e-5,
     stash_type: int = 1,
-) -> Ref:
+) -> Ref | tuple[Ref, ...]:
     """(x − mean) / √(variance + epsilon) · scale + bias over the last axes. Error: 2e-4."""
-    if b.n_outputs > 1:
-        raise Unsupported("its outputs Mean and InvStdDev are used", "use the first output alone")
-    return _normalized(b, x, axis, scale, bias, epsilon, centred=True)
+    y = _normalized(b, x, axis, scale, bias, epsilon, centred=True)
+    if b.n_outputs == 1:
+        return y
+    axis = axis_of(axis, len(x.shape))
+    # The steps are those of the first output: deduplicated.
+    found = _unscaled(b, _rows(b, x, axis), epsilon, centred=True)
+    each = (*x.shape[:axis], *[1] * (len(x.shape) - axis))
+    assert found.mean is not None
+    return y, b.reshape(found.mean, each), b.reshape(found.inverse, each)
 
 
 @lowers("RMSNormalization", since=23)
@@ -145,10 +151,11 @@ def lp_normalization(b: Builder, x: Ref, /, *, axis: int = -1, p: int = 2) -> Re
 
 
 class _Unscaled(NamedTuple):
-    """Rows before normalisation, and 1 / √(their mean square + epsilon)."""
+    """Rows before normalisation, 1 / √(their mean square + epsilon), their mean if centred."""
 
     values: Ref
     inverse: Ref
+    mean: Ref | None = None
 
 
 def _rows(b: Builder, x: Ref, axis: int) -> Ref:
@@ -161,7 +168,7 @@ def _unscaled(b: Builder, rows: Ref, epsilon: float, centred: bool) -> _Unscaled
     """Cost: 1 round for the squares, of which only their sum is opened, and an inverse root's."""
     count = rows.shape[1]
     held = b.interval(rows)
-    reach = held.magnitude
+    reach, mean = held.magnitude, None
     if centred:
         mean = b.reshape(times(b, b.sum(rows, [1]), 1.0 / count), (rows.shape[0], 1))
         rows = b.sub(rows, mean)
@@ -180,7 +187,7 @@ def _unscaled(b: Builder, rows: Ref, epsilon: float, centred: bool) -> _Unscaled
     total = b.offset(total, count * epsilon)
     # 1 / √ is as small as rows may be large.
     fine = max(b.frac_bits + SPREAD_BITS, INVERSE_BITS + ceil(log2(max(reach, 1.0))))
-    return _Unscaled(rows, roots.inverse_root(b, total, fine, sqrt(count)))
+    return _Unscaled(rows, roots.inverse_root(b, total, fine, sqrt(count)), mean)
 
 
 def _normalized(
