@@ -177,3 +177,12 @@ def test_a_network_in_which_errors_grow_gets_more_fraction_bits() -> None:
     assert plan.value(plan.outputs[0].id).frac_bits > 16
     short = compile_model(model, calibrate=rows, ring=64).plan
     assert short.value(short.outputs[0].id).frac_bits == 16
+
+
+def test_a_deep_network_without_samples_is_told_how_to_try_it() -> None:
+    nodes = [node("MatMul", ["x" if k == 0 else f"h{k}", "w"], [f"h{k + 1}"]) for k in range(8)]
+    weights = {"w": np.full((32, 32), 2.0, np.float32)}
+    model = model_of(nodes, {"x": [1, 32]}, weights, outputs=("h8",))
+    with pytest.raises(ModelError, match="does not fit 64 bits") as caught:
+        compile_model(model)
+    assert "random:16" in caught.value.hint

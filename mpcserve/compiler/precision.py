@@ -165,7 +165,8 @@ def significant(draft: Draft, weight: int) -> int:
 
 def _way_out(frac_bits: int) -> str:
     lower = f", or give --frac-bits {frac_bits}" if frac_bits >= COARSEST else ""
-    return f"calibrate with samples (--calibrate) or narrow --input-range{lower}"
+    way = "calibrate with samples (--calibrate, random:16 to try) or narrow --input-range"
+    return f"{way}{lower}"
 
 
 def _exact(draft: Draft, weight: int) -> bool:
