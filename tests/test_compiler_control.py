@@ -171,3 +171,18 @@ def test_random_numbers_are_refused() -> None:
                      {"x": (2, 3)})  # fmt: skip
     with pytest.raises(ModelError, match=r"'RandomNormal:r' .*: draws random numbers"):
         compile_model(model)
+
+
+@pytest.mark.parametrize("test", ["IsNaN", "IsInf", "Equal"])
+def test_no_secret_is_infinite_so_guards_against_it_cost_nothing(test: str) -> None:
+    inputs = ["x", "endless"] if test == "Equal" else ["x"]
+    nodes = [node(test, inputs, ["bad"]), node("Where", ["bad", "zero", "x"], ["h"])]
+    constants = {"endless": -np.inf, "zero": 0.0}
+    model = model_of([*nodes, node("Relu", ["h"])], {"x": (2, 3)}, constants)
+    assert ops_of(compile_model(model).plan) == ["sign", "select"]
+
+
+def test_statistics_of_a_layer_norm_are_computed_when_they_are_read() -> None:
+    nodes = [node("LayerNormalization", ["x", "g"], ["y", "mean", "inverse"])]
+    model = model_of(nodes, {"x": (2, 8)}, {"g": np.ones(8)}, outputs=["y", "mean", "inverse"])
+    agrees(model, rng_of(7).uniform(-2, 2, (2, 8)).astype(F32))

@@ -17,6 +17,7 @@ from mpcserve.compiler.passes.fuse_activations import fuse_activations
 from mpcserve.compiler.passes.fuse_attention import fuse_attention
 from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
 from mpcserve.compiler.passes.fuse_shares import fuse_shares
+from mpcserve.compiler.passes.fuse_softmax import fuse_softmax
 from mpcserve.compiler.registry import registry
 from mpcserve.plan import bill_of
 from mpcserve.protocol import Together
@@ -50,7 +51,7 @@ def fused(model: onnx.ModelProto) -> Graph:
     """The graph behind the passes; written back, it computes what the model does."""
     graph = import_model(model, 1, registry()).graph
     assert graph is not None
-    for run in (fuse_activations, fuse_normalizations, fuse_attention):
+    for run in (fuse_activations, fuse_normalizations, fuse_softmax, fuse_attention):
         graph = run(graph)
     return graph
 
@@ -260,3 +261,22 @@ def test_a_row_of_nothing_but_huge_numbers_is_uniform() -> None:
     assert kinds(fused(model)) == {"MaskedSoftmax": 1}
     x = rng_of(10).uniform(-3, 3, (3, 8)).astype(F32)
     compiled_agrees(model, [x], 1e-3, 3.0)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax", "ReduceLogSumExp"])
+def test_written_out_exponentials_of_large_numbers_are_one_function(op: str, centred: bool) -> None:
+    centre = [node("ReduceMax", ["x", "axes"], ["m"]), node("Sub", ["x", "m"], ["c"])]
+    c = "c" if centred else "x"
+    nodes = [node("Exp", [c], ["e"]), node("ReduceSum", ["e", "axes"], ["s"])]
+    nodes += {
+        "Softmax": [node("Div", ["e", "s"])],
+        "LogSoftmax": [node("Log", ["s"], ["l"]), node("Sub", [c, "l"])],
+        "ReduceLogSumExp": [node("Log", ["s"])],
+    }[op]
+    model = model_of(
+        [*(centre if centred else []), *nodes], {"x": (2, 6)}, {"axes": np.array([-1])}
+    )
+    assert op in kinds(fused(model))
+    x = rng_of(11).uniform(-60, 60, (2, 6)).astype(F32)
+    compiled_agrees(model, [x], 1e-3, 64.0)

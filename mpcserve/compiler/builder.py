@@ -200,6 +200,8 @@ class Builder(Values):
         if not any(before) and not any(after):
             return x
         shape = tuple(d + b + a for d, b, a in zip(x.shape, before, after, strict=True))
+        if not np.isfinite(value):
+            raise Unsupported("pads with an infinite number", "pad with a large finite one")
         word = int(np.rint(np.ldexp(value, x.frac_bits)))
         return self._local("pad", [x], shape, before=list(before), after=list(after), value=word)
 

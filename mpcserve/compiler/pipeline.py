@@ -2,7 +2,7 @@
 
 load      path, bytes, ModelProto → ModelProto with its data
 survey    all that is wrong without running it
-import    newest opset, fixed batch, shapes, folding → graph
+import    newest opset, fixed batch; what is public is computed, loops unrolled → graph
 PASSES    graph → graph, same function
 ranges    declared, sampled or assumed
 planning  graph → plan, at some precision

@@ -44,6 +44,9 @@ _HELD: Mapping[int, int] = {
 _OF_SHAPE = frozenset({"EyeLike", "Shape", "Size"})
 """Operators whose result depends on a shape alone."""
 
+_FIRST_ALONE = frozenset({"LayerNormalization"})
+"""Operators whose rule gives the first result alone: for the others there is the definition."""
+
 _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"}
     | {"RandomUniformLike"}
@@ -175,11 +178,16 @@ class Unfolding:
             return
         own = self._renamed(node, scope, name)
         rule = self.registry.find(own.op_type, self.opsets.get("", 1), own.domain)
+        if own.op_type in _FIRST_ALONE and any(own.output[1:]):
+            rule = None
         if standard and own.op_type in _RANDOM:
             raise Unsupported("draws random numbers", "give them to the model as an input")
         body = None if rule else contrib_body(own)
         if body is None and self._computed(own):
             _define(scope, node.output, own.output)
+            return
+        if (same := self._passed(own)) is not None:
+            _define(scope, node.output, [same])
             return
         body = body or (None if rule else body_of(own, self.opsets, self.types))
         outputs = None if body is None else self._defined(own, body)
@@ -191,6 +199,10 @@ class Unfolding:
 
     def _computed(self, node: onnx.NodeProto) -> bool:
         """Whether the results are public; then they are constants now."""
+        if self._never(node):
+            for output, kind in self._inferred(node).items():
+                self.constant(output, np.zeros(static_shape(kind) or (), bool))
+            return True
         feed = {i: self.constants[i] for i in node.input if i in self.constants}
         if node.op_type in _OF_SHAPE:
             shape = self.shape(node.input[0])
@@ -202,6 +214,32 @@ class Unfolding:
         for output, value in evaluated(node, feed, self.opsets).items():
             self.constant(output, value)
         return True
+
+    def _never(self, node: onnx.NodeProto) -> bool:
+        """Whether the node asks if secrets are infinite or no numbers: fixed point holds none."""
+        if node.domain or any(self.shape(i) is None for i in node.input):
+            return False
+        if node.op_type in ("IsNaN", "IsInf"):
+            return node.input[0] not in self.constants
+        known = [self.constants[i] for i in node.input if i in self.constants]
+        return node.op_type == "Equal" and len(known) == 1 and not np.isfinite(known[0]).any()
+
+    def _passed(self, node: onnx.NodeProto) -> str | None:
+        """The input that is the result, element by element."""
+        first = str(node.input[0]) if node.input else ""
+        if node.op_type == "OptionalGetElement" and not node.domain:
+            return first
+        if node.op_type != "Where" or node.domain or first not in self.constants:
+            return None
+        condition = self.constants[first]
+        if not condition.size or condition.all() != condition.any():
+            return None
+        side = str(node.input[1 if condition.all() else 2])
+        shapes = [self.shape(i) for i in node.input]
+        if None in shapes:
+            return None
+        whole = np.broadcast_shapes(*(s for s in shapes if s is not None))
+        return side if self.shape(side) == whole else None
 
     def _defined(self, node: onnx.NodeProto, body: Body) -> list[str] | None:
         """Results of the definition in the node's place; None if it needs what has no lowering."""

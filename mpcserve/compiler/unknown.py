@@ -23,18 +23,16 @@ _BITS = (
     "replace it by arithmetic",
 )
 _FILES = ("files are not decoded", "decode the image before the model")
-_FINITE = ("a secret is always finite: it has no NaN and no infinity to look for", "remove it")
 
 _OPERATORS: Mapping[tuple[str, str], str] = {
     _SHAPE: "NonMaxSuppression NonZero Unique",
     _TEXT: "RegexFullMatch StringConcat StringNormalizer StringSplit TfIdfVectorizer",
-    _LISTS: "ConcatFromSequence Optional OptionalGetElement OptionalHasElement SequenceAt"
+    _LISTS: "ConcatFromSequence Optional OptionalHasElement SequenceAt"
     " SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap"
     " SplitToSequence",
     _QUANTISED: "ConvInteger DequantizeLinear DynamicQuantizeLinear MatMulInteger QLinearConv"
     " QLinearMatMul QuantizeLinear",
     _BITS: "BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor",
-    _FINITE: "IsInf IsNaN",
     _FILES: "ImageDecoder",
 }
 

@@ -158,6 +158,13 @@ def leaky_relu(b: Builder, x: Ref, /, *, alpha: float = 0.01) -> Ref:
 @lowers("PRelu", since=7)
 def prelu(b: Builder, x: Ref, slope: Operand, /) -> Ref:
     """x or slope·x with a secret slope per channel or element: one comparison and one product."""
+    if len(slope.shape) == 1 and len(x.shape) > 1 and slope.shape[0] not in (1, x.shape[-1]):
+        shape = (-1, *[1] * (len(x.shape) - 2))  # as opset 6 meant it: one per channel
+        slope = (
+            b.reshape(slope, (slope.shape[0], *shape[1:]))
+            if isinstance(slope, Ref)
+            else (slope.reshape(shape))
+        )
     steeper = b.offset(slope, -1) if isinstance(slope, Ref) else b.weight(slope - 1.0)
     return b.add(*aligned(b, x, b.mul(_negative(b, x), steeper)))
 

@@ -50,6 +50,8 @@ def batch_normalization(
     """x · secret slope + secret offset per channel, where it could not be folded: one product."""
     if training_mode or b.n_outputs > 1:
         raise Unsupported("normalises in training mode", "export the model in inference mode")
+    if any(isinstance(v, Ref) for v in (scale, bias, mean, var)):
+        return _secret_batch_norm(b, x, (scale, bias, mean, var), epsilon)
     inputs = zip((scale, bias, mean, var), ("scale", "B", "mean", "var"), strict=True)
     gain, offset, centre, spread = (np.asarray(values_of(v, n), np.float64) for v, n in inputs)
     slope = gain / np.sqrt(spread + epsilon)
@@ -57,6 +59,16 @@ def batch_normalization(
     w = b.weight(slope.reshape(shape))
     c = b.weight((offset - centre * slope).reshape(shape), x.frac_bits + w.frac_bits)
     return b.mul(x, w, c)
+
+
+def _secret_batch_norm(b: Builder, x: Ref, given: Sequence[Operand], epsilon: float) -> Ref:
+    """The same of statistics that are computed: a root and three products more."""
+    shape = [-1, *[1] * (len(x.shape) - 2)]
+    shape[0] = given[0].shape[0]
+    scale, bias, mean, var = (b.reshape(secret(b, v), shape) for v in given)
+    slope = b.mul(scale, roots.inverse_root(b, b.offset(var, epsilon)))
+    centred = b.sub(*aligned(b, x, mean))
+    return b.add(*aligned(b, b.mul(centred, slope), bias))
 
 
 @lowers("LayerNormalization", since=17)

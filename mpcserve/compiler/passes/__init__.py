@@ -11,6 +11,7 @@ from mpcserve.compiler.passes.fuse_activations import fuse_activations
 from mpcserve.compiler.passes.fuse_attention import fuse_attention
 from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
 from mpcserve.compiler.passes.fuse_shares import fuse_shares
+from mpcserve.compiler.passes.fuse_softmax import fuse_softmax
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 
@@ -19,6 +20,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
     fuse_activations,  # GELU, SiLU, Mish, softplus as they are written out become one node
     fuse_normalizations,  # so do LayerNorm, RMSNorm and L2-normalisation
+    fuse_softmax,  # and softmax, so that no exponential is too large
     fuse_shares,  # x − log Σ e^x, and its exponential, become LogSoftmax and Softmax
     fuse_attention,  # masks become structure, softmax · values one node
     fold_affine,  # scalings, offsets, normalisations and means go into neighbouring weights
