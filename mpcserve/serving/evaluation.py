@@ -178,13 +178,14 @@ def drive(
     reply: memoryview | None = None
     rounds = 0
     try:
-        while True:
-            step = next(steps) if reply is None else steps.send(reply)
-            _post(step, peer, name(rounds))
-            if not rounds:
-                agree()
-            reply = peer.receive(step.expect, name(rounds), timeout())
-            rounds += 1
+        with peer.attended():
+            while True:
+                step = next(steps) if reply is None else steps.send(reply)
+                _post(step, peer, name(rounds))
+                if not rounds:
+                    agree()
+                reply = peer.receive(step.expect, name(rounds), timeout())
+                rounds += 1
     except StopIteration as end:
         result: T = end.value
     if not rounds:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,6 +101,10 @@ class Inbox:
             self._target = target
             self._fill()
             return not self._target
+
+    def is_short(self) -> bool:
+        """Whether the target is not full, and nothing but DATA has come."""
+        return bool(self._target) and not self._items and self._end is None
 
     def take(self, target: memoryview, deadline: float) -> int | dict[str, object]:
         """How much of `target` is full at the deadline, or sooner: all; a message if one is next.
@@ -240,6 +245,7 @@ class Channel:
             self.grant_credit()
             if full:
                 return target
+            self.link.reading.wait_for(self, self.inbox.is_short, started + timeout)
             got = self.inbox.take(target, started + timeout)
         except PeerLost as error:
             raise self._lost(error, what, started) from None
@@ -251,6 +257,10 @@ class Channel:
             f"{self.link.name}: expected {n} bytes ({what}), got a message",
             "run the same version of mpcserve on every machine",
         )
+
+    def attended(self) -> AbstractContextManager[None]:
+        """While this lasts `receive` reads the socket itself: no thread is woken for each round."""
+        return self.link.reading.attended(self)
 
     def send_message(self, message: Mapping[str, object]) -> None:
         """Send a JSON object, after all DATA sent before. Raises: as `send`."""

@@ -27,6 +27,7 @@ from mpcserve.errors import MpcError, PeerLost, PeerTimeout, Refused, WireError
 from mpcserve.transport.channel import Channel
 from mpcserve.transport.network import Intake
 from mpcserve.transport.options import Counters, Hooks, LinkOptions
+from mpcserve.transport.reading import Reading
 from mpcserve.transport.sender import Sender
 from mpcserve.transport.streams import Streams
 from mpcserve.transport.tls import READ_BYTES, Codec, explain
@@ -93,6 +94,9 @@ class Link:
         self._heard_at = self._pinged_at = time.monotonic()
         self._opened = threading.Event()
         self._established = False
+        self._tick = min(0.5, options.ping_every / 2, options.dead_after / 4)
+        intake = Intake(connected.sock, options.network, READ_BYTES)
+        self.reading = Reading(intake, self._take, self._tick)
         self._reader = threading.Thread(target=self._run, daemon=True)
 
     # ── for everyone ──
@@ -250,22 +254,16 @@ class Link:
 
     def _read(self) -> None:
         """Read until the link has ended and the peer has closed its half."""
-        tick = min(0.5, self.options.ping_every / 2, self.options.dead_after / 4)
-        intake = Intake(self._made_of.sock, self.options.network, READ_BYTES, tick)
         looked_at = time.monotonic()
         self._take(memoryview(b""))  # the handshake may have read more than its own bytes
         while True:
-            got = intake.read()
+            ended = self.reading.read() is False
             now = time.monotonic()
-            if got:
-                self._heard_at = now
-                self._take(got)
-            ended = got is not None and not got
             if self._reason is not None and (ended or self._is_over(now)):
                 return
             if ended:
                 raise ConnectionResetError("it closed the connection without a goodbye")
-            if now - looked_at >= tick:
+            if now - looked_at >= self._tick:
                 looked_at = now
                 self._look_after(now)
 
@@ -283,6 +281,7 @@ class Link:
         return now > self._give_up_at or (finished_at is not None and now > finished_at + _LINGER_S)
 
     def _take(self, received: memoryview) -> None:
+        self._heard_at = time.monotonic()
         self.counters.wire_received += len(received)
         if self._reason is not None:
             return  # the link has ended: this is only read so that closing does not reset it

@@ -110,26 +110,29 @@ class Line:
 class Intake:
     """What a socket brings, at the time at which it would come over such a network."""
 
-    def __init__(self, sock: socket.socket, profile: NetworkProfile, size: int, tick: float):
-        """`size`: bytes taken at once; `tick`: seconds after which a read returns without any."""
+    def __init__(self, sock: socket.socket, profile: NetworkProfile, size: int):
+        """`size`: bytes taken at once."""
         self._sock = sock
         self._view = memoryview(bytearray(size))
         self._line = None if profile.is_real else Line(profile)
-        self._tick = tick
         self._ended = False
-        sock.settimeout(tick)
 
-    def read(self) -> memoryview | None:
-        """Bytes, valid until the next call; none at the end; None after a tick. Raises: OSError."""
+    def read(self, seconds: float) -> memoryview | None:
+        """Bytes, valid until the next call; none at the end; None if none came in `seconds`.
+
+        Raises: OSError.
+        """
         if self._line is not None:
-            return self._read_late(self._line)
+            return self._read_late(self._line, seconds)
+        if self._sock.gettimeout() != seconds:
+            self._sock.settimeout(seconds)
         try:
             return self._view[: self._sock.recv_into(self._view)]
         except TimeoutError:
             return None
 
-    def _read_late(self, line: Line) -> memoryview | None:
-        give_up = time.monotonic() + self._tick
+    def _read_late(self, line: Line, seconds: float) -> memoryview | None:
+        give_up = time.monotonic() + seconds
         while (now := time.monotonic()) < give_up:
             batch = line.pop(now)
             if batch is not None:

@@ -1,0 +1,105 @@
+"""Who reads a link's socket: its reader thread, or in its place a thread that waits for a stream.
+
+Waking the reader, which wakes whoever waits, costs a round of a small layer more than its
+arithmetic. So a stream may be *attended*. While it is the only one, its thread reads for itself
+when it waits, and the reader thread stands by. It reads again for as long as that thread is busy
+with something else, when several streams are attended, and when there is an error to tell.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mpcserve.transport.network import Intake
+
+_STANDBY_S = 0.005  # for so long nobody may read while the attending thread computes
+
+
+class Reading:
+    """Reads and hands on, one thread at a time.
+
+    `take` is given what came, by the thread that read it; `tick`: seconds that a read waits.
+    """
+
+    def __init__(self, intake: Intake, take: Callable[[memoryview], None], tick: float) -> None:
+        self._intake = intake
+        self._take = take
+        self._tick = tick
+        self._turn = threading.Lock()  # the right to read
+        self._lock = threading.Lock()  # of `_attended`
+        self._attended: list[object] = []
+        self._needed = threading.Event()  # the reader thread does not stand by
+        self._needed.set()
+        self._trouble: Exception | None = None  # met by another thread: the reader's to raise
+        self._ended = False
+
+    def read(self) -> bool | None:
+        """For the reader thread. True after bytes, False at the end, None after a tick without any.
+
+        Raises: OSError, and whatever `take` raises, also in a thread that read in its place.
+        """
+        alone = self._needed.wait(_STANDBY_S)
+        if not alone and self._turn.locked():
+            return None
+        if not self._turn.acquire(timeout=self._tick):
+            return None
+        try:
+            if self._trouble is not None:
+                raise self._trouble
+            return self._once(self._tick if alone else _STANDBY_S)
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def attended(self, stream: object) -> Iterator[None]:
+        """While this lasts, `wait_for` reads for the stream."""
+        with self._lock:
+            self._attended.append(stream)
+            self._settle()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._attended.remove(stream)
+                self._settle()
+
+    def wait_for(self, stream: object, wants: Callable[[], bool], deadline: float) -> None:
+        """Read in this thread as long as the stream `wants` something, up to the deadline.
+
+        Returns at once where the stream is not the one attended, or where another thread reads.
+        """
+        if self._attended != [stream] or not self._turn.acquire(blocking=False):
+            return
+        try:
+            while wants() and not self._ended and self._trouble is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                self._once(min(left, self._tick))
+        except Exception as error:  # the link's end is its reader's business
+            self._trouble = error
+            self._needed.set()
+        finally:
+            self._turn.release()
+
+    def _once(self, seconds: float) -> bool | None:
+        if self._ended:
+            return False
+        got = self._intake.read(seconds)
+        if got is None:
+            return None
+        if not got:
+            self._ended = True
+            self._needed.set()
+            return False
+        self._take(got)
+        return True
+
+    def _settle(self) -> None:
+        if len(self._attended) == 1 and self._trouble is None and not self._ended:
+            self._needed.clear()
+        else:
+            self._needed.set()
