@@ -121,9 +121,8 @@ def test_a_power_may_be_secret() -> None:
     close(model, [x, z], 5e-4, input_range=(0.5, 2.0))
 
 
-@pytest.mark.parametrize("op", ["Log", "Reciprocal"])
-def test_a_pole_within_a_declared_range_is_refused_with_a_way_out(op: str) -> None:
-    model = model_of([node(op, ["x"])], {"x": SHAPE})
+def test_a_pole_within_a_declared_range_is_refused_with_a_way_out() -> None:
+    model = model_of([node("Log", ["x"])], {"x": SHAPE})
     with pytest.raises(ModelError, match="expected to be positive") as caught:
         compile_model(model, input_range=(-1.0, 1.0))
     assert "calibrate" in caught.value.hint

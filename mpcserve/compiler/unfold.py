@@ -44,9 +44,6 @@ _HELD: Mapping[int, int] = {
 _OF_SHAPE = frozenset({"EyeLike", "Shape", "Size"})
 """Operators whose result depends on a shape alone."""
 
-_FIRST_ALONE = frozenset({"LayerNormalization"})
-"""Operators whose rule gives the first result alone: for the others there is the definition."""
-
 _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"}
     | {"RandomUniformLike"}
@@ -178,8 +175,6 @@ class Unfolding:
             return
         own = self._renamed(node, scope, name)
         rule = self.registry.find(own.op_type, self.opsets.get("", 1), own.domain)
-        if own.op_type in _FIRST_ALONE and any(own.output[1:]):
-            rule = None
         if standard and own.op_type in _RANDOM:
             raise Unsupported("draws random numbers", "give them to the model as an input")
         body = None if rule else contrib_body(own)

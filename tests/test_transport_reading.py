@@ -1,0 +1,124 @@
+"""A thread that waits for a round reads the socket itself, and nothing else suffers from it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mpcserve.errors import PeerLost, PeerTimeout
+from mpcserve.transport import Channel, TlsFiles
+from tests.transport_support import WAIT, Authority, Network, new_id
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TlsFiles]:
+    authority = Authority(tmp_path_factory.mktemp("pki"))
+    return {role: authority.issue(role) for role in ("alice", "bob")}
+
+
+def echo(channel: Channel) -> None:
+    """Answer requests until the stream ends."""
+    with contextlib.suppress(PeerLost):
+        while True:
+            channel.send_message(channel.receive_message("request", WAIT))
+
+
+@pytest.fixture
+def network(files: dict[str, TlsFiles]) -> Iterator[Network]:
+    network = Network("tls", files)
+    yield network
+    network.close()
+
+
+def rounds(channel: Channel, count: int, size: int = 1000) -> None:
+    """Both sides send, then receive."""
+    for k in range(count):
+        channel.send(bytes([k % 256]) * size)
+        assert bytes(channel.receive(size, "a round", WAIT)) == bytes([k % 256]) * size
+
+
+def test_rounds_are_exchanged_by_the_threads_that_wait(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    readers = set()
+
+    def watched(take: Callable[[memoryview], None]) -> Callable[[memoryview], None]:
+        def noted(got: memoryview) -> None:
+            readers.add(threading.current_thread().name)
+            take(got)
+
+        return noted
+
+    for link in (alice, bob):
+        link.reading._take = watched(link.reading._take)
+    ends = [alice.channel(stream), bob.channel(stream)]
+
+    def run(end: Channel) -> None:
+        with end.attended():
+            rounds(end, 200)
+
+    threads = [threading.Thread(target=run, args=(e,), name=f"evaluation-{k}")
+               for k, e in enumerate(ends)]  # fmt: skip
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(WAIT)
+    assert {"evaluation-0", "evaluation-1"} <= readers
+
+
+def test_other_streams_are_served_while_the_attending_thread_computes(network: Network) -> None:
+    _, bob = network.pair(alice=echo)
+    attended, other = bob.channel(new_id()), bob.channel(new_id())
+    with attended.attended():
+        for _ in range(20):
+            other.send_message({"ask": 1})
+            began = time.monotonic()
+            assert other.receive_message("the echo", WAIT) == {"ask": 1}
+            assert time.monotonic() - began < 1.0
+
+
+def test_several_attended_streams_all_get_their_rounds(network: Network) -> None:
+    alice, bob = network.pair()
+    streams = [new_id() for _ in range(4)]
+    failed: list[BaseException] = []
+
+    def run(end: Channel) -> None:
+        try:
+            with end.attended():
+                rounds(end, 100)
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [
+        threading.Thread(target=run, args=(link.channel(s),))
+        for s in streams
+        for link in (alice, bob)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(WAIT)
+    assert not failed and not any(t.is_alive() for t in threads)
+
+
+def test_a_deadline_holds_in_the_thread_that_reads(network: Network) -> None:
+    _, bob = network.pair()
+    channel = bob.channel(new_id())
+    with channel.attended(), pytest.raises(PeerTimeout, match="round 7"):
+        for _ in range(3):  # the first wait may find the reader thread still at it
+            channel.receive(10, "round 7", 0.3)
+
+
+def test_a_lost_peer_is_told_to_the_thread_that_reads(network: Network) -> None:
+    alice, bob = network.pair()
+    channel = bob.channel(new_id())
+    with channel.attended():
+        closing = threading.Timer(0.2, alice.close)
+        closing.start()
+        with pytest.raises(PeerLost):
+            channel.receive(10, "a round", WAIT)
+        closing.join()
