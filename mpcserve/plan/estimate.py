@@ -1,9 +1,9 @@
 """Estimated seconds of one online evaluation, from the plan alone.
 
 The data owner masks its input and sends it to both servers; every round takes the time of its
-arithmetic or of its bytes on the line, whichever is longer (a tile is sent while the next one
-computes), then half a round trip: both servers send at once; and the shares of the result travel
-back. All lines are alike. The rates are those of one core of a common server, measured by
+arithmetic and of its bytes on the line (only tiles of large products overlap the two, which is left
+out), then half a round trip: both servers send at once; and the shares of the result travel back.
+All lines are alike. The rates are those of one core of a common server, measured by
 `benchmarks/estimates.py`; another machine scales them.
 """
 
@@ -47,9 +47,9 @@ class Rates:
     byte: float = 1.5e-9
     step: float = 40e-6
     local_step: float = 8e-6
-    turn: float = 150e-6
-    owned: float = 15e-9
-    hello: float = 1e-3
+    turn: float = 200e-6
+    owned: float = 30e-9
+    hello: float = 2.5e-3
 
 
 RATES = Rates()
@@ -93,14 +93,9 @@ def compute_seconds(plan: Plan, i: Instruction, rates: Rates = RATES) -> float:
 def online_seconds(plan: Plan, line: Line, rates: Rates = RATES) -> float:
     """Seconds that the data owner waits for a result, if all parties are joined by `line`."""
     schedule = schedule_of(plan)
-    compute = [0.0] * (schedule.rounds + 1)
-    sent = [0] * (schedule.rounds + 1)
-    for i in plan.instructions:
-        start = schedule.start[i.id]
-        compute[start] += compute_seconds(plan, i, rates)
-        for r, size in enumerate(cost_of_instruction(plan, i.id).rounds):
-            sent[start + r] += size
-    rounds = sum(max(c, 8 * b / line.bits_per_second) for c, b in zip(compute, sent, strict=True))
+    compute = sum(compute_seconds(plan, i, rates) for i in plan.instructions)
+    sent = sum(sum(cost_of_instruction(plan, i.id).rounds) for i in plan.instructions)
+    rounds = compute + 8 * sent / line.bits_per_second
     turns = schedule.rounds * (line.rtt / 2 + rates.turn)
     return rounds + turns + owner_seconds(plan, line, rates)
 
