@@ -15,7 +15,8 @@ from contextlib import contextmanager
 
 from mpcserve.transport.network import Intake
 
-_STANDBY_S = 0.005  # for so long nobody may read while the attending thread computes
+_STANDBY_S = 0.002  # for so long nobody may read while the attending thread computes
+_LARGE = 32 << 10  # where this much has come at once, more is on its way
 
 
 class Reading:
@@ -35,13 +36,14 @@ class Reading:
         self._needed.set()
         self._trouble: Exception | None = None  # met by another thread: the reader's to raise
         self._ended = False
+        self._flowing = False
 
     def read(self) -> bool | None:
         """For the reader thread. True after bytes, False at the end, None after a tick without any.
 
         Raises: OSError, and whatever `take` raises, also in a thread that read in its place.
         """
-        alone = self._needed.wait(_STANDBY_S)
+        alone = self._flowing or self._needed.wait(_STANDBY_S)
         if not alone and self._turn.locked():
             return None
         if not self._turn.acquire(timeout=self._tick):
@@ -49,7 +51,7 @@ class Reading:
         try:
             if self._trouble is not None:
                 raise self._trouble
-            return self._once(self._tick if alone else _STANDBY_S)
+            return self._once(self._tick if self._needed.is_set() else _STANDBY_S)
         finally:
             self._turn.release()
 
@@ -89,6 +91,7 @@ class Reading:
         if self._ended:
             return False
         got = self._intake.read(seconds)
+        self._flowing = got is not None and len(got) >= _LARGE
         if got is None:
             return None
         if not got:
