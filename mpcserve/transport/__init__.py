@@ -4,6 +4,7 @@ connect, Listener, MemoryNetwork     make links                          endpoin
 Link                                 one connection: reader, streams     link.py, streams.py
 Channel                              one stream: send, receive           channel.py
                                      queues, turns, the writer thread    sender.py
+                                     who reads the socket, and when      reading.py
 NetworkProfile                       emulated delay and bandwidth        network.py
 TlsFiles                             mutual TLS 1.3, roles, its errors   tls.py
 LinkOptions, Hooks, Counters         limits, callbacks, what was sent    options.py

@@ -1,6 +1,7 @@
 """A link: one authenticated connection to a peer that carries many streams.
 
     reader thread   socket → decrypt → Session → inboxes; asks an idle peer for a sign of life
+                    (a thread that waits for an attended stream reads in its place: reading.py)
     writer thread   queues → encrypt → socket (see sender.py)
     a thread for each stream that the peer opens with a message
 

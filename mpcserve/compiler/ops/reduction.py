@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
@@ -19,153 +19,99 @@ from mpcserve.compiler.functions import reduce_max as largest
 from mpcserve.compiler.products import fitting
 from mpcserve.compiler.registry import lowers
 from mpcserve.compiler.roots import logarithm, root
+from mpcserve.compiler.softmax import log_sum_exp
+
+Core = Callable[[Builder, Ref, list[int]], Ref]
+"""What becomes of x and the axes to reduce; none of them: each element by itself."""
 
 
-@lowers("ReduceSum", since=1)
-def reduce_sum(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+def reduces(op: str) -> Callable[[Core], Callable[..., Ref]]:
+    """The lowering of a Reduce operator, whose parameters are the same for all of them."""
+
+    def wrapped(core: Core) -> Callable[..., Ref]:
+        def reduce(
+            b: Builder,
+            x: Ref,
+            axes_input: Operand | None = None,
+            /,
+            *,
+            axes: Sequence[int] | None = None,
+            keepdims: int = 1,
+            noop_with_empty_axes: int = 0,
+        ) -> Ref:
+            over = _axes(x, axes_input, axes, noop_with_empty_axes)
+            return _kept(b, x, core(b, x, over), over, keepdims)
+
+        # Not functools.wraps: the parameters are those of `reduce`.
+        reduce.__name__, reduce.__doc__ = core.__name__, core.__doc__
+        return lowers(op, since=1)(reduce)
+
+    return wrapped
+
+
+@reduces("ReduceSum")
+def reduce_sum(b: Builder, x: Ref, over: list[int]) -> Ref:
     """Sum over axes: local."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    return _kept(b, x, b.sum(x, over), over, keepdims)
+    return b.sum(x, over)
 
 
-@lowers("ReduceMean", since=1)
-def reduce_mean(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceMean")
+def reduce_mean(b: Builder, x: Ref, over: list[int]) -> Ref:
     """Mean over axes: local. Error: 1.75 ulp."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    mean = times(b, b.sum(x, over), 1.0 / prod(x.shape[a] for a in over))
-    return _kept(b, x, mean, over, keepdims)
+    return times(b, b.sum(x, over), 1.0 / prod(x.shape[a] for a in over))
 
 
-@lowers("ReduceMax", since=1)
-def reduce_max(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceMax")
+def reduce_max(b: Builder, x: Ref, over: list[int]) -> Ref:
     """Maximum over axes: a tournament (see `functions.reduce_max`)."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    return _kept(b, x, _extremum(b, x, over), over, keepdims)
+    return _extremum(b, x, over)
 
 
-@lowers("ReduceMin", since=1)
-def reduce_min(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceMin")
+def reduce_min(b: Builder, x: Ref, over: list[int]) -> Ref:
     """Minimum over axes: a tournament, as of −x."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    return _kept(b, x, b.scale(_extremum(b, b.scale(x, -1), over), -1), over, keepdims)
+    return b.scale(_extremum(b, b.scale(x, -1), over), -1)
 
 
-@lowers("ReduceProd", since=1)
-def reduce_prod(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceProd")
+def reduce_prod(b: Builder, x: Ref, over: list[int]) -> Ref:
     """Product over axes: ⌈log2 n⌉ rounds. Error: n ulp of each partial product, times the rest."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    return _kept(b, x, _product(b, x, over), over, keepdims)
+    return _product(b, x, over)
 
 
-@lowers("ReduceL1", since=1)
-def reduce_l1(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceL1")
+def reduce_l1(b: Builder, x: Ref, over: list[int]) -> Ref:
     """Σ |x|: a comparison per element, 3 rounds."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    return _kept(b, x, b.sum(absolute(b, x), over), over, keepdims)
+    return b.sum(absolute(b, x), over)
 
 
-@lowers("ReduceSumSquare", since=1)
-def reduce_sum_square(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceSumSquare")
+def reduce_sum_square(b: Builder, x: Ref, over: list[int]) -> Ref:
     """Σ x²: one product per sum."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    return _kept(b, x, _squares(b, x, over), over, keepdims)
+    return _squares(b, x, over)
 
 
-@lowers("ReduceL2", since=1)
-def reduce_l2(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceL2")
+def reduce_l2(b: Builder, x: Ref, over: list[int]) -> Ref:
     """√Σ x²: a product and a root, up to 8 rounds. Error: 2e-5 relative and 2 ulp."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
     if not over:
         return absolute(b, x)
-    return _kept(b, x, root(b, _squares(b, x, over, FINE_BITS), b.frac_bits), over, keepdims)
+    return root(b, _squares(b, x, over, FINE_BITS), b.frac_bits)
 
 
-@lowers("ReduceLogSum", since=1)
-def reduce_log_sum(
-    b: Builder,
-    x: Ref,
-    axes_input: Operand | None = None,
-    /,
-    *,
-    axes: Sequence[int] | None = None,
-    keepdims: int = 1,
-    noop_with_empty_axes: int = 0,
-) -> Ref:
+@reduces("ReduceLogSum")
+def reduce_log_sum(b: Builder, x: Ref, over: list[int]) -> Ref:
     """log Σ x for a positive sum: up to 5 rounds. Error: 5e-5."""
-    over = _axes(x, axes_input, axes, noop_with_empty_axes)
-    return _kept(b, x, logarithm(b, b.sum(x, over)), over, keepdims)
+    return logarithm(b, b.sum(x, over))
+
+
+@reduces("ReduceLogSumExp")
+def reduce_log_sum_exp(b: Builder, x: Ref, over: list[int]) -> Ref:
+    """log Σ e^x over axes. Error: 3e-4."""
+    if not over:
+        return x
+    flat = _flat(b, x, over)
+    return b.reshape(log_sum_exp(b, flat, len(flat.shape) - 1), flat.shape[:-1])
 
 
 FINE_BITS = 20

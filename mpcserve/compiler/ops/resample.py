@@ -215,7 +215,7 @@ def roi_align_10(
     sampling_ratio: int = 0,
     spatial_scale: float = 1.0,
 ) -> Ref:
-    """As newer ones with coordinate_transformation_mode output_half_pixel."""
+    """Public regions, each averaged over bilinear samples, or the largest weighted tap."""
     return roi_align(
         b,
         x,
