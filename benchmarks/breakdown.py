@@ -79,7 +79,7 @@ def profile_row(row: Row, runs: int) -> tuple[Counter[str], Counter[str]]:
             alice, bob, _ = together.prepare()
         seeds = zip(alice.input_seeds, bob.input_seeds, strict=True)
         packed = [
-            bytes(share_input(compiled.plan, k, x, a, b))
+            b"".join(share_input(compiled.plan, k, x, a, b))
             for k, (x, (a, b)) in enumerate(zip(inputs.values(), seeds, strict=True))
         ]
         with _running(clocks[1], number > 0):

@@ -6,12 +6,14 @@ Rules that must never break:
     2. A stream is read forwards only: a position is never read twice.
     3. A bundle id is used once (see `serving.ledger`), so a name is used once by each side.
 
-Source: HKDF RFC 5869 (expand step only: pair keys are uniform 32-byte strings), CTR SP 800-38A.
+Source: HKDF RFC 5869 (expand step only: pair keys are uniform 32-byte strings), CTR SP 800-38A,
+GMAC SP 800-38D.
 """
 
 from __future__ import annotations
 
 import hmac
+from collections.abc import Iterable
 from math import prod
 
 import numpy as np
@@ -22,6 +24,7 @@ from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
 
 KEY_BYTES = 32
 _BLOCK = 16
+Buffer = bytes | bytearray | memoryview
 _ZEROS = bytes(1 << 18)
 _NONE = np.empty(0, np.uint8)
 _AHEAD = 32 << 10
@@ -46,6 +49,20 @@ def bundle_key(pair_key: bytes, digest: str, bundle_id: bytes) -> bytes:
 def weights_key(pair_key: bytes, digest: str) -> bytes:
     """The seed of the weights' masks of one deployment, for one pair of parties."""
     return derive(pair_key, "weights", digest)
+
+
+def tag_of(key: bytes, parts: Iterable[Buffer]) -> bytes:
+    """GMAC of the parts, 16 bytes, under a key that is used for nothing else.
+
+    Who does not know the key can make two sequences of parts, of the same sizes, that have the same
+    tag with a probability of 2^-128 per 16 bytes of them at most. Source: NIST SP 800-38D.
+    """
+    assert len(key) == KEY_BYTES
+    mac = Cipher(algorithms.AES(key[:_BLOCK]), modes.GCM(key[_BLOCK:])).encryptor()
+    for part in parts:
+        mac.authenticate_additional_data(part)
+    mac.finalize()
+    return mac.tag
 
 
 class Stream:

@@ -46,7 +46,7 @@ def evaluate_clear(
             np.ldexp(values[o.id].astype(np.float64), -f)
             if (f := plan.value(o.id).frac_bits)
             else values[o.id]
-        )
+        ).reshape(o.shape)
         for o in plan.outputs
     ]
 

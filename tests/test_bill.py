@@ -98,7 +98,7 @@ def test_a_watch_sees_every_instruction_and_every_round() -> None:
     together = Together(plan, weights)
     alice, bob, _ = together.prepare()
     x = np.zeros((1, 64))
-    packed = [bytes(share_input(plan, 0, x, alice.input_seeds[0], bob.input_seeds[0]))]
+    packed = [b"".join(share_input(plan, 0, x, alice.input_seeds[0], bob.input_seeds[0]))]
     seen: list[int] = []
     steps = together.alice.evaluate(alice, packed, seen.append)
     drive(steps, together.bob.evaluate(bob, packed))

@@ -18,7 +18,7 @@ def doubled() -> Together:
 
 def messages_of(together: Together, x: np.ndarray) -> tuple[bytes, bytes]:
     alice, bob, _ = together.prepare()
-    packed = bytes(share_input(together.plan, 0, x, alice.input_seeds[0], bob.input_seeds[0]))
+    packed = b"".join(share_input(together.plan, 0, x, alice.input_seeds[0], bob.input_seeds[0]))
     steps = together.alice.evaluate(alice, [packed]), together.bob.evaluate(bob, [packed])
     return drive(*steps)[2]
 

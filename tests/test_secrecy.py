@@ -52,7 +52,7 @@ def transcript_of(plan: Plan, x: np.ndarray, w: np.ndarray, d: np.ndarray) -> Tr
     from mpcserve.protocol import drive, share_input
 
     upload.append(
-        bytes(share_input(plan, 0, x.astype(float), alice.input_seeds[0], bob.input_seeds[0]))
+        b"".join(share_input(plan, 0, x.astype(float), alice.input_seeds[0], bob.input_seeds[0]))
     )
     transcript.add("client->alice", upload[0])
     transcript.add("client->bob", upload[0])

@@ -241,7 +241,7 @@ def test_an_owner_who_sends_different_inputs_learns_nothing(
     received: list[memoryview] = []
     receive = Channel.receive
 
-    def lie(self: Both, data: bytes) -> None:
+    def lie(self: Both, data: memoryview, fresh: bool) -> None:
         for number, channel in enumerate(self.channels):
             channel.send(bytes([data[0] ^ (number == liar)]) + data[1:])
 

@@ -106,11 +106,11 @@ def send_badly(monkeypatch: pytest.MonkeyPatch, thread_name: str, act: Any) -> N
     """What one client thread sends as its input goes through `act(channels, data)`."""
     original = client_module.Both.send
 
-    def send(self: client_module.Both, data: bytes) -> None:
+    def send(self: client_module.Both, data: memoryview, fresh: bool) -> None:
         if threading.current_thread().name == thread_name:
             act(self.channels, data)
         else:
-            original(self, data)
+            original(self, data, fresh)
 
     monkeypatch.setattr(client_module.Both, "send", send)
 

@@ -146,7 +146,7 @@ def test_a_slot_without_an_owner_changes_no_other_and_is_told_to_nobody() -> Non
     together = Together(plan, {"w1": np.array([2, -3, 5])})
     alice, bob, _ = together.prepare(3)
     given = np.array([7.0, 8.0, 9.0])
-    packed = [bytes(share_input(plan, 0, given, a, b)) for (a,), (b,) in _seeds(alice, bob)]
+    packed = [b"".join(share_input(plan, 0, given, a, b)) for (a,), (b,) in _seeds(alice, bob)]
     inputs = [[packed[0]], None, [packed[2]]]
     _, _, (mine, theirs) = drive(
         together.alice.evaluate_all(alice, inputs), together.bob.evaluate_all(bob, inputs)

@@ -16,6 +16,7 @@ from mpcserve.kernels.places import Place, load_word, part, place_of, store_word
 from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
 
 Bytes = NDArray[np.uint8]
+Buffer = bytes | bytearray | memoryview
 
 SPARE = 8
 """Bytes behind a packed array that `pack_from` may write zeros to."""
@@ -152,7 +153,7 @@ def pack(x: Words, width: int) -> memoryview:
     return packed_bytes(space)
 
 
-def unpack(data: bytes | bytearray | memoryview, count: int, width: int) -> Words:
+def unpack(data: Buffer, count: int, width: int) -> Words:
     """Inverse of `pack`; may alias `data` where that is writable. Shapes: [count]."""
     raw, word = _raw(data, count, width), word_type(width)
     if width in (HALF_BITS, WORD_BITS):
@@ -163,7 +164,7 @@ def unpack(data: bytes | bytearray | memoryview, count: int, width: int) -> Word
     return out
 
 
-def add_packed(mine: Words, data: bytes | bytearray | memoryview, width: int) -> None:
+def add_packed(mine: Words, data: Buffer, width: int) -> None:
     """mine ← mine + the values packed in `data` (mod 2^width): two masked shares join into Δ."""
     raw = _raw(data, mine.size, width)
     if width in (HALF_BITS, WORD_BITS):
@@ -172,7 +173,17 @@ def add_packed(mine: Words, data: bytes | bytearray | memoryview, width: int) ->
         _unpack(raw, width, True, mine)
 
 
-def _raw(data: bytes | bytearray | memoryview, count: int, width: int) -> Bytes:
+def sum_of(mine: Buffer, other: Buffer, count: int, width: int) -> Words:
+    """The sums (mod 2^width) of two packings of `count` values each. Shapes: [count]."""
+    if width in (HALF_BITS, WORD_BITS):
+        word = word_type(width)
+        return np.asarray(np.add(*(_raw(d, count, width).view(word) for d in (mine, other))))
+    words = unpack(mine, count, width)
+    add_packed(words, other, width)
+    return words
+
+
+def _raw(data: Buffer, count: int, width: int) -> Bytes:
     raw = np.frombuffer(data, np.uint8)
     assert raw.size == (count * width + 7) // 8
     return raw

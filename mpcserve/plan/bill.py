@@ -15,8 +15,8 @@ from mpcserve.plan.schedule import cost_of_instruction, schedule_of
 SEED_BYTES = 32
 """One seed per input, from alice and from bob: the client expands its input's mask from the two."""
 
-TAG_BYTES = 32
-"""Keyed digest of the masked outputs, from alice and bob: the client checks that they agree."""
+TAG_BYTES = 16
+"""GMAC of the masked outputs, from alice and bob: the client checks that they agree."""
 
 
 def cost_of(plan: Plan, id: int) -> Cost:

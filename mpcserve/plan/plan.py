@@ -85,18 +85,29 @@ class InputSpec:
 
     def encoded(self, x: NDArray[Any], value: Value) -> NDArray[np.int64]:
         """The integers that stand for x. Raises: InputError on a number that is no class."""
-        if not self.classes:
-            reals = np.asarray(x, np.float64).reshape(value.shape)
-            return np.rint(np.ldexp(reals, value.frac_bits)).astype(np.int64)
-        whole = np.asarray(x).reshape(-1)
-        if whole.size and not (whole.min() >= 0 and whole.max() < self.classes):
+        reals = self.reals(self.flat(x), 0, value.size).reshape(value.shape)
+        return np.rint(np.ldexp(reals, value.frac_bits)).astype(np.int64)
+
+    def flat(self, x: NDArray[Any]) -> NDArray[Any]:
+        """The numbers of x in a row. Raises: InputError on one that is no class."""
+        numbers = np.asarray(x).reshape(-1)
+        outside = self.classes and not ((numbers >= 0) & (numbers < self.classes)).all()
+        if outside:
             raise InputError(
                 f"input {self.name!r}: expected whole numbers 0 to {self.classes - 1}",
                 "they are places of a table: check that it is that of the model",
             )
-        rows = np.zeros((whole.size, self.classes), np.int64)
-        rows[np.arange(whole.size), whole.astype(np.int64)] = 1
-        return rows.reshape(value.shape)
+        return numbers
+
+    def reals(self, flat: NDArray[Any], start: int, stop: int) -> NDArray[np.float64]:
+        """Elements `start` … `stop` of what is shared for these numbers: they, or their rows."""
+        if not self.classes:
+            return np.asarray(flat[start:stop], np.float64)
+        first, last = start // self.classes, -(-stop // self.classes)
+        ones = np.arange(first, last) * self.classes + flat[first:last].astype(np.int64) - start
+        rows = np.zeros(stop - start)
+        rows[ones[(ones >= 0) & (ones < stop - start)]] = 1
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +124,12 @@ class OutputSpec:
     labels: tuple[str, ...] = ()
 
     def decoded(self, numbers: NDArray[Any]) -> NDArray[Any]:
-        """Numbers in the declared type and shape, or the names that they stand for."""
+        """Numbers, in any shape, in the declared type, or the names that they stand for."""
         if self.labels:
             index = np.clip(numbers, 0, len(self.labels) - 1).astype(np.int64)
-            named: NDArray[Any] = np.take(np.array(self.labels), index).reshape(self.shape)
+            named: NDArray[Any] = np.take(np.array(self.labels), index)
             return named
-        return np.asarray(numbers).astype(self.dtype).reshape(self.shape)
+        return np.asarray(numbers).astype(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,20 @@ servers, and keeps nothing.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.errors import PeerError
-from mpcserve.kernels import bits, packing
+from mpcserve.kernels import bits, handover, packing
 from mpcserve.plan.bill import TAG_BYTES
 from mpcserve.plan.ops import packed_bytes
-from mpcserve.plan.plan import Plan
-from mpcserve.protocol.server import unpack_value
+from mpcserve.plan.plan import OutputSpec, Plan, Value
+from mpcserve.protocol.opening import tiles
+from mpcserve.protocol.parties import Buffer
+from mpcserve.protocol.server import check_size, unpack_value
 from mpcserve.randomness import Stream, derive
 from mpcserve.ring import Words, from_signed, reduce, to_signed
 
@@ -43,25 +46,28 @@ def unpack_weight(plan: Plan, name: str, data: bytes | bytearray | memoryview) -
 
 
 def share_input(
-    plan: Plan, index: int, x: NDArray[np.floating], seed_alice: bytes, seed_bob: bytes
-) -> memoryview:
-    """Encode input `index` at its plan's scale and mask it; the same bytes go to both servers."""
+    plan: Plan, index: int, x: NDArray[np.generic], seed_alice: bytes, seed_bob: bytes
+) -> Iterator[memoryview]:
+    """Encode input `index` at its plan's scale and mask it, part by part; all of them packed.
+
+    The same bytes go to both servers, in memory that nobody else writes to.
+    """
     spec = plan.inputs[index]
     value = plan.value(spec.id)
-    delta = from_signed(spec.encoded(x, value), value.width)
-    for seed in (seed_alice, seed_bob):
-        delta = delta + Stream(seed).masks(value.shape, value.width)
-    return packing.pack(reduce(delta, value.width), value.width)
+    streams, numbers = [Stream(seed) for seed in (seed_alice, seed_bob)], spec.flat(x)
+    for part in tiles(value.size):
+        reals = spec.reals(numbers, part.start, part.stop)
+        lam, other = (s.masks(reals.shape, value.width) for s in streams)
+        space = packing.packed_space(reals.size, value.width)
+        handover.mask_reals(reals, 2.0**value.frac_bits, lam, other, value.width, space)
+        yield packing.packed_bytes(space)
 
 
-def reveal(
-    plan: Plan,
-    from_alice: bytes | bytearray | memoryview,
-    from_bob: bytes | bytearray | memoryview,
-) -> list[NDArray[np.generic]]:
+def reveal(plan: Plan, from_alice: Buffer, from_bob: Buffer) -> list[NDArray[np.generic]]:
     """Add the two shares of every output, decode and cast to its declared dtype.
 
     Raises: PeerError when the servers' tags differ: they did not compute on the same values.
+    WireError when a message has another size than the plan's.
     """
     if not hmac.compare_digest(bytes(from_alice[:TAG_BYTES]), bytes(from_bob[:TAG_BYTES])):
         raise PeerError(
@@ -72,16 +78,34 @@ def reveal(
     for spec in plan.outputs:
         value = plan.value(spec.id)
         size = packed_bytes(value.size, value.width)
-        shares = [
-            unpack_value(plan, spec.id, memoryview(m)[at : at + size], spec.name)
-            for m in (from_alice, from_bob)
-        ]
+        shares = [memoryview(m)[at : at + size] for m in (from_alice, from_bob)]
+        for share in shares:
+            check_size(value, share, spec.name)
         at += size
         if value.width == 1:
-            flags = bits.flags_of(shares[0] ^ shares[1], value.shape)
-            outputs.append(flags.astype(spec.dtype).reshape(spec.shape))
-            continue
-        signed = to_signed(reduce(shares[0] + shares[1], value.width), value.width)
-        real = np.ldexp(signed.astype(np.float64), -value.frac_bits) if value.frac_bits else signed
-        outputs.append(spec.decoded(np.asarray(real)))
+            planes = [bits.unpack_planes(share, 1, value.size)[0] for share in shares]
+            numbers = bits.flags_of(planes[0] ^ planes[1], value.shape).astype(spec.dtype)
+        else:
+            numbers = _sums(spec, value, shares)
+        outputs.append(numbers.reshape(spec.shape))
     return outputs
+
+
+def _sums(spec: OutputSpec, value: Value, shares: Sequence[memoryview]) -> NDArray[Any]:
+    """Decoded sums of two packed shares, part by part. Shapes: [value.size]."""
+    decoded: list[NDArray[Any]] = []
+    for part in tiles(value.size):
+        first, end = part.start * value.width // 8, (part.stop * value.width + 7) // 8
+        mine, other = (share[first:end] for share in shares)
+        words = packing.sum_of(mine, other, part.stop - part.start, value.width)
+        decoded.append(spec.decoded(_numbers(words, value)))
+    return decoded[0] if len(decoded) == 1 else np.concatenate(decoded)
+
+
+def _numbers(words: Words, value: Value) -> NDArray[Any]:
+    """What words stand for; whole numbers stay exact."""
+    if not value.frac_bits:
+        return to_signed(reduce(words, value.width), value.width)
+    reals = np.empty(words.size)
+    handover.reals_of(words, value.width, 2.0**-value.frac_bits, reals)
+    return reals

@@ -7,18 +7,18 @@ compute from the plan alone.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mpcserve.errors import Refused, WireError
-from mpcserve.kernels import bits, packing
+from mpcserve.kernels import bits, handover, packing
 from mpcserve.kernels.tasks import Run, one_by_one
 from mpcserve.plan.ops import packed_bytes
-from mpcserve.plan.plan import Plan
+from mpcserve.plan.plan import Plan, Value
 from mpcserve.plan.stack import stack
+from mpcserve.protocol.opening import tiles
 from mpcserve.protocol.parties import (
     Buffer,
     Material,
@@ -31,8 +31,8 @@ from mpcserve.protocol.parties import (
 )
 from mpcserve.protocol.primitives import product
 from mpcserve.protocol.walk import NOTHING, Fixed, Walk, complete
-from mpcserve.randomness import Stream, bundle_key, derive, weights_key
-from mpcserve.ring import Words, reduce, word_type
+from mpcserve.randomness import Stream, bundle_key, derive, tag_of, weights_key
+from mpcserve.ring import Words, word_type
 
 OUTPUTS = -1
 """The key under which a bundle holds this side's mask shares of the outputs."""
@@ -324,21 +324,38 @@ class ServerProgram:
         """
         secret = derive(self._peer_key, "output", self.plan.digest, *name)
         fresh = Stream(derive(secret, "shares"))
-        tag = hmac.new(derive(secret, "tag"), digestmod="sha256")
-        parts = []
+        seen: list[memoryview] = []
+        parts: list[Buffer] = []
         for spec, delta, half in zip(self.plan.outputs, deltas, halves, strict=True):
             value = self.plan.value(spec.id)
+            delta = np.ascontiguousarray(delta)
             if value.width == 1:
-                tag.update(bits.pack_planes(delta[None], value.size))
                 share = fresh.planes(1, value.size) ^ half
                 share = share ^ delta if self.role == "alice" else share
                 parts.append(bits.pack_planes(share, value.size))
-                continue
-            r = fresh.masks(value.shape, value.width)
-            tag.update(packing.pack(delta, value.width))
-            share = delta - half + r if self.role == "alice" else -half - r
-            parts.append(packing.pack(reduce(share, value.width), value.width))
-        return b"".join([tag.digest(), *parts])
+            else:
+                parts += self._shares(value, delta.reshape(-1), half, fresh)
+            seen.append(delta.data.cast("B"))
+        return b"".join([tag_of(derive(secret, "tag"), seen), *parts])
+
+    def _shares(
+        self, value: Value, delta: Words, half: Words, fresh: Stream
+    ) -> Iterator[memoryview]:
+        """This side's share of one output, packed tile by tile."""
+        half = np.ascontiguousarray(half).reshape(-1)
+        for part in tiles(value.size):
+            r = fresh.masks(delta[part].shape, value.width)
+            space, leader = packing.packed_space(r.size, value.width), self.role == "alice"
+            handover.share_out(delta[part], half[part], r, leader, value.width, space)
+            yield packing.packed_bytes(space)
+
+    def input_tag(self, bundle_id: bytes, slot: int, inputs: Sequence[Buffer]) -> str:
+        """What alice and bob compare of the Δx they received, in hex: a tag that no owner can make.
+
+        The sizes are the plan's.
+        """
+        key = derive(self._peer_key, "inputs", self.plan.digest, bundle_id, slot)
+        return tag_of(key, inputs).hex()
 
 
 _Waiting = tuple[int, Steps[Words], Round]
@@ -386,6 +403,14 @@ def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:
     Raises: WireError on a wrong length.
     """
     value = plan.value(id)
+    check_size(value, data, name)
+    if value.width == 1:
+        return np.asarray(bits.unpack_planes(data, 1, value.size)[0])
+    return packing.unpack(data, value.size, value.width).reshape(value.shape)
+
+
+def check_size(value: Value, data: Buffer, name: str) -> None:
+    """Raises: WireError unless `data` has the size of a packed `value`."""
     expected = packed_bytes(value.size, value.width)
     if len(data) != expected:
         raise WireError(
@@ -393,6 +418,3 @@ def unpack_value(plan: Plan, id: int, data: Buffer, name: str) -> Words:
             f" of {value.width} bits",
             "client and servers must use the same plan",
         )
-    if value.width == 1:
-        return np.asarray(bits.unpack_planes(data, 1, value.size)[0])
-    return packing.unpack(data, value.size, value.width).reshape(value.shape)

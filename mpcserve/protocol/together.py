@@ -91,7 +91,7 @@ class Together:
         alice, bob, dealt = self.prepare(len(requests))
         packed = [
             [
-                bytes(share_input(self.plan, k, x, a, b))
+                b"".join(share_input(self.plan, k, x, a, b))
                 for k, (x, a, b) in enumerate(zip(inputs, *seeds, strict=True))
             ]
             for inputs, *seeds in zip(requests, alice.seeds, bob.seeds, strict=True)

@@ -33,6 +33,7 @@ from mpcserve.serving.log import named_error
 from mpcserve.serving.report import Meter, client_report, merged, sum_of
 from mpcserve.serving.request import MAX_PLAN_BYTES, Message, failing, receive_message
 from mpcserve.transport import Channel, Hooks, Link, NetworkProfile
+from mpcserve.wire import Buffer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -194,7 +195,8 @@ class Client:
             ready = time.perf_counter()
             for k, x in enumerate(rows):
                 a, b = (s[k * SEED_BYTES : (k + 1) * SEED_BYTES] for s in seeds)
-                both.send(bytes(share_input(plan, k, x, a, b)))
+                for part in share_input(plan, k, x, a, b):
+                    both.send(part, fresh=True)
             answers = both.ask(lambda c: _answer(c, size, timeout))
             outputs = reveal(plan, answers[0][0], answers[1][0])
             ended = time.perf_counter()
@@ -297,10 +299,10 @@ class Both:
         for channel in self.channels:
             channel.send_message(message)
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: Buffer, fresh: bool = False) -> None:
         """The same bytes to both."""
         for channel in self.channels:
-            channel.send(data)
+            channel.send(data, fresh)
 
     def ask(self, receive: Callable[[Channel], T]) -> list[T]:
         """What `receive` returns for each; the first to fail ends the wait for the other."""

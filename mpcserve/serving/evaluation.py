@@ -2,15 +2,15 @@
 
 It is the same on both servers; who leads is settled before it begins. A data owner who sends the
 two servers different inputs would have them open values that no mask hides, and learn from the
-result: so each tells the other a digest of what it received, and nothing is handed out, nor is a
-second round begun, before the two are known to agree. The digest goes ahead of the first round.
+result: so each tells the other a tag of what it received, under a key that they alone have, and
+nothing is handed out, nor is a second round begun, before the two are known to agree. The tag goes
+ahead of the first round.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -115,8 +115,8 @@ def evaluate(
     client.send(b"".join(prepared.bundle.input_seeds))
     inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
     timer = Timer.start()
-    mine = digest_of(inputs)
-    peer.send_message({"type": "inputs", "sha256": mine})
+    mine = live.program.input_tag(prepared.bundle.id, 0, inputs)
+    peer.send_message({"type": "inputs", "tag": mine})
     profile = Profile() if profiled else None
     steps = live.program.evaluate(prepared.bundle, inputs, profile)
     result, rounds = drive(
@@ -158,18 +158,10 @@ def in_blocks(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
         yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
 
 
-def digest_of(inputs: Sequence[memoryview]) -> str:
-    """SHA-256 (hex) of all inputs; their sizes are the plan's."""
-    digest = hashlib.sha256()
-    for data in inputs:
-        digest.update(data)
-    return digest.hexdigest()
-
-
 def check_same_inputs(peer: Channel, mine: str, timeout: float) -> None:
     """What the peer says of the inputs it received. Raises: Refused when they are others."""
-    theirs = receive_message(peer, "inputs", "the digest of its inputs, round 1", timeout)
-    if theirs.text("sha256") != mine:
+    theirs = receive_message(peer, "inputs", "the tag of its inputs, round 1", timeout)
+    if theirs.text("tag") != mine:
         raise Refused(
             "the data owner sent alice and bob different inputs",
             "send the same masked inputs to both servers: they evaluate nothing else",

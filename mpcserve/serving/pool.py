@@ -1,12 +1,12 @@
 """Bundles dealt ahead: alice's pool decides when one is made, bob's shelf keeps his halves of them.
 
-Alice coordinates. While no request is evaluated, her worker keeps `depth` bundles of every
-deployment in stock: prepared, as long as all of them together stay under `max_bytes` of memory, and
-beyond that as what carol dealt, on bob's disk, to be prepared when there is room. A request gets
-the oldest that is prepared, else the one at hand, else one from the disk, else a new one; what of
-it is still to be prepared is prepared while it is being evaluated: slower, never wrong. Each comes
-out once. A bundle is good only as long as the link over which its two halves were agreed on: when
-that link drops, both sides drop what they hold of it.
+Alice coordinates. While no request is evaluated, nor was a moment ago, her worker keeps `depth`
+bundles of every deployment in stock: prepared, as long as all of them together stay under
+`max_bytes` of memory, and beyond that as what carol dealt, on bob's disk, to be prepared when there
+is room. A request gets the oldest that is prepared, else the one at hand, else one from the disk,
+else a new one; what of it is still to be prepared is prepared while it is being evaluated: slower,
+never wrong. Each comes out once. A bundle is good only as long as the link over which its two
+halves were agreed on: when that link drops, both sides drop what they hold of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from mpcserve.errors import MpcError, Refused
 from mpcserve.serving.log import log, named_error
+
+QUIET_S = 0.02
+"""For so long after an evaluation no stock is made: bob may still be at it, and its owner too."""
 
 BACK_OFF = (1.0, 30.0)
 """Seconds before the next attempt to make stock after a failure: first, and at most."""
@@ -112,6 +115,7 @@ class Pool(Generic[T]):
         self._stocks: dict[bytes, _Stock[T]] = {}
         self._changed = threading.Condition()
         self._evaluating = 0
+        self._quiet_at = 0.0  # when stock may be made, if nothing is being evaluated then
         self._closed = False
         threading.Thread(target=self._work, name="mpcserve-stock", daemon=True).start()
 
@@ -150,6 +154,7 @@ class Pool(Generic[T]):
         finally:
             with self._changed:
                 self._evaluating -= 1
+                self._quiet_at = time.monotonic() + QUIET_S
                 self._changed.notify_all()
 
     def drop(self, link: Hashable) -> None:
@@ -223,9 +228,9 @@ class Pool(Generic[T]):
 
     def _next(self) -> tuple[bytes, _Stock[T], Wish] | None:
         """What to do now; the deployment with the least stock comes first."""
-        if self._evaluating:
-            return None
         now = time.monotonic()
+        if self._evaluating or now < self._quiet_at:
+            return None
         for id, stock in sorted(self._stocks.items(), key=lambda item: item[1].count):
             if stock.not_before <= now and (wish := self._wish(stock)):
                 return id, stock, wish
@@ -235,7 +240,7 @@ class Pool(Generic[T]):
         """Seconds until a delayed stock may be tried again; None: until something changes."""
         if self._evaluating:
             return None
-        waits = [s.not_before for s in self._stocks.values() if self._wish(s)]
+        waits = [max(s.not_before, self._quiet_at) for s in self._stocks.values() if self._wish(s)]
         return max(min(waits) - time.monotonic(), 0.0) if waits else None
 
     def _work(self) -> None:

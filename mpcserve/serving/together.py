@@ -1,6 +1,6 @@
 """One evaluation for several requests of one model, each in a slot of its own (`plan.stack`).
 
-Alice and bob tell each other which inputs they have, as digests, before anything is computed. Whose
+Alice and bob tell each other which inputs they have, by tags, before anything is computed. Whose
 input is missing on either side, or is not the same on both, leaves: its slot is computed on
 zeros, under its masks, and nobody is told what came of it. The others do not notice, but for the
 wait: PATIENCE_S at most.
@@ -9,20 +9,15 @@ wait: PATIENCE_S at most.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mpcserve.errors import MpcError, PeerTimeout, Refused
 from mpcserve.plan.stack import can_stack
-from mpcserve.serving.evaluation import (
-    Live,
-    digest_of,
-    drive,
-    evaluate,
-    receive_inputs,
-)
+from mpcserve.serving.evaluation import Live, drive, evaluate, receive_inputs
 from mpcserve.serving.log import log, named_error
 from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.report import merged, portion
@@ -107,7 +102,8 @@ def evaluate_members(
             channel.send(b"".join(seeds))
     inputs = _inputs(live, members, round_timeout)
     timer = Timer.start()
-    live_slots = _agree(members, inputs, peer, deadline.left(round_timeout))
+    tag = partial(live.program.input_tag, prepared.bundle.id)
+    live_slots = _agree(members, inputs, tag, peer, deadline.left(round_timeout))
     results, rounds = drive(
         live.program.evaluate_all(
             prepared.bundle,
@@ -154,14 +150,15 @@ def _inputs(
 def _agree(
     members: Sequence[Member],
     inputs: Sequence[list[memoryview] | None],
+    tag: Callable[[int, Sequence[memoryview]], str],
     peer: Channel,
     timeout: float,
 ) -> list[bool]:
     """Which slots both servers have the same inputs of."""
-    mine = [digest_of(given) if given is not None else None for given in inputs]
-    peer.send_message({"type": "inputs", "sha256": mine})
-    answer = receive_message(peer, "inputs", "the digests of its inputs", timeout)
-    theirs = answer.optional_texts("sha256", len(members))
+    mine = [tag(slot, given) if given is not None else None for slot, given in enumerate(inputs)]
+    peer.send_message({"type": "inputs", "tags": mine})
+    answer = receive_message(peer, "inputs", "the tags of its inputs", timeout)
+    theirs = answer.optional_texts("tags", len(members))
     agreed = []
     for member, my, its in zip(members, mine, theirs, strict=True):
         with member.leaving():
