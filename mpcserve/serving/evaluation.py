@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -36,21 +35,16 @@ BLOCK_BYTES = 32 << 10
 """Pieces of one round that are smaller than this are sent together."""
 
 
-SMALL_BYTES = 64 << 10
-"""Up to here a round costs more in turns of threads than in bytes."""
-
-
 @dataclass(frozen=True, slots=True)
 class Live:
     """A deployment in memory, ready to evaluate.
 
-    `rounds` names what each round waits for; `has_small_rounds`: they are a few frames on average.
+    `rounds` names what each round waits for.
     """
 
     deployment: Deployment
     program: ServerProgram
     rounds: tuple[str, ...]
-    has_small_rounds: bool
     _dealt: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -74,8 +68,7 @@ def bring_to_life(role: Side, deployment: Deployment, store: Store, run: Run) ->
         plan, role, deployment.keys["carol"], deployment.keys[peer], weights, run
     )
     rounds = tuple(round_names(plan))
-    small = bill_of(plan).online_bytes <= 2 * SMALL_BYTES * len(rounds)
-    return Live(deployment, program, rounds, small)
+    return Live(deployment, program, rounds)
 
 
 def round_names(plan: Plan) -> Iterator[str]:
@@ -125,7 +118,6 @@ def evaluate(
         lambda r: live.rounds[r],
         lambda: deadline.left(round_timeout if prepared.whole else math.inf),
         lambda: check_same_inputs(peer, mine, deadline.left(round_timeout)),
-        live.has_small_rounds,
     )
     client.send(result)
     wall, cpu = timer.seconds()
@@ -174,18 +166,16 @@ def drive(
     name: Callable[[int], str],
     timeout: Callable[[], float],
     agree: Callable[[], None],
-    small: bool,
 ) -> tuple[T, int]:
     """Run a generator of rounds over a channel: its result and how many rounds it took.
 
-    `agree` is called once, when the first round is posted; what it raises ends the evaluation.
-    `small`: rounds take little but their turns, so this thread reads them itself; else the link's
-    reader does, while this one computes.
+    `agree` is called once, when the first round is posted; what it raises ends the evaluation. This
+    thread reads what it waits for; while it computes, the link's reader does.
     """
     reply: memoryview | None = None
     rounds = 0
     try:
-        with peer.attended() if small else nullcontext():
+        with peer.attended():
             while True:
                 step = next(steps) if reply is None else steps.send(reply)
                 _post(step, peer, name(rounds))

@@ -113,7 +113,6 @@ def evaluate_members(
         lambda r: live.rounds[r],
         lambda: deadline.left(round_timeout if prepared.whole else float("inf")),
         lambda: None,
-        live.has_small_rounds,
     )
     for member, result in zip(members, results, strict=True):
         if result is not None:

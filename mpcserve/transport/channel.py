@@ -15,14 +15,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, WireError
-from mpcserve.transport.sender import Outbox
+from mpcserve.transport.sender import LARGEST_BYTES, SMALL_BYTES, Outbox
 from mpcserve.wire import Buffer
 
 if TYPE_CHECKING:
@@ -258,9 +258,15 @@ class Channel:
             "run the same version of mpcserve on every machine",
         )
 
-    def attended(self) -> AbstractContextManager[None]:
-        """While this lasts `receive` reads the socket itself: no thread is woken for each round."""
-        return self.link.reading.attended(self)
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """While this lasts this thread reads and writes the socket itself: none is woken for it."""
+        self.out.inline = LARGEST_BYTES
+        try:
+            with self.link.reading.attended(self):
+                yield
+        finally:
+            self.out.inline = SMALL_BYTES
 
     def send_message(self, message: Mapping[str, object]) -> None:
         """Send a JSON object, after all DATA sent before. Raises: as `send`."""

@@ -1,7 +1,8 @@
 """The sending half of a link: streams take turns, small frames go at once, large ones overlap.
 
-A frame is sent in its caller's thread if nothing is queued and the socket takes it: no thread is
-woken. Otherwise it is queued and the link's one writer thread encrypts and sends it. Two locks:
+A small frame, and any of an attended stream (see reading.py), is sent in its caller's thread if
+nothing is queued and the socket takes it: no thread is woken. Otherwise it is queued and the link's
+one writer thread encrypts and sends it. Two locks:
 
     _turn  the right to encrypt and write to the socket: bytes leave in the order they are encrypted
     _lock  the queues; never held while encrypting, writing or waiting for `_turn`
@@ -23,24 +24,29 @@ from typing import TypeAlias
 from mpcserve.errors import MpcError
 from mpcserve.transport.options import Counters, LinkOptions
 from mpcserve.transport.tls import Codec
-from mpcserve.wire import MAX_DATA, Buffer
+from mpcserve.wire import HEADER_BYTES, MAX_DATA, Buffer
 
 Frame: TypeAlias = tuple[bytes, Buffer]  # header (or a whole frame), DATA payload (or nothing)
 
-INLINE_BYTES = 64 << 10  # up to here encrypting takes less than waking the writer
+SMALL_BYTES = 64 << 10  # up to here encrypting takes less than waking the writer
+LARGEST_BYTES = HEADER_BYTES + MAX_DATA
 _BATCH_BYTES = MAX_DATA  # encrypted and written at once
 _JOIN_BYTES = 16 << 10  # a shorter piece shares a TLS record with its neighbours
 _TICK_S = 0.5  # how often a blocked write looks whether the link has ended
 
 
 class Outbox:
-    """What a stream has queued, and how much it may send. Guarded by its sender's `_lock`."""
+    """What a stream has queued, and how much it may send. Guarded by its sender's `_lock`.
 
-    __slots__ = ("credited", "error", "frames", "queued", "room", "sent", "taken")
+    `inline`: frames up to so many bytes are sent by the thread that made them.
+    """
+
+    __slots__ = ("credited", "error", "frames", "inline", "queued", "room", "sent", "taken")
 
     def __init__(self, lock: threading.Lock) -> None:
         self.frames: deque[Frame] = deque()
         self.room = threading.Condition(lock)
+        self.inline = SMALL_BYTES
         self.queued = 0  # bytes in `frames`
         self.sent = 0  # DATA bytes accepted since the stream began
         self.taken = 0  # of these, taken by the writer
@@ -120,8 +126,8 @@ class Sender:
         `payload` must not change afterwards. False after `send_timeout` without progress. Raises:
         the outbox's error.
         """
-        small = len(header) + len(payload) <= INLINE_BYTES
-        if small and self._send_now(out, header, payload):
+        inline = len(header) + len(payload) <= out.inline
+        if inline and self._send_now(out, header, payload):
             return True
         with self._lock:
             if not self._wait_for_room(out, len(header) + len(payload), len(payload)):
