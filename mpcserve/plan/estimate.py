@@ -34,22 +34,23 @@ LINES = (Line("loopback"), Line("lan", 0.0005, 1e9), Line("wan", 0.04, 1e8))
 class Rates:
     """Seconds of one core: per ring multiply-add, per element, per byte, per step of Python.
 
-    `turn`: of a round beside its arithmetic; `owned`: per element that the data owner masks or
+    `wave`: per element and harmonic; `turn`: of a round beside its arithmetic; `owned`: per element that the data owner masks or
     unmasks; `hello`: of the two exchanges between it and the servers.
     """
 
-    product32: float = 1 / 30e9
-    product64: float = 1 / 13e9
-    opened: float = 4e-9
-    compared: float = 12e-9
-    selected: float = 6e-9
-    moved: float = 1.2e-9
-    byte: float = 1.5e-9
-    step: float = 40e-6
-    local_step: float = 8e-6
-    turn: float = 200e-6
-    owned: float = 30e-9
-    hello: float = 2.5e-3
+    product32: float = 1 / 50e9
+    product64: float = 1 / 22e9
+    opened: float = 2.5e-9
+    compared: float = 6e-9
+    selected: float = 4e-9
+    moved: float = 0.8e-9
+    wave: float = 1e-9
+    byte: float = 1e-9
+    step: float = 30e-6
+    local_step: float = 7e-6
+    turn: float = 120e-6
+    owned: float = 10e-9
+    hello: float = 2e-3
 
 
 RATES = Rates()
@@ -85,6 +86,8 @@ def compute_seconds(plan: Plan, i: Instruction, rates: Rates = RATES) -> float:
         return seconds + rates.compared * size
     if i.op == "tally":
         return seconds + rates.moved * size * len(i.attrs["values"])
+    if i.op == "spectral":
+        return seconds + (rates.opened + rates.wave * len(i.attrs["sine"])) * size
     if i.op == "select":
         return seconds + rates.selected * size * len(i.inputs) / 2
     return seconds + rates.opened * size

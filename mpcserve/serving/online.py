@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -92,6 +93,9 @@ class OnlineServer(Server):
                 self._live.pop(deployment.replaces, None)
         if deployment.replaces is not None:
             self.retired(deployment.replaces)
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # plans have many objects, which every later collection would look through
         self.deployed(live)
 
     def deployed(self, live: Live) -> None:
