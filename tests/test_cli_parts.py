@@ -12,11 +12,12 @@ import pytest
 from mpcserve.bundled import bundled
 from mpcserve.cli.arrays import batches, by_name, load_arrays, load_one, uniform
 from mpcserve.cli.drawing import draw, side_by_side
-from mpcserve.cli.output import human_bytes, human_seconds, table
+from mpcserve.cli.output import table
 from mpcserve.cli.plaintext import Plaintext, compare, predictions
 from mpcserve.cli.results import outputs_json, print_outputs, save_outputs
 from mpcserve.cli.signals import sigterm_interrupts
 from mpcserve.errors import ConfigError, InputError
+from mpcserve.units import human_bytes, human_seconds
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "mpcserve"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(), str(path)) for path in FILES}
 
-LOW = {"errors", "version", "ring"}
+LOW = {"errors", "version", "ring", "units"}
 IMPORTS = {
     "errors": set[str](),
+    "units": set[str](),
     "version": set[str](),
     "bundled": {"errors"},
     "config": {"errors"},

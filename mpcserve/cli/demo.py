@@ -89,9 +89,10 @@ def _run() -> DemoRun:
 
 
 def _print(run: DemoRun) -> None:
-    from mpcserve.cli.output import human_bytes, table
+    from mpcserve.cli.output import table
     from mpcserve.cli.plaintext import predictions
     from mpcserve.cli.results import print_traffic, seconds_line
+    from mpcserve.units import human_bytes
 
     mine, theirs = predictions(run.got), predictions(run.expected)
     assert mine is not None and theirs is not None

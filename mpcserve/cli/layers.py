@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from mpcserve.cli.output import human_bytes, human_seconds, shape_text, table
+from mpcserve.cli.output import shape_text, table
 from mpcserve.plan import Instruction, Plan, bill_of, cost_of
 from mpcserve.plan.estimate import LINES, Line, online_seconds
+from mpcserve.units import human_bytes, human_seconds
 
 
 @dataclass(frozen=True, slots=True)

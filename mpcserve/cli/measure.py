@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpcserve.cli.arrays import Array
-from mpcserve.cli.output import human_bytes, human_seconds, progress, table
+from mpcserve.cli.output import progress, table
 from mpcserve.cli.plaintext import Plaintext, compare
 from mpcserve.cli.results import print_traffic
 from mpcserve.errors import PeerTimeout
 from mpcserve.plan import Plan, bill_of
 from mpcserve.plan.estimate import Line, online_seconds
+from mpcserve.units import human_bytes, human_seconds
 from mpcserve.version import __version__
 
 if TYPE_CHECKING:

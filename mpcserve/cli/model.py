@@ -246,7 +246,7 @@ def _print_json(plan: Plan, **more: Any) -> None:
 
 def _print_compiled(plan: Plan, plan_path: Path, weights_path: Path, seconds: float) -> None:
     from mpcserve.cli.layers import print_layers, print_notes
-    from mpcserve.cli.output import human_seconds
+    from mpcserve.units import human_seconds
 
     print_layers(plan)
     print_notes(plan)

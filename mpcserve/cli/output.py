@@ -77,24 +77,6 @@ def progress(text: str) -> Iterator[None]:
         yield
 
 
-def human_bytes(count: float) -> str:
-    """1234567 → "1.23 MB"; decimal units, as networks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """0.0123 → "12.3 ms"."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} µs"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
 def shape_text(shape: Sequence[int]) -> str:
     """(1, 8, 28) → "1x8x28"."""
     return "x".join(map(str, shape)) or "scalar"

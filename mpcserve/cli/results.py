@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from mpcserve.cli.arrays import Array
-from mpcserve.cli.output import human_bytes, human_seconds, table
+from mpcserve.cli.output import table
 from mpcserve.cli.plaintext import predictions
 from mpcserve.errors import ConfigError
+from mpcserve.units import human_bytes, human_seconds
 
 SHOWN_VALUES = 10
 SHOWN_ROWS = 50

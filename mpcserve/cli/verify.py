@@ -206,7 +206,8 @@ def _headroom(plan: Plan, peaks: Mapping[int, int]) -> list[dict[str, Any]]:
 
 
 def _print(report: Mapping[str, Any]) -> None:
-    from mpcserve.cli.output import human_bytes, table
+    from mpcserve.cli.output import table
+    from mpcserve.units import human_bytes
 
     for output in report["outputs"]:
         accuracy = output.get("accuracy", {})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mpcserve.plan import Plan, bill_of
 from mpcserve.plan.estimate import LINES, Line, online_seconds
+from mpcserve.units import human_bytes, human_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,10 @@ def describe(
     reason = f"for {line.name}" if line else "for the fewest bytes; --network chooses by time"
     for k, (strategy, plan) in enumerate(zip(strategies, plans, strict=True)):
         bill = bill_of(plan)
-        times = ", ".join(f"{at.name} {online_seconds(plan, at):.3g} s" for at in lines)
+        times = ", ".join(f"{at.name} {human_seconds(online_seconds(plan, at))}" for at in lines)
         mark = f"chosen {reason}" if k == chosen else "alternative"
         notes.append(
-            f"{mark}: {strategy}: {bill.rounds} rounds, {bill.online_bytes} B online,"
-            f" {bill.dealt_bytes} B dealt; estimated {times}"
+            f"{mark}: {strategy}: {bill.rounds} rounds, {human_bytes(bill.online_bytes)} online,"
+            f" {human_bytes(bill.dealt_bytes)} dealt; estimated {times}"
         )
     return notes

@@ -3,8 +3,8 @@
 The data owner masks its input and sends it to both servers; every round takes the time of its
 arithmetic and of its bytes on the line (only tiles of large products overlap the two, which is left
 out), then half a round trip: both servers send at once; and the shares of the result travel back.
-All lines are alike. The rates are those of one core of a common server, measured by
-`benchmarks/estimates.py`; another machine scales them.
+All lines are alike. The rates are those of one core between two common servers, of which one was
+twice as fast as the other, measured by `benchmarks/estimates.py`; another machine scales them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ LINES = (Line("loopback"), Line("lan", 0.0005, 1e9), Line("wan", 0.04, 1e8))
 class Rates:
     """Seconds of one core: per ring multiply-add, per element, per byte, per step of Python.
 
-    `wave`: per element and harmonic; `turn`: of a round beside its arithmetic; `owned`: per element that the data owner masks or
-    unmasks; `hello`: of the two exchanges between it and the servers.
+    `wave`: per element and harmonic; `turn`: of a round beside its arithmetic; `owned`: per element
+    that the data owner masks or unmasks; `hello`: of the two exchanges between it and the servers.
     """
 
     product32: float = 1 / 50e9
