@@ -149,7 +149,8 @@ class SecretModel(BackendRep):
         values = dict(ready.fixed)
         if ready.compiled is not None:
             plan = ready.compiled.plan
-            arrays = [feed[spec.name] for spec in plan.inputs]
+            values |= plan.client.run({i.name: feed[i.name] for i in plan.raw_inputs})
+            arrays = [values[spec.name] for spec in plan.inputs]
             results, self.bill = simulate(plan, ready.compiled.weights, arrays)
             values |= {o.name: x for o, x in zip(plan.outputs, results, strict=True)}
         result: tuple[Any, ...] = namedtupledict("Outputs", list(ready.outputs))(
@@ -222,7 +223,7 @@ def _compiled(model: onnx.ModelProto, options: Options) -> _Ready:
     kinds = {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
     names = {k: np.dtype(helper.tensor_dtype_to_np_dtype(v)) for k, v in kinds.items()}
     found = registry()
-    imported = import_model(model, 1, found)
+    imported = import_model(model, 1, found, options.disclose)
     graph = sound_graph(imported, found)
     fixed = {o.name: graph.constants[o.name] for o in graph.outputs if o.name in graph.constants}
     outputs = tuple(o for o in graph.outputs if o.name not in fixed)
@@ -230,7 +231,7 @@ def _compiled(model: onnx.ModelProto, options: Options) -> _Ready:
     if not outputs:
         return _Ready(None, secret, names, fixed)
     rest = replace(graph, outputs=outputs)
-    compiled = compile_graph(rest, imported.name, imported.digest, found, options)
+    compiled = compile_graph(rest, imported.name, imported, found, options)
     return _Ready(compiled, secret, names, fixed)
 
 

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from mpcserve.bundled import bundled
 from mpcserve.cli import run
 from mpcserve.plan import bill_of, load_plan
+from mpcserve.plan.plan import FORMAT
 
 MLP = str(bundled("models", "breast_cancer_mlp.onnx"))
 SAMPLES = str(bundled("models", "breast_cancer_samples.npy"))
@@ -259,4 +260,4 @@ def test_a_file_that_is_no_plan_is_refused(content: bytes, tmp_path: Path, capsy
     path.write_bytes(content)
     assert run(["inspect", str(path)]) == 3
     err = capsys.readouterr().err
-    assert f"mpcserve: error: {path}: not a plan of format 1" in err
+    assert f"mpcserve: error: {path}: not a plan of format {FORMAT}" in err

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpcserve.arrays import fitted, read_arrays
 from mpcserve.bundled import bundled
-from mpcserve.cli.arrays import batches, by_name, load_arrays, load_one, uniform
+from mpcserve.cli.arrays import batches, load_one, uniform
 from mpcserve.cli.drawing import draw, side_by_side
 from mpcserve.cli.output import table
 from mpcserve.cli.plaintext import Plaintext, compare, predictions
 from mpcserve.cli.results import outputs_json, print_outputs, save_outputs
 from mpcserve.cli.signals import sigterm_interrupts
 from mpcserve.errors import ConfigError, InputError
+from mpcserve.plan.client import RawInput
 from mpcserve.units import human_bytes, human_seconds
 
 Capture = pytest.CaptureFixture[str]
@@ -69,15 +71,18 @@ def test_batches_repeat_the_last_row_to_be_full() -> None:
 def test_arrays_are_matched_to_inputs_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, b=np.ones(2), a=np.zeros(2))
-    loaded = load_arrays(path)
-    assert list(by_name(loaded, ["a", "b"], path)) == ["a", "b"]
+    loaded = read_arrays(path)
+    a, b, c = (RawInput(name, "float32", (2,)) for name in "abc")
+    assert list(fitted(loaded, [a, b], path)) == ["a", "b"]
     with pytest.raises(InputError, match="expected arrays named a, c, got b, a"):
-        by_name(loaded, ["a", "c"], path)
+        fitted(loaded, [a, c], path)
     with pytest.raises(InputError, match="expected one array, got b, a"):
         load_one(path)
-    assert list(by_name(np.zeros(3), ["only"], path)) == ["only"]
+    assert list(fitted(np.zeros(3), [a], path)) == ["a"]
     with pytest.raises(InputError, match=r"got \(unnamed\)"):
-        by_name(np.zeros(3), ["a", "b"], path)
+        fitted(np.zeros(3), [a, b], path)
+    with pytest.raises(InputError, match="input 'a': expected numbers, got <U1"):
+        fitted(np.array(["x", "y"]), [a], path)
 
 
 def test_fixed_benchmark_values_spread_evenly() -> None:

@@ -236,7 +236,7 @@ def test_several_inputs_take_samples_by_name() -> None:
         (np.ones((0, 3), np.float32), "expected N x"),
         (np.full((2, 3), np.nan, np.float32), "not all finite"),
         (np.full((2, 3), 9, np.float32), "reach from 9 to 9, outside the declared -1 to 1"),
-        ("nowhere.npy", r"nowhere.npy: cannot read samples"),
+        ("nowhere.npy", r"nowhere.npy: not a readable"),
     ],
 )
 def test_samples_that_do_not_fit_are_refused(samples: Any, message: str) -> None:

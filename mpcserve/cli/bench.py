@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE, RING
+from mpcserve.cli.model import CALIBRATE, DISCLOSE, FRAC_BITS, INPUT_RANGE, RING
 from mpcserve.cli.options import FILE
 
 if TYPE_CHECKING:
-    from mpcserve.cli.arrays import Array
+    from mpcserve.arrays import Array
     from mpcserve.cli.plaintext import Plaintext
-    from mpcserve.compiler import Ring
+    from mpcserve.compiler import Disclosure, Ring
 
 
 @click.command("bench")
 @click.argument("model", type=FILE)
-@click.option("--input", "data", type=FILE, help="Inputs, .npy or .npz; else fixed values in ±1.")
+@click.option(
+    "--input", "data", type=FILE, help="Inputs, .npy, .npz or .csv; else fixed values in ±1."
+)
 @CALIBRATE
 @INPUT_RANGE
 @click.option("--batch", type=click.IntRange(1), help="Rows per inference; default 1.")
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 )
 @RING
 @FRAC_BITS
+@DISCLOSE
 @click.option("--profile", type=FILE, metavar="FILE", help="Write a Chrome trace of a run there.")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write the report there too.")
 def bench_command(
@@ -44,6 +47,7 @@ def bench_command(
     network: str,
     ring: Ring,
     frac_bits: int | None,
+    disclose: tuple[Disclosure, ...],
     profile: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -79,6 +83,7 @@ def bench_command(
             ring=ring,
             frac_bits=frac_bits,
             line=line,
+            disclose=disclose,
         )
     with sigterm_interrupts():
         note(f"{runs} inferences with randomness dealt ahead")
@@ -95,12 +100,18 @@ def bench_command(
 
 def _inputs(plaintext: Plaintext, data: Path | None, batch: int) -> dict[str, Array]:
     """The given rows, or one batch of fixed values. Raises: InputError."""
-    from mpcserve.cli.arrays import by_name, load_arrays, uniform
+    from mpcserve.arrays import fitted, read_arrays
+    from mpcserve.cli.arrays import uniform
     from mpcserve.errors import InputError
 
     if data is not None:
-        return by_name(load_arrays(data), [i.name for i in plaintext.inputs], data)
+        return fitted(read_arrays(data), plaintext.inputs, data)
     for i in plaintext.inputs:
+        if i.dtype == "str":
+            raise InputError(
+                f"{plaintext.model}: input {i.name!r} is text, for which there are no fixed values",
+                "give data with --input",
+            )
         if None in i.shape[1:] or not i.shape:
             raise InputError(
                 f"{plaintext.model}: input {i.name!r} leaves more open than its batch: {i.shape}",

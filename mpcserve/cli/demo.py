@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mpcserve.cli.arrays import Array
+    from mpcserve.arrays import Array
     from mpcserve.cli.plaintext import Comparison
 
 MODEL = "mnist_cnn"

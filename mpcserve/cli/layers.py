@@ -117,9 +117,11 @@ def print_bill(plan: Plan) -> None:
 
 
 def print_notes(plan: Plan) -> None:
-    """Estimated seconds on every named network, and what the compiler has to say."""
+    """Estimated seconds on every named network, what runs on the client, what else is to say."""
     times = (f"{line.name} {human_seconds(online_seconds(plan, line))}" for line in LINES)
     click.echo(f"estimated online: {', '.join(times)}")
+    for line in plan.on_client():
+        click.echo(line)
     for note in plan.notes:
         click.echo(f"note: {note}")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpcserve.cli.arrays import Array
+from mpcserve.arrays import Array
 from mpcserve.cli.output import progress, table
 from mpcserve.cli.plaintext import Plaintext, compare
 from mpcserve.cli.results import print_traffic
@@ -55,12 +55,11 @@ def measure(
     when they are used up.
     """
     from mpcserve.serving import LocalCluster
-    from mpcserve.serving.inputs import batches, check_inputs
+    from mpcserve.serving.inputs import check_inputs, raw_batches
 
     plan = compiled.plan
-    arrays = check_inputs(plan, inputs, "error")
-    names = [i.name for i in plan.inputs]
-    cut = [dict(zip(names, rows, strict=True)) for _, rows in batches(plan, arrays)]
+    check_inputs(plan, inputs, "error")
+    cut = list(raw_batches(plan, inputs))
     samples = []
     with progress("starting alice, bob and carol"):
         cluster = LocalCluster(

@@ -13,15 +13,15 @@ import click
 from mpcserve.cli.options import FILE, JSON
 
 if TYPE_CHECKING:
-    from mpcserve.compiler import CompiledModel, NodeReport, Ring
+    from mpcserve.compiler import CompiledModel, Disclosure, NodeReport, Ring
     from mpcserve.plan import Plan
 
 CALIBRATE = click.option(
     "--calibrate",
     type=FILE,
     metavar="SAMPLES|random:N",
-    help="Typical inputs, .npy or .npz: narrower ranges than can be proved. Or N random ones in "
-    "--input-range (else normally distributed): to try a model of which there are no samples.",
+    help="Typical inputs, .npy, .npz or .csv: narrower ranges than can be proved. Or N random ones "
+    "in --input-range (else normally distributed): to try a model of which there are no samples.",
 )
 INPUT_RANGE = click.option(
     "--input-range",
@@ -37,6 +37,13 @@ RING = click.option(
     show_default=True,
     callback=lambda context, option, value: value if value == "auto" else int(value),
     help="Bits of the products: 32 is fast, 64 exact; auto is 32 where that is accurate enough.",
+)
+DISCLOSE = click.option(
+    "--disclose",
+    multiple=True,
+    type=click.Choice(("text-categories", "number-categories", "imputed-values")),
+    help="Let the plan tell this of encoders and imputers that read the input itself, so that the "
+    "data owner's client runs them: text needs it. May be repeated.",
 )
 TARGET_ERROR = click.option(
     "--target-error",
@@ -57,11 +64,13 @@ FRAC_BITS = click.option(
 @click.argument("model", type=FILE)
 @CALIBRATE
 @INPUT_RANGE
+@DISCLOSE
 @JSON
 def check_command(
     model: Path,
     calibrate: Path | None,
     input_range: tuple[float, float] | None,
+    disclose: tuple[Disclosure, ...],
     as_json: bool,
 ) -> None:
     """Say of every node of MODEL whether it is supported, and what to do about those that are not.
@@ -77,7 +86,7 @@ def check_command(
     from mpcserve.compiler import check_model
     from mpcserve.errors import ModelError
 
-    reports = check_model(model, calibrate=calibrate, input_range=input_range)
+    reports = check_model(model, calibrate=calibrate, input_range=input_range, disclose=disclose)
     bad = [r for r in reports if r.status == "unsupported"]
     if as_json:
         print_json({"supported": not bad, "nodes": [asdict(r) for r in reports]})
@@ -118,6 +127,7 @@ def check_command(
     metavar="loopback|lan|wan|RTT_MS,MBIT",
     help="Choose the fastest plan for servers so joined; default: the one of the fewest bytes.",
 )
+@DISCLOSE
 @JSON
 def compile_command(
     model: Path,
@@ -131,6 +141,7 @@ def compile_command(
     tree_depth: int | None,
     tree_leaves: int | None,
     network: str | None,
+    disclose: tuple[Disclosure, ...],
     as_json: bool,
 ) -> None:
     """Compile MODEL (ONNX) into a public .plan and private .weights beside it.
@@ -160,6 +171,7 @@ def compile_command(
             target_error=target_error,
             tree_depth=tree_depth,
             tree_leaves=tree_leaves,
+            disclose=disclose,
         )
     seconds = time.perf_counter() - begin
     weights_path = _save(compiled, plan_path)
@@ -233,6 +245,8 @@ def _print_json(plan: Plan, **more: Any) -> None:
             "model_digest": plan.model_digest,
             "batch": plan.batch,
             "opset": plan.opset,
+            "raw_inputs": [asdict(i) for i in plan.raw_inputs],
+            "on_the_client": list(plan.on_client()),
             "inputs": [asdict(i) for i in plan.inputs],
             "outputs": [asdict(o) for o in plan.outputs],
             "layers": [asdict(r) for r in layer_rows(plan)],

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mpcserve.cli.options import CONFIG, FILE, INSECURE, JSON
-
-if TYPE_CHECKING:
-    from mpcserve.cli.arrays import Array
 
 
 @click.command("deploy")
@@ -114,24 +111,26 @@ def infer_command(
     config_path: Path | None,
     insecure_plaintext: bool,
 ) -> None:
-    """Evaluate a deployed model on INPUT, as the data owner: .npy, or .npz for several inputs.
+    """Evaluate a deployed model on INPUT, as the data owner: .npy, .npz (several inputs) or .csv.
 
-    The servers see neither the input nor the result. More rows than the model's batch are cut into
-    batches.
+    A .csv has a header that names the inputs, or as many columns as they have together. The servers
+    see neither the input nor the result. More rows than the model's batch are cut into batches.
 
     \b
     Example:
       mpcserve infer images.npy --model digits -o logits.npy --report report.json
     """
-    from mpcserve.cli.arrays import load_arrays
-    from mpcserve.cli.output import progress
-    from mpcserve.cli.results import save_json, save_outputs
+    from mpcserve.arrays import Columns, read_arrays
+    from mpcserve.cli.output import print_json, progress
+    from mpcserve.cli.results import outputs_json, print_outputs, save_json, save_outputs
     from mpcserve.config import load_config
     from mpcserve.serving import Client
 
-    inputs = load_arrays(data)
+    given = read_arrays(data)
     config = load_config(config_path)
     with Client(config, plaintext=insecure_plaintext) as client, progress("evaluating"):
+        plan = client.plan(model)
+        inputs = given.fitted(plan.raw_inputs) if isinstance(given, Columns) else given
         outputs, facts = client.infer_report(
             inputs, model=model, on_range="clamp" if on_range == "clamp" else "error"
         )
@@ -141,14 +140,8 @@ def infer_command(
         # Keys that only a comparison in the clear can fill: `bench` does.
         unknown = dict.fromkeys(("plaintext_seconds", "max_abs_error", "top1_agreement"))
         save_json(report, {**facts, **unknown})
-    _print(outputs, facts["model"], as_json, saved=output)
-
-
-def _print(outputs: dict[str, Array], model: str, as_json: bool, saved: Path | None) -> None:
-    from mpcserve.cli.output import print_json
-    from mpcserve.cli.results import outputs_json, print_outputs
-
+    columns = {o.name: o.columns for o in plan.outputs if o.columns}
     if as_json:
-        print_json({"model": model, "outputs": outputs_json(outputs)})
-    elif saved is None:
-        print_outputs(outputs)
+        print_json({"model": facts["model"], "outputs": outputs_json(outputs, columns)})
+    elif output is None:
+        print_outputs(outputs, columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcserve.cli.arrays import Array, batches
+from mpcserve.arrays import Array
+from mpcserve.cli.arrays import batches
 from mpcserve.errors import InputError, ModelError
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:
-    """An input as the model declares it; None stands for a dimension left open."""
+    """An input as the model declares it; None stands for a dimension left open.
+
+    `dtype`: NumPy's name; "str" for text.
+    """
 
     name: str
     dtype: str
@@ -48,11 +52,14 @@ class Plaintext:
         self.inputs = tuple(
             ModelInput(
                 i.name,
-                {"tensor(float)": "float32", "tensor(double)": "float64"}.get(i.type, "float32"),
+                _dtype(i.type),
                 tuple(d if isinstance(d, int) else None for d in i.shape),
             )
             for i in self._session.get_inputs()
         )
+
+        maps = any(o.type.startswith("seq(map") for o in self._session.get_outputs())
+        self._classes = _classes_of(model) if maps else {}
 
     @property
     def batch(self) -> int | None:
@@ -85,7 +92,8 @@ class Plaintext:
 
     def _once(self, feed: Mapping[str, Array]) -> list[NDArray[Any]]:
         try:
-            return [_matrix(o) for o in self._session.run(None, dict(feed))]
+            names = [o.name for o in self._session.get_outputs()]
+            outputs = self._session.run(names, dict(feed))
         except Exception as e:  # as above
             shapes = ", ".join(f"{n} {a.shape}" for n, a in feed.items())
             expected = ", ".join(f"{i.name} {i.shape}" for i in self.inputs)
@@ -93,12 +101,29 @@ class Plaintext:
                 f"{self.model}: expected {expected}, got {shapes}: {str(e).splitlines()[0]}",
                 "give inputs of the model's shape, one row per sample",
             ) from None
+        return [_matrix(o, self._classes.get(n, ())) for n, o in zip(names, outputs, strict=True)]
 
 
-def _matrix(output: Any) -> NDArray[Any]:
+def _dtype(kind: str) -> str:
+    """onnxruntime's name of an element type, "tensor(float)", as NumPy's."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64", "string": "str"}.get(name, name)
+
+
+def _classes_of(model: Path) -> Mapping[str, tuple[str, ...] | tuple[int, ...]]:
+    """Output that a ZipMap makes → its classes."""
+    import onnx
+
+    from mpcserve.compiler.importing import zipped
+
+    return zipped(onnx.load(str(model), load_external_data=False).graph)
+
+
+def _matrix(output: Any, classes: Sequence[str | int]) -> NDArray[Any]:
     """An output; maps of probabilities by class become rows, as in a compiled model."""
-    maps = isinstance(output, list) and all(isinstance(row, dict) for row in output)
-    return np.array([list(row.values()) for row in output]) if maps else np.asarray(output)
+    if isinstance(output, list):
+        return np.array([[row[c] for c in classes] for row in output])
+    return np.asarray(output)
 
 
 @dataclass(frozen=True, slots=True)

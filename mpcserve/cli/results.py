@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from mpcserve.cli.arrays import Array
+from mpcserve.arrays import Array
 from mpcserve.cli.output import table
 from mpcserve.cli.plaintext import predictions
 from mpcserve.errors import ConfigError
@@ -19,20 +20,25 @@ SHOWN_VALUES = 10
 SHOWN_ROWS = 50
 
 
-def print_outputs(outputs: Mapping[str, Array]) -> None:
+Columns = Mapping[str, Sequence[str | int]]
+"""Name of an output → the classes whose shares are its columns."""
+
+
+def print_outputs(outputs: Mapping[str, Array], columns: Columns = MappingProxyType({})) -> None:
     """One table an output: a row per sample, its prediction where there are classes, its values."""
     for name, values in outputs.items():
         rows = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
         classes = predictions(values) if values.ndim and values.dtype.kind == "f" else None
         shown = min(rows.shape[1], SHOWN_VALUES)
+        named = columns.get(name) or [f"[{k}]" for k in range(rows.shape[1])]
         head = ["row", *(["prediction"] if classes is not None else [])]
         more = rows.shape[1] > shown
         table(
-            [*head, *(f"[{k}]" for k in range(shown)), *(["…"] if more else [])],
+            [*head, *map(str, named[:shown]), *(["…"] if more else [])],
             (
                 [
                     k,
-                    *([classes[k]] if classes is not None else []),
+                    *([_class(columns.get(name), classes[k])] if classes is not None else []),
                     *(_value(v) for v in rows[k, :shown]),
                     *([""] if more else []),
                 ]
@@ -45,10 +51,18 @@ def print_outputs(outputs: Mapping[str, Array]) -> None:
             print(f"… and {len(rows) - SHOWN_ROWS} more rows; -o FILE writes them all")
 
 
-def outputs_json(outputs: Mapping[str, Array]) -> dict[str, Any]:
-    """Name → dtype, shape and values."""
+def outputs_json(
+    outputs: Mapping[str, Array], columns: Columns = MappingProxyType({})
+) -> dict[str, Any]:
+    """Name → dtype, shape and values: of a ZipMap a {class: share} for each row."""
     return {
-        name: {"dtype": str(v.dtype), "shape": list(v.shape), "data": v.tolist()}
+        name: {
+            "dtype": str(v.dtype),
+            "shape": list(v.shape),
+            "data": [dict(zip(columns[name], row, strict=True)) for row in v.tolist()]
+            if name in columns
+            else v.tolist(),
+        }
         for name, v in outputs.items()
     }
 
@@ -93,6 +107,10 @@ def print_traffic(links: Mapping[str, int], overhead: Mapping[str, int] | None =
 def seconds_line(seconds: Mapping[str, float]) -> str:
     """`online 12 ms, preprocessing 3 ms, total 20 ms`."""
     return ", ".join(f"{name} {human_seconds(value)}" for name, value in seconds.items())
+
+
+def _class(names: Sequence[str | int] | None, index: int) -> object:
+    return names[index] if names else index
 
 
 def _value(value: object) -> str:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpcserve.cli.model import CALIBRATE, FRAC_BITS, INPUT_RANGE, RING, TARGET_ERROR
+from mpcserve.cli.model import CALIBRATE, DISCLOSE, FRAC_BITS, INPUT_RANGE, RING, TARGET_ERROR
 from mpcserve.cli.options import FILE, JSON
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mpcserve.cli.arrays import Array
-    from mpcserve.compiler import CompiledModel, LayerError, Ring
+    from mpcserve.arrays import Array
+    from mpcserve.compiler import CompiledModel, Disclosure, LayerError, Ring
     from mpcserve.plan import Bill, Plan
 
 MAX_BATCH = 32
@@ -37,7 +37,9 @@ class Evaluated:
 
 @click.command("verify")
 @click.argument("model", type=FILE)
-@click.option("--data", type=FILE, required=True, help="Inputs, .npy or .npz; one row per sample.")
+@click.option(
+    "--data", type=FILE, required=True, help="Inputs, .npy, .npz or .csv; one row per sample."
+)
 @click.option("--labels", type=FILE, help="The right class of each row, .npy: accuracies too.")
 @CALIBRATE
 @INPUT_RANGE
@@ -45,6 +47,7 @@ class Evaluated:
 @RING
 @FRAC_BITS
 @TARGET_ERROR
+@DISCLOSE
 @JSON
 def verify_command(
     model: Path,
@@ -56,6 +59,7 @@ def verify_command(
     ring: Ring,
     frac_bits: int | None,
     target_error: float | None,
+    disclose: tuple[Disclosure, ...],
     as_json: bool,
 ) -> None:
     """Compare MODEL on --data: float, fixed-point reference, and the real protocol in one process.
@@ -67,13 +71,14 @@ def verify_command(
     Example:
       mpcserve verify model.onnx --data test.npy --labels labels.npy --calibrate train.npy
     """
-    from mpcserve.cli.arrays import by_name, load_arrays, load_one
+    from mpcserve.arrays import fitted, read_arrays
+    from mpcserve.cli.arrays import load_one
     from mpcserve.cli.output import print_json, progress
     from mpcserve.cli.plaintext import Plaintext
     from mpcserve.compiler import compile_model
 
     plaintext = Plaintext(model)
-    inputs = by_name(load_arrays(data), [i.name for i in plaintext.inputs], data)
+    inputs = fitted(read_arrays(data), plaintext.inputs, data)
     rows = len(next(iter(inputs.values())))
     expected = plaintext.run(inputs)
     with progress(f"compiling {model}"):
@@ -86,6 +91,7 @@ def verify_command(
             frac_bits=frac_bits,
             target_error=target_error,
             trace=True,
+            disclose=disclose,
         )
     with progress("evaluating"):
         got = _evaluate(compiled.plan, compiled.weights, inputs)
@@ -161,6 +167,7 @@ def _report(
         "rounds": got.bill.rounds,
         "bytes": dict(got.bill.bytes),
         "dealt_bytes": got.bill.dealt_bytes,
+        "on_the_client": list(plan.on_client()),
         "notes": list(plan.notes),
         "layers": _headroom(plan, got.peaks),
     }
@@ -253,6 +260,8 @@ def _print(report: Mapping[str, Any]) -> None:
         f"{report['rounds']} rounds, {human_bytes(online)} each way and {human_bytes(dealt)} dealt "
         f"per {report['batch']} rows"
     )
+    for line in report["on_the_client"]:
+        click.echo(line)
     for line in report["notes"]:
         click.echo(f"note: {line}")
 

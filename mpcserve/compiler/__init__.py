@@ -2,12 +2,14 @@
 
 from mpcserve.compiler.artifact import CompiledModel, load_compiled
 from mpcserve.compiler.check import NodeReport, check_model
+from mpcserve.compiler.client_steps import Disclosure
 from mpcserve.compiler.layer_errors import LayerError, layer_errors
 from mpcserve.compiler.pipeline import compile_model
 from mpcserve.compiler.planning import Ring
 
 __all__ = [
     "CompiledModel",
+    "Disclosure",
     "LayerError",
     "NodeReport",
     "Ring",

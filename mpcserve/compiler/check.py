@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from onnx import defs
 
 from mpcserve.compiler import control, importing
 from mpcserve.compiler.calibrate import Declared, ranges_of
+from mpcserve.compiler.client_steps import Disclosure
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import (
     OLDEST_OPSET,
@@ -20,6 +22,7 @@ from mpcserve.compiler.load import (
 )
 from mpcserve.compiler.lower import Ranges, Scales, lower
 from mpcserve.compiler.ml.rewrite import in_standard_operators
+from mpcserve.compiler.on_client import Cut, cut_for_client, shared_ranges, shared_samples
 from mpcserve.compiler.passes import rewritten
 from mpcserve.compiler.problems import Problem, Unsupported
 from mpcserve.compiler.registry import Registry, registry
@@ -38,11 +41,12 @@ from mpcserve.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """One node of the model as it was given. `status`: supported | constant | range | unsupported.
+    """One node of the model as it was given.
 
-    A constant node depends on no input and is computed when compiling. One of status range compiles
-    if samples or a declared input range show that what it reads is narrow enough. A problem of the
-    whole model is a report with an empty `op`.
+    `status`: supported | on the client | constant | range | unsupported. A constant node depends on
+    no input and is computed when compiling. One of status range compiles if samples or a declared
+    input range show that what it reads is narrow enough. A problem of the whole model is a report
+    with an empty `op`.
     """
 
     node: str
@@ -56,7 +60,8 @@ class NodeReport:
 class Imported:
     """`graph` is None when the model is too broken to be read further; then there are problems.
 
-    `public`: names of nodes that were computed.
+    `public`: names of nodes that were computed. `cut`: what runs on the client, and why no more.
+    `columns`: classes of outputs that a ZipMap makes.
     """
 
     name: str
@@ -65,21 +70,31 @@ class Imported:
     graph: Graph | None
     public: frozenset[str]
     problems: tuple[Problem, ...]
+    cut: Cut
+    columns: Mapping[str, tuple[str, ...] | tuple[int, ...]]
 
 
-def import_model(source: Source, batch: int, found: Registry) -> Imported:
+def import_model(
+    source: Source, batch: int, found: Registry, disclose: Collection[str] = ()
+) -> Imported:
     """Load, convert, fold. Raises: ModelError only when the source is not an ONNX model."""
     model, name, problems = load_model(source)
-    digest = structure_digest(model)
+    digest, columns = structure_digest(model), importing.zipped(model.graph)
     given = readable(importing.named(model))
     problems += fix_batch(given, batch)
     blocked = bool(problems)
     problems += types_of(given.graph)
     graph, public = None, frozenset[str]()
     model, held = importing.lightened(given)
+    cut = Cut(model)
     try:
         importing.checked(model)
-        model, refused = in_standard_operators(importing.converted(model))
+        if not blocked:
+            names = {t.name for t in held}
+            cut = cut_for_client(importing.converted(model), names, disclose)
+            problems += cut.problems
+            blocked = not cut.is_whole
+        model, refused = in_standard_operators(cut.model)
         problems += refused
         problems += too_old(model)
         if not blocked and opset_of(model) >= OLDEST_OPSET:
@@ -94,7 +109,7 @@ def import_model(source: Source, batch: int, found: Registry) -> Imported:
         named = {p.node for p in problems}
         unknown = unknown_operators(model, found, {t.name for t in held})
         problems += [p for p in unknown if p.node not in named and not _unfolds(p.op)]
-    return Imported(name, digest, given, graph, public, tuple(problems))
+    return Imported(name, digest, given, graph, public, tuple(problems), cut, columns)
 
 
 def _unfolds(op: str) -> bool:
@@ -111,6 +126,7 @@ def check_model(
     *,
     calibrate: Given | None = None,
     input_range: Declared | None = None,
+    disclose: Collection[Disclosure] = (),
 ) -> list[NodeReport]:
     """Every node, supported or not, and every problem of the model, all at once.
 
@@ -118,12 +134,14 @@ def check_model(
     problem yet. Raises: ModelError only when the source is not an ONNX model.
     """
     found = registry()
-    imported = import_model(source, batch, found)
+    imported = import_model(source, batch, found, disclose)
     problems = list(imported.problems)
     if imported.graph is not None:
         ranges = None
         if calibrate is not None or input_range is not None:
-            ranges, _ = ranges_of(imported.graph, calibrate, input_range, None)
+            client = imported.cut.client
+            graph, declared = shared_ranges(imported.graph, client, input_range)
+            ranges, _ = ranges_of(graph, shared_samples(client, calibrate), declared, None)
         problems += lowering_problems(imported.graph, found, problems, ranges)
     known = calibrate is not None or input_range is not None
     by_node: dict[str, list[Problem]] = {}
@@ -133,10 +151,13 @@ def check_model(
     reports = []
     for node in imported.model.graph.node:
         bad = by_node.pop(node.name, [])
+        zipped = not imported.columns.keys().isdisjoint(node.output)
         reports += [_report(p, node.op_type, known) for p in bad]
         if not bad:
             status = "supported" if node.name in secret else "constant"
-            reports.append(NodeReport(node.name, node.op_type, status))
+            if node.name in imported.cut.nodes or zipped:
+                status = "on the client"
+            reports.append(NodeReport(node.name, "ZipMap" if zipped else node.op_type, status))
     rest = [_report(p, p.op, known) for problems in by_node.values() for p in problems]
     return rest + reports
 

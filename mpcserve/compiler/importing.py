@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import helper, inliner, numpy_helper, shape_inference, version_converter
 
-from mpcserve.compiler.graph import Graph, Tensor, static_shape
+from mpcserve.compiler.graph import Graph, Tensor, attributes_of, static_shape
 from mpcserve.compiler.load import opset_of
 from mpcserve.compiler.registry import Registry
 from mpcserve.compiler.running import newest_opset
@@ -56,6 +56,17 @@ def _write_defaults(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
         return
     schema = onnx.defs.get_schema(node.op_type, opset_of(model), "")
     node.attribute.append(schema.attributes["axes"].default_value)
+
+
+def zipped(graph: onnx.GraphProto) -> dict[str, tuple[str, ...] | tuple[int, ...]]:
+    """Output that a ZipMap makes → its classes, one a column."""
+    found: dict[str, tuple[str, ...] | tuple[int, ...]] = {}
+    for node in graph.node:
+        if node.op_type == "ZipMap":
+            attrs = attributes_of(node)
+            numbers = tuple(map(int, attrs.get("classlabels_int64s", ())))
+            found[node.output[0]] = tuple(attrs.get("classlabels_strings", ())) or numbers
+    return found
 
 
 def _drop_zipmaps(graph: onnx.GraphProto) -> None:

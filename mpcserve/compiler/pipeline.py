@@ -2,6 +2,7 @@
 
 load      path, bytes, ModelProto → ModelProto with its data
 survey    all that is wrong without running it
+on_client what the data owner's client computes before it shares anything
 import    newest opset, fixed batch; what is public is computed, loops unrolled → graph
 PASSES    graph → graph, same function
 ranges    declared, sampled or assumed
@@ -11,14 +12,19 @@ target    the precision at which samples show no more than some error
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
+
+import numpy as np
 
 from mpcserve.compiler.artifact import CompiledModel, Trace
 from mpcserve.compiler.calibrate import Declared, ranges_of
 from mpcserve.compiler.check import Imported, import_model, lowering_problems
+from mpcserve.compiler.client_steps import Disclosure
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.load import Source
+from mpcserve.compiler.on_client import shared_ranges, shared_samples
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.passes import rewritten
 from mpcserve.compiler.planning import Precision, Ring, Task, encoded_weights, planned
@@ -27,6 +33,7 @@ from mpcserve.compiler.registry import Registry, registry
 from mpcserve.compiler.samples import Given
 from mpcserve.compiler.target import planned_within
 from mpcserve.errors import ConfigError
+from mpcserve.plan import OutputSpec
 from mpcserve.plan.estimate import Line
 
 
@@ -45,6 +52,7 @@ def compile_model(
     trace: bool = False,
     tree_depth: int | None = None,
     tree_leaves: int | None = None,
+    disclose: Collection[Disclosure] = (),
 ) -> CompiledModel:
     """Compile an ONNX model, for the fewest bytes or the least time on servers joined by `line`.
 
@@ -59,16 +67,27 @@ def compile_model(
     `trace`: keep what `layer_errors` needs.
     `tree_depth`, `tree_leaves`: what the plan may tell of trees, if that is to be less than the
     depth of the deepest and the leaves of the largest, rounded up to three significant bits.
+    `disclose`: what the plan may tell of encoders and imputers that read the input itself, so that
+    the data owner's client runs them: "text-categories", "number-categories", "imputed-values".
     """
     _refuse_options(batch, ring, frac_bits, margin_bits)
     found = registry()
-    imported = import_model(source, batch, found)
+    imported = import_model(source, batch, found, disclose)
     graph = sound_graph(imported, found)
     trees = TreeBounds(tree_depth, tree_leaves)
     options = Options(
-        calibrate, input_range, ring, frac_bits, margin_bits, line, target_error, trace, trees
+        calibrate,
+        input_range,
+        ring,
+        frac_bits,
+        margin_bits,
+        line,
+        target_error,
+        trace,
+        trees,
+        disclose,
     )
-    return compile_graph(graph, name or graph.name, imported.digest, found, options)
+    return compile_graph(graph, name or graph.name, imported, found, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +103,7 @@ class Options:
     target_error: float | None = None
     trace: bool = False
     trees: TreeBounds | None = None
+    disclose: Collection[Disclosure] = ()
 
 
 def sound_graph(imported: Imported, found: Registry) -> Graph:
@@ -97,15 +117,19 @@ def sound_graph(imported: Imported, found: Registry) -> Graph:
 
 
 def compile_graph(
-    graph: Graph, name: str, digest: str, found: Registry, options: Options
+    graph: Graph, name: str, imported: Imported, found: Registry, options: Options
 ) -> CompiledModel:
     """The plan and the weights of an imported graph whose outputs all depend on an input."""
+    client = imported.cut.client
+    graph, declared = shared_ranges(graph, client, options.input_range)
     graph = rewritten(graph)
-    ranges, notes = ranges_of(graph, options.calibrate, options.input_range, options.margin_bits)
+    samples = shared_samples(client, options.calibrate)
+    ranges, notes = ranges_of(graph, samples, declared, options.margin_bits)
     about: dict[str, Any] = {
         "batch": graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else 1,
         "opset": graph.opset,
-        "model_digest": digest,
+        "model_digest": imported.digest,
+        "client": client,
     }
     task = Task(graph, ranges, found, options.line, name, about, options.trees)
     precision = Precision(options.ring, options.frac_bits)
@@ -113,9 +137,34 @@ def compile_graph(
         made = planned(task, precision)
     else:
         made = planned_within(options.target_error, task, precision)
-    plan = replace(made.plan, notes=(*notes, *made.notes))
+    outputs, told = _with_columns(made.plan.outputs, imported.columns, options.disclose)
+    notes += [*imported.cut.notes, *told]
+    plan = replace(made.plan, outputs=outputs, notes=(*notes, *made.notes))
     trace = Trace(graph, made.draft.tensors) if options.trace else None
     return CompiledModel(plan, encoded_weights(plan, made.draft), trace)
+
+
+def _with_columns(
+    outputs: Sequence[OutputSpec],
+    columns: Mapping[str, tuple[str, ...] | tuple[int, ...]],
+    disclose: Collection[str],
+) -> tuple[tuple[OutputSpec, ...], list[str]]:
+    """(outputs that say whose shares their columns are, notes).
+
+    Names of classes are public, and numbers in arithmetic progression; others only if disclosed.
+    """
+    found, notes = [], []
+    for o in outputs:
+        classes = columns.get(o.name, ())
+        numbers = [c for c in classes if isinstance(c, int)]
+        if len(set(np.diff(numbers))) > 1 and "number-categories" not in disclose:
+            classes = ()
+            notes.append(
+                f"output {o.name!r} is a matrix: the numbers of its {len(numbers)} classes are "
+                "secret, unless --disclose number-categories"
+            )
+        found.append(replace(o, columns=classes) if classes else o)
+    return tuple(found), notes
 
 
 def _refuse_options(batch: int, ring: Ring, frac_bits: int | None, margin_bits: int | None) -> None:

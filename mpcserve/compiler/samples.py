@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import shake_256
 from math import prod
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcserve.arrays import Columns, Wanted, read_arrays
 from mpcserve.compiler.dtypes import held
 from mpcserve.compiler.graph import Tensor
 from mpcserve.errors import InputError
+from mpcserve.plan.client import RawInput
 
 Array = NDArray[Any]
 Given = str | Path | Array | Mapping[str, Array]
@@ -58,10 +60,23 @@ def samples_of(given: Given, inputs: tuple[Tensor, ...], reaches: Reaches) -> Sa
         if found is None:
             raise InputError(f"samples {str(given)!r}: no number of rows", "give random:16, say")
         return Samples({i.name: _drawn(i, int(found[1]), reaches) for i in inputs}, drawn=True)
-    return Samples(_fitting(_read(Path(given)) if isinstance(given, str | Path) else given, inputs))
+    return Samples(_fitting(given, inputs))
 
 
-def _fitting(given: Array | Mapping[str, Array], inputs: tuple[Tensor, ...]) -> dict[str, Array]:
+def raw_samples(given: Given, inputs: tuple[RawInput, ...]) -> dict[str, Array] | None:
+    """What a client's program reads, values missing or not; None for random samples.
+
+    Raises: InputError on samples that do not fit the inputs.
+    """
+    if isinstance(given, str | Path) and str(given).startswith("random:"):
+        return None
+    return _fitting(given, inputs, raw=True)
+
+
+def _fitting(given: Given, inputs: Sequence[Wanted], raw: bool = False) -> dict[str, Array]:
+    if isinstance(given, str | Path):
+        loaded = read_arrays(Path(given))
+        given = loaded.fitted(inputs) if isinstance(loaded, Columns) else loaded
     if isinstance(given, np.ndarray):
         if len(inputs) != 1:
             names = ", ".join(repr(i.name) for i in inputs)
@@ -74,30 +89,17 @@ def _fitting(given: Array | Mapping[str, Array], inputs: tuple[Tensor, ...]) -> 
         raise InputError(f"no samples for input {missing[0]!r}", "name the arrays as the inputs")
     for i in inputs:
         array = given[i.name]
-        if array.shape[1:] != i.shape[1:] or not len(array):
+        if array.shape[1:] != tuple(i.shape[1:]) or not len(array):
             raise InputError(
                 f"samples of input {i.name!r} have shape {list(array.shape)}, "
                 f"expected N x {list(i.shape[1:])}",
                 "stack the samples along a first axis",
             )
-        if not np.isfinite(array).all():
+        if not raw and not np.isfinite(array).all():
             raise InputError(
                 f"samples of input {i.name!r} are not all finite", "remove NaN and inf"
             )
     return {i.name: np.asarray(given[i.name]) for i in inputs}
-
-
-def _read(path: Path) -> Array | dict[str, Array]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(
-            f"{path}: cannot read samples: {e}", "write them with numpy.save or numpy.savez"
-        ) from None
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        return {k: loaded[k] for k in loaded.files}
 
 
 def _drawn(i: Tensor, count: int, reaches: Reaches) -> Array:

@@ -42,7 +42,7 @@ def secret_nodes(graph: onnx.GraphProto, held: Collection[str] = ()) -> list[onn
     found = []
     for node in graph.node:
         read = node.input[:1] if node.op_type in _FIRST_ONLY else node.input
-        inputs = {*read, *_captured(node)}
+        inputs = {*read, *captured(node)}
         if node.op_type not in _SHAPE_ONLY and inputs & secret:
             secret.update(node.output)
             found.append(node)
@@ -94,8 +94,10 @@ def _dynamic(name: str, axis: int, symbol: str) -> Problem:
 
 
 def types_of(graph: onnx.GraphProto) -> Iterator[Problem]:
-    """Inputs whose elements are no numbers."""
+    """Inputs whose elements are neither numbers nor text."""
     for i in graph.input:
+        if i.type.tensor_type.elem_type == onnx.TensorProto.STRING:
+            continue
         dtype = str(helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type))
         if not is_supported(dtype):
             hint = "export the model with floating-point inputs"
@@ -130,12 +132,12 @@ def unknown_operators(
             yield unknown_op(plain, opset, registry)
 
 
-def _captured(node: onnx.NodeProto) -> set[str]:
+def captured(node: onnx.NodeProto) -> set[str]:
     """Names that a node's subgraphs read."""
     return {
         name
         for attribute in node.attribute
         if attribute.type == onnx.AttributeProto.GRAPH
         for inner in attribute.g.node
-        for name in (*inner.input, *_captured(inner))
+        for name in (*inner.input, *captured(inner))
     }

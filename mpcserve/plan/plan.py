@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.errors import InputError
+from mpcserve.plan.client import ClientProgram, RawInput, program_from_json
 from mpcserve.plan.table import read, written
 
-FORMAT = 1
+FORMAT = 2
 """Version of the plan file and of what the instructions mean; servers refuse any other."""
 
 RING_BITS = 64
@@ -114,7 +115,8 @@ class InputSpec:
 class OutputSpec:
     """A result revealed to the data owner: decoded from value `id`, cast to `dtype`.
 
-    `labels`: names of classes, of which the value is an index; they are public.
+    `labels`: names of classes, of which the value is an index. `columns`: classes whose shares are
+    the columns of a matrix, as a ZipMap says. Both are public: the client puts them in place.
     """
 
     name: str
@@ -122,6 +124,7 @@ class OutputSpec:
     dtype: str
     shape: tuple[int, ...]
     labels: tuple[str, ...] = ()
+    columns: tuple[str, ...] | tuple[int, ...] = ()
 
     def decoded(self, numbers: NDArray[Any]) -> NDArray[Any]:
         """Numbers, in any shape, in the declared type, or the names that they stand for."""
@@ -130,6 +133,16 @@ class OutputSpec:
             named: NDArray[Any] = np.take(np.array(self.labels), index)
             return named
         return np.asarray(numbers).astype(self.dtype)
+
+    def presented(self, rows: NDArray[Any]) -> Output:
+        """What the model's own output would be: a matrix with `columns` as a map for each row."""
+        if not self.columns:
+            return rows
+        return [dict(zip(self.columns, row, strict=True)) for row in rows.tolist()]
+
+
+Output = NDArray[Any] | list[dict[str | int, float]]
+"""An array, or a map from each class to its share for every row."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,7 @@ class Plan:
     opset: int = 0
     model_digest: str = ""
     notes: tuple[str, ...] = ()
+    client: ClientProgram = field(default_factory=ClientProgram)
 
     def __getitem__(self, id: int) -> Instruction:
         return self.instructions[id]
@@ -155,6 +169,21 @@ class Plan:
     def operands(self, instruction: Instruction) -> list[Value]:
         """Values of an instruction's operands, in order."""
         return [self.instructions[i].value for i in instruction.inputs]
+
+    @property
+    def raw_inputs(self) -> tuple[RawInput, ...]:
+        """What the data owner hands in; the client's steps make the shared `inputs` of it."""
+        same = tuple(RawInput(i.name, i.dtype, i.shape) for i in self.inputs)
+        return self.client.inputs or same
+
+    def on_client(self) -> Iterator[str]:
+        """A line, for people, for all that the data owner's client does beside sharing."""
+        for node, public in self.client.nodes().items():
+            yield f"on the client: {node}" + (f" ({public})" if public else "")
+        for o in self.outputs:
+            if classes := o.labels or o.columns:
+                how = "names" if o.labels else "a map by name"
+                yield f"on the client: {how} of {len(classes)} classes in {o.name!r} (public)"
 
     @cached_property
     def weights(self) -> dict[str, int]:
@@ -219,8 +248,10 @@ class Plan:
                 for i in self.inputs
             ],
             "outputs": [
-                [o.name, o.id, o.dtype, list(o.shape), list(o.labels)] for o in self.outputs
+                [o.name, o.id, o.dtype, list(o.shape), list(o.labels), list(o.columns)]
+                for o in self.outputs
             ],
+            "client": self.client.to_json(),
             "instructions": [
                 [
                     i.op,
@@ -273,11 +304,12 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
             for n, i, t, s, lo, hi, k, c in data["inputs"]
         ),
         outputs=tuple(
-            OutputSpec(n, int(i), t, tuple(map(int, s)), tuple(map(str, labels)))
-            for n, i, t, s, labels in data["outputs"]
+            OutputSpec(n, int(i), t, tuple(map(int, s)), tuple(map(str, labels)), tuple(columns))
+            for n, i, t, s, labels, columns in data["outputs"]
         ),
         batch=int(data["batch"]),
         opset=int(data["opset"]),
         model_digest=str(data["model_digest"]),
         notes=tuple(map(str, data["notes"])),
+        client=program_from_json(data["client"]),
     )

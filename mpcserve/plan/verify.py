@@ -59,6 +59,9 @@ def _structure(plan: Plan) -> Iterator[str]:
     for o in plan.outputs:
         if not 0 <= o.id < len(plan.instructions):
             yield f"output {o.name!r} names no value"
+        elif o.columns and (not o.shape or len(o.columns) != o.shape[-1]):
+            yield f"output {o.name!r} has {len(o.columns)} names for columns of shape {o.shape}"
+    yield from plan.client.problems([s.name for s in plan.inputs])
     names = [i.attrs.get("name") for i in plan.instructions if i.op == "weight"]
     if len(set(names)) != len(names):
         yield "two weights of one name"

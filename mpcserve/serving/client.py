@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from mpcserve.config import Config, load_config
 from mpcserve.errors import ConfigError, PeerLost, Refused, WireError
 from mpcserve.plan.bill import SEED_BYTES, bill_of
-from mpcserve.plan.plan import Plan
+from mpcserve.plan.plan import Output, Plan
 from mpcserve.plan.store import load_plan, plan_bytes, plan_from_bytes
 from mpcserve.plan.weights import load_weights, weights_path
 from mpcserve.protocol.owners import reveal, share_input, share_weights
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import ID_BYTES
-from mpcserve.serving.inputs import Array, OnRange, batches, check_inputs, join_outputs
+from mpcserve.serving.inputs import Array, OnRange, batches, check_inputs, join_outputs, presented
 from mpcserve.serving.keys import key_files
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import named_error
@@ -121,14 +121,15 @@ class Client:
         *,
         model: str | None = None,
         on_range: OnRange = "error",
-    ) -> Array | dict[str, Array]:
+    ) -> Output | dict[str, Output]:
         """The model's output for `x`: an array, or name → array where there are several.
 
-        `x` may have more rows than the plan's batch. Raises: InputError when a value is outside the
-        declared range, unless `on_range` is "clamp".
+        Where the model ends in a ZipMap, a list with a {class: share} for each row. `x` may have
+        more rows than the plan's batch. Raises: InputError when a value is outside the declared
+        range, unless `on_range` is "clamp".
         """
-        outputs, _ = self.infer_report(x, model=model, on_range=on_range)
-        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+        plan, outputs, _ = self._inferred(x, model, on_range, False)
+        return presented(plan, outputs)
 
     def infer_report(
         self,
@@ -140,8 +141,15 @@ class Client:
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """Name → output, and what it cost: rounds, bytes of every link, seconds, memory.
 
+        Outputs are arrays; of a ZipMap a matrix, whose classes are the plan's `columns`.
         `profile`: and what alice and bob did when, of the last batch (see `serving.profile`).
         """
+        _, outputs, report = self._inferred(x, model, on_range, profile)
+        return outputs, report
+
+    def _inferred(
+        self, x: Array | Mapping[str, Array], model: str | None, on_range: OnRange, profile: bool
+    ) -> tuple[Plan, dict[str, Array], dict[str, Any]]:
         name, plan = self._plan_of(model)
         parts, reports = [], []
         for count, rows in batches(plan, check_inputs(plan, x, on_range)):
@@ -152,7 +160,7 @@ class Client:
                 raise
             parts.append((count, outputs))
             reports.append(report)
-        return join_outputs(plan, parts), sum_of(reports)
+        return plan, join_outputs(plan, parts), sum_of(reports)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """What alice and bob tell of themselves: uptime, deployments, pool, requests."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpcserve.config import SERVER_ROLES, Config, load_config
+from mpcserve.plan.plan import Output
 from mpcserve.serving.client import Client
 from mpcserve.serving.inputs import Array, OnRange
 from mpcserve.serving.keys import ROLES, init_keys, issue
@@ -95,7 +96,7 @@ class LocalCluster:
         *,
         model: str | None = None,
         on_range: OnRange = "error",
-    ) -> Array | dict[str, Array]:
+    ) -> Output | dict[str, Output]:
         """The model's output for `x`; see `Client.infer`."""
         return self.client.infer(x, model=model, on_range=on_range)
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from mpcserve.errors import InputError
 from mpcserve.plan.bill import Bill
+from mpcserve.plan.plan import Output
 from mpcserve.protocol.together import simulate as simulate_plan
-from mpcserve.serving.inputs import Array, OnRange, batches, check_inputs, join_outputs
+from mpcserve.serving.inputs import Array, OnRange, batches, check_inputs, join_outputs, presented
 
 if TYPE_CHECKING:
     from mpcserve.compiler import CompiledModel
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 def simulate(
     model: CompiledModel, x: Array | Mapping[str, Array], *, on_range: OnRange = "error"
-) -> tuple[Array | dict[str, Array], Bill]:
-    """Outputs (an array, or name → array) of one batch, and the rounds and bytes it took."""
+) -> tuple[Output | dict[str, Output], Bill]:
+    """Outputs of one batch, as `Client.infer` gives them, and the rounds and bytes it took."""
     plan = model.plan
     parts = list(batches(plan, check_inputs(plan, x, on_range)))
     if len(parts) != 1:
@@ -27,5 +28,4 @@ def simulate(
         )
     count, rows = parts[0]
     outputs, bill = simulate_plan(plan, model.weights, rows)
-    named = join_outputs(plan, [(count, outputs)])
-    return (next(iter(named.values())) if len(named) == 1 else named), bill
+    return presented(plan, join_outputs(plan, [(count, outputs)])), bill

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.errors import InputError
-from mpcserve.plan.plan import InputSpec, OutputSpec, Plan
+from mpcserve.plan.client import RawInput
+from mpcserve.plan.plan import InputSpec, Output, OutputSpec, Plan
 
 Array = NDArray[Any]
 OnRange = Literal["error", "clamp"]
@@ -22,17 +23,48 @@ def check_inputs(plan: Plan, x: Array | Mapping[str, Array], on_range: OnRange) 
     """
     if on_range not in ("error", "clamp"):
         raise InputError(f"on_range: expected error or clamp, got {on_range!r}")
-    arrays = [_checked(s, a, on_range) for s, a in zip(plan.inputs, _named(plan, x), strict=True)]
-    if len({len(a) for a in arrays if a.ndim}) > 1:
+    raw = [_shaped(s, a) for s, a in zip(plan.raw_inputs, _named(plan, x), strict=True)]
+    if len({len(a) for a in raw if a.ndim}) > 1:
         counts = ", ".join(
-            f"{s.name!r} {len(a)}" for s, a in zip(plan.inputs, arrays, strict=True) if a.ndim
+            f"{s.name!r} {len(a)}" for s, a in zip(plan.raw_inputs, raw, strict=True) if a.ndim
         )
         raise InputError(f"inputs have different numbers of rows: {counts}", "give one row each")
-    if arrays and not _splits(plan):
-        for spec, a in zip(plan.inputs, arrays, strict=True):
-            if a.shape != spec.shape:
-                raise _shape_error(spec, a, spec.shape)
-    return arrays
+    if raw and not _splits(plan):
+        for given, a in zip(plan.raw_inputs, raw, strict=True):
+            if a.shape != given.shape:
+                raise _shape_error(given, a, given.shape)
+    return [
+        _in_range(_finite(a, called), called, spec, on_range)
+        for spec, (called, a) in zip(plan.inputs, _on_client(plan, raw), strict=True)
+    ]
+
+
+def _on_client(plan: Plan, raw: Sequence[Array]) -> Iterator[tuple[str, Array]]:
+    """(what it is called in messages, array) of every input that is shared."""
+    values = {s.name: a for s, a in zip(plan.raw_inputs, raw, strict=True)}
+    if plan.client.steps:
+        types = {s.name: s.dtype for s in plan.client.inputs}
+        values = {k: a.astype(types[k], copy=False) for k, a in values.items()}
+        values = plan.client.applied(values)
+    for spec in plan.inputs:
+        sources = plan.client.sources(spec.name)
+        made_of = ", ".join(map(repr, sources))
+        plain = sources == (spec.name,)
+        yield f"input {spec.name!r}" + ("" if plain else f", made of {made_of}"), values[spec.name]
+
+
+def raw_batches(plan: Plan, x: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    """Rows as the data owner has them, in the plan's batches; the last is filled up."""
+    arrays = [np.asarray(a) for a in _named(plan, x)]
+    names = [s.name for s in plan.raw_inputs]
+    for _, rows in batches(plan, arrays):
+        yield dict(zip(names, rows, strict=True))
+
+
+def presented(plan: Plan, outputs: Mapping[str, Array]) -> Output | dict[str, Output]:
+    """What the model itself would return: maps for what a ZipMap makes; a single output as such."""
+    named = {o.name: o.presented(outputs[o.name]) for o in plan.outputs}
+    return next(iter(named.values())) if len(named) == 1 else named
 
 
 def batches(plan: Plan, arrays: Sequence[Array]) -> Iterator[tuple[int, list[Array]]]:
@@ -61,12 +93,16 @@ def join_outputs(plan: Plan, parts: Sequence[tuple[int, Sequence[Array]]]) -> di
 
 def _splits(plan: Plan) -> bool:
     """Whether rows of the plan's batch stand for themselves: every input and output has them."""
-    specs: list[InputSpec | OutputSpec] = [*plan.inputs, *plan.outputs]
+    specs: list[InputSpec | OutputSpec | RawInput] = [
+        *plan.raw_inputs,
+        *plan.inputs,
+        *plan.outputs,
+    ]
     return bool(plan.inputs) and all(s.shape and s.shape[0] == plan.batch for s in specs)
 
 
 def _named(plan: Plan, x: Array | Mapping[str, Array]) -> list[Array]:
-    names = [spec.name for spec in plan.inputs]
+    names = [spec.name for spec in plan.raw_inputs]
     if not isinstance(x, Mapping):
         x = {names[0]: x} if len(names) == 1 else {"(unnamed)": x}
     if set(x) != set(names):
@@ -77,12 +113,19 @@ def _named(plan: Plan, x: Array | Mapping[str, Array]) -> list[Array]:
     return [x[name] for name in names]
 
 
-def _checked(spec: InputSpec, value: Array, on_range: OnRange) -> Array:
+def _shaped(spec: RawInput, value: Array) -> Array:
     array, dtype = np.asarray(value), np.dtype(spec.dtype)
+    if (
+        dtype.kind == "U"
+        and array.dtype.kind == "O"
+        and all(isinstance(x, str) for x in array.flat)
+    ):
+        array = array.astype(np.str_)  # pandas keeps text as objects
     if array.dtype.kind != dtype.kind:
+        expected = "text" if dtype.kind == "U" else dtype
         raise InputError(
-            f"input {spec.name!r}: expected {dtype}, got {array.dtype}",
-            f"convert it with .astype('{dtype}')",
+            f"input {spec.name!r}: expected {expected}, got {array.dtype}",
+            f"convert it with .astype('{spec.dtype}')",
         )
     rows = (None, *spec.shape[1:]) if spec.shape else ()
     if array.ndim != len(rows) or any(
@@ -91,15 +134,17 @@ def _checked(spec: InputSpec, value: Array, on_range: OnRange) -> Array:
         raise _shape_error(spec, array, tuple("rows" if e is None else e for e in rows))
     if array.size == 0:
         raise InputError(f"input {spec.name!r}: no rows", "give at least one")
+    return array
+
+
+def _finite(array: Array, called: str) -> Array:
     if not np.isfinite(array).all():
         where = tuple(map(int, np.argwhere(~np.isfinite(array))[0]))
-        raise InputError(
-            f"input {spec.name!r}: not a finite number at {where}", "replace NaN and infinity"
-        )
-    return _in_range(spec, array, on_range)
+        raise InputError(f"{called}: not a finite number at {where}", "replace NaN and infinity")
+    return array
 
 
-def _in_range(spec: InputSpec, array: Array, on_range: OnRange) -> Array:
+def _in_range(array: Array, called: str, spec: InputSpec, on_range: OnRange) -> Array:
     outside = (array < spec.low) | (array > spec.high)
     if not outside.any():
         return array
@@ -107,14 +152,14 @@ def _in_range(spec: InputSpec, array: Array, on_range: OnRange) -> Array:
         return np.clip(array, spec.low, spec.high)
     where = tuple(map(int, np.argwhere(outside)[0]))
     raise InputError(
-        f"input {spec.name!r}: {int(outside.sum())} values outside the range "
+        f"{called}: {int(outside.sum())} values outside the range "
         f"[{spec.low:g}, {spec.high:g}] ({spec.known}) the model was compiled for, "
         f"the first at {where}",
         "clamp them (--on-range clamp), or compile with a wider --input-range",
     )
 
 
-def _shape_error(spec: InputSpec, array: Array, expected: tuple[object, ...]) -> InputError:
+def _shape_error(spec: RawInput, array: Array, expected: tuple[object, ...]) -> InputError:
     shape = ", ".join(map(str, expected))
     return InputError(
         f"input {spec.name!r}: expected shape [{shape}], got {list(array.shape)}",

@@ -120,7 +120,7 @@ class OnlineServer(Server):
                 "deployment": d.id.hex(),
                 "digest": d.plan.digest,
                 "batch": d.plan.batch,
-                "inputs": [[i.name, i.dtype, list(i.shape)] for i in d.plan.inputs],
+                "inputs": [[i.name, i.dtype, list(i.shape)] for i in d.plan.raw_inputs],
                 "outputs": [[o.name, o.dtype, list(o.shape)] for o in d.plan.outputs],
                 "default": d.name == self.config.model,
             }
