@@ -16,6 +16,7 @@ from typing import Any
 
 from onnx import defs
 
+from mpcserve.compiler.client_steps import MAKERS, MOVES
 from mpcserve.compiler.ml.rewrite import rewriters
 from mpcserve.compiler.registry import registry
 from mpcserve.plan.ops import OPS, Cost
@@ -81,6 +82,16 @@ def operators() -> str:
     rows.append("| **rewritten in standard operators, from `ai.onnx.ml`** | | |")
     for op, function in sorted(rewriters().items()):
         rows.append(f"| `{op}` | ml 1 | {(inspect.getdoc(function) or '').partition(chr(10))[0]} |")
+    return "\n".join(rows)
+
+
+def on_client() -> str:
+    """Operators that the data owner's client computes on its own input."""
+    rows = ["| operator | what the client does, and what must be disclosed for it |", "|---|---|"]
+    for (op, _), function in sorted(MAKERS.items()):
+        rows.append(f"| `{op}` | {' '.join((inspect.getdoc(function) or '').split())} |")
+    moves = ", ".join(f"`{op}`" for op in sorted(MOVES))
+    rows.append(f"| {moves} | Elements of text moved; numbers on their way to one of the above. |")
     return "\n".join(rows)
 
 
@@ -326,6 +337,7 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/models.md": {"full-size": full_size, "small": small, "tabular": tabular},
     "docs/operators.md": {
         "summaries": operators,
+        "on-client": on_client,
         "passed": passed,
         "direct": direct,
         "defined": defined,

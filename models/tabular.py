@@ -15,8 +15,8 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,12 +37,13 @@ TIE = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """A model to train. `make`: a fresh estimator."""
+    """A model to train. `make`: a fresh estimator. `disclose`: what its plan may tell."""
 
     family: str
     model: str
     dataset: str
     make: Callable[[], Any]
+    disclose: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,22 +73,52 @@ class Result:
 
 @dataclass(frozen=True)
 class Data:
-    """Rows and targets, the test rows apart."""
+    """Rows and targets, the test rows apart. `columns`: name → type, where each is an input."""
 
     train: Array
     train_targets: Array
     test: Array
     test_targets: Array
+    columns: Mapping[str, type] = field(default_factory=dict)
+
+    def fed(self, rows: Array) -> Array | dict[str, Array]:
+        """Rows as the exported model takes them."""
+        if not self.columns:
+            return rows
+        cells = zip(self.columns.items(), rows.T, strict=True)
+        return {name: cell.astype(kind)[:, None] for (name, kind), cell in cells}
 
 
 def load(name: str) -> Data:
-    """One of scikit-learn's data sets as float32."""
+    """One of scikit-learn's data sets as float32, or the passengers."""
     from sklearn import datasets
 
-    rows, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
+    columns: Mapping[str, type] = {}
+    if name == "passengers":
+        rows, targets, columns = passengers()
+    else:
+        rows, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
+        rows = rows.astype(np.float32)
     test = np.arange(len(rows)) % TEST_EVERY == TEST_EVERY - 1
-    rows = rows.astype(np.float32)
-    return Data(rows[~test], targets[~test], rows[test], targets[test])
+    return Data(rows[~test], targets[~test], rows[test], targets[test], columns)
+
+
+def passengers(count: int = 900) -> tuple[Array, Array, Mapping[str, type]]:
+    """Made-up passengers of a ship: numbers, of which some are missing, and text."""
+    rng = np.random.default_rng(1912)
+    sex, port = rng.choice(["female", "male"], count), rng.choice(["C", "Q", "S"], count)
+    deck = rng.choice([*"ABCDEFG", "unknown"], count)
+    kind = rng.integers(1, 4, count)
+    age = rng.gamma(6, 5, count).astype(np.float32)
+    fare = (90 / kind * rng.lognormal(0, 0.5, count)).astype(np.float32)
+    odds = 2.4 * (sex == "female") - 0.9 * (kind - 2) - 0.03 * age + 0.5 * (port == "C") - 0.4
+    odds += 0.15 * np.char.find("ABCDEFGunknown", deck) * (deck != "unknown")
+    survived = odds + rng.logistic(0, 0.5, count) > 0
+    age[rng.random(count) < 0.2] = np.nan
+    columns = {"age": np.float32, "fare": np.float32, "class": np.int64}
+    columns |= dict.fromkeys(("sex", "port", "deck"), np.str_)
+    rows = np.array([age, fare, kind, sex, port, deck], object).T
+    return rows, np.where(survived, "survived", "died"), columns
 
 
 # what is trained
@@ -218,7 +249,41 @@ def pipelines() -> Iterator[Case]:
     yield Case("pipelines", "min-max + norm + logistic regression", "wine", directions)
 
 
-FAMILIES = (linear, machines, trees, xgboosted, lightgbms, pipelines)
+def texts() -> Iterator[Case]:
+    """Tables with text and gaps, a column an input: what needs no secret runs on the client."""
+    from sklearn import preprocessing as by
+    from sklearn.compose import ColumnTransformer
+    from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    numbers, categories = [0, 1], [2, 3, 4, 5]
+    text = ("text-categories", "imputed-values")
+
+    def table(encoder: Any, estimator: Any, columns: Any = categories) -> Callable[[], Any]:
+        filled = make_pipeline(SimpleImputer(), by.StandardScaler())
+        parts = [("numbers", filled, numbers), ("categories", encoder, columns)]
+        return lambda: make_pipeline(ColumnTransformer(parts), estimator)
+
+    one_hot = by.OneHotEncoder(handle_unknown="ignore")
+    logistic = LogisticRegression(max_iter=500)
+    forest = RandomForestClassifier(50, max_depth=6, random_state=0)
+    boosted = GradientBoostingClassifier(n_estimators=50, random_state=0)
+    order = by.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
+    target = by.TargetEncoder(target_type="binary", random_state=0)
+    every = (*text, "number-categories")
+    for told, disclose in (("", every), (", class secret", text)):
+        make = table(one_hot, logistic)
+        yield Case("tables", f"one-hot + logistic regression{told}", "passengers", make, disclose)
+    yield Case("tables", "one-hot + forest, 50", "passengers", table(one_hot, forest), every)
+    make = table(order, boosted, [3, 4, 5])
+    yield Case("tables", "ordinal + gradient boosting, 50", "passengers", make, text)
+    make = table(target, logistic, [3, 4, 5])
+    yield Case("tables", "target + logistic regression", "passengers", make, text)
+
+
+FAMILIES = (linear, machines, trees, texts, pipelines, xgboosted, lightgbms)
 
 
 # how it is exported
@@ -239,7 +304,17 @@ def exported(case: Case, data: Data) -> onnx.ModelProto:
 
         with mock.patch("skl2onnx.common._container.make_node", _make_node):
             versions = {"": 18, "ai.onnx.ml": 3}  # what all converters of skl2onnx know
+            if data.columns:
+                return to_onnx(estimator, initial_types=_types(data), target_opset=versions)
             return to_onnx(estimator, data.train[:1], target_opset=versions)
+
+
+def _types(data: Data) -> list[tuple[str, Any]]:
+    """An input for every column, as skl2onnx wants it."""
+    from skl2onnx.common import data_types as of
+
+    kinds = {np.float32: of.FloatTensorType, np.int64: of.Int64TensorType}
+    return [(k, kinds.get(t, of.StringTensorType)([None, 1])) for k, t in data.columns.items()]
 
 
 def _by_onnxmltools(estimator: Any, family: str, data: Data) -> onnx.ModelProto:
@@ -273,15 +348,18 @@ def measured(case: Case) -> Result:
 
     data = load(case.dataset)
     model = exported(case, data)
-    compiled = compile_model(model, calibrate=data.train, batch=BATCH)
+    options: dict[str, Any] = {"calibrate": data.fed(data.train), "disclose": case.disclose}
+    compiled = compile_model(model, batch=BATCH, **options)
     together = Together(compiled.plan, compiled.weights)
     parts = [
         (used, together.infer(rows)[0])
-        for used, rows in batches(compiled.plan, check_inputs(compiled.plan, data.test, "clamp"))
+        for used, rows in batches(
+            compiled.plan, check_inputs(compiled.plan, data.fed(data.test), "clamp")
+        )
     ]
     got = list(join_outputs(compiled.plan, parts).values())
-    error, agreement = compared(got, plain(model, data.test))
-    single = compile_model(model, calibrate=data.train)
+    error, agreement = compared(got, plain(model, data.fed(data.test)))
+    single = compile_model(model, **options)
     bill = bill_of(single.plan)
     return Result(
         case.family,
@@ -293,18 +371,22 @@ def measured(case: Case) -> Result:
         bill.rounds,
         (bill.bytes["alice->bob"] + bill.bytes["bob->alice"]) / 1e6,
         bill.dealt_bytes / 1e6,
-        seconds(Together(single.plan, single.weights), data.test[:1]),
+        seconds(
+            Together(single.plan, single.weights),
+            check_inputs(single.plan, data.fed(data.test[:1]), "clamp"),
+        ),
     )
 
 
-def plain(model: onnx.ModelProto, rows: Array) -> list[Array]:
+def plain(model: onnx.ModelProto, rows: Array | dict[str, Array]) -> list[Array]:
     """onnxruntime's answer; maps of probabilities as rows."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3  # onnxmltools declares labels for one row
     session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    outputs = session.run(None, {session.get_inputs()[0].name: rows})
+    feed = rows if isinstance(rows, dict) else {session.get_inputs()[0].name: rows}
+    outputs = session.run(None, feed)
     return [
         np.array([list(row.values()) for row in o]) if isinstance(o, list) else np.asarray(o)
         for o in outputs
@@ -327,7 +409,10 @@ def compared(got: list[Array], expected: list[Array]) -> tuple[float, float]:
     return error, float(np.mean((labels == wanted) | tied))
 
 
-LEARNED = ("coefficients", "intercepts", "support_vectors", "nodes_values", "weights", "rho")
+LEARNED = (
+    *("coefficients", "intercepts", "support_vectors", "nodes_values", "weights", "rho"),
+    *("values_floats", "imputed_value_floats"),
+)
 
 
 def parameters(model: onnx.ModelProto) -> int:
@@ -343,13 +428,13 @@ def parameters(model: onnx.ModelProto) -> int:
     return count
 
 
-def seconds(together: Any, row: Array, runs: int = 3) -> float:
+def seconds(together: Any, row: list[Array], runs: int = 3) -> float:
     """Processor time of one row, the least of some."""
-    together.infer([row])
+    together.infer(row)
     taken = []
     for _ in range(runs):
         begin = time.process_time()
-        together.infer([row])
+        together.infer(row)
         taken.append(time.process_time() - begin)
     return min(taken)
 

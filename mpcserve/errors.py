@@ -11,7 +11,9 @@
     │   └── WireError             exit 4   bytes that are not the protocol
     └── Refused                   exit 5   not authorised, spent bundle, differing digest
 
-Rule: no message, repr or log line ever holds a secret: no weight, no input, no share, no mask.
+Rule: no message, repr or log line ever holds a secret: no weight, no input, no share, no mask. One
+exception: an InputError about the data owner's own file or text, which nobody else reads, may name
+the cell that it is about.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from mpcserve.bundled import bundled
@@ -16,6 +17,9 @@ from mpcserve.cli import run
 from mpcserve.cli.plaintext import Plaintext
 from mpcserve.plan import bill_of, load_plan
 from mpcserve.serving import LocalCluster
+from tests import table_cases
+from tests.onnx_cases import plain
+from tests.table_cases import EVERYTHING, as_csv, some_passengers
 
 pytestmark = pytest.mark.slow
 
@@ -156,6 +160,75 @@ def test_values_out_of_range_are_clamped_on_request(
     np.save(tmp_path / "x.npy", replaced(1e9))
     assert mpcserve("infer", tmp_path / "x.npy", "--on-range", "clamp", "--json") == 0
     assert json.loads(capsys.readouterr().out)["outputs"]["logits"]["shape"] == [10, 2]
+
+
+@pytest.fixture(scope="module")
+def passengers(
+    tmp_path_factory: pytest.TempPathFactory, mpcserve: Mpcserve
+) -> Iterator[tuple[Path, Path]]:
+    """A model and a .csv of text and numbers, some missing, deployed as `passengers`."""
+    folder = tmp_path_factory.mktemp("passengers")
+    model, rows = folder / "m.onnx", folder / "rows.csv"
+    onnx.save(table_cases.passengers(), model)
+    rows.write_text(as_csv(some_passengers(30)))
+    disclosed = [word for what in EVERYTHING for word in ("--disclose", what)]
+    assert run(["compile", str(model), "--calibrate", str(rows), *disclosed, "--batch", "8"]) == 0
+    assert mpcserve("deploy", model.with_suffix(".plan"), "--name", "passengers") == 0
+    yield model, rows
+
+
+def test_a_table_with_text_is_answered_with_text(
+    passengers: tuple[Path, Path], mpcserve: Mpcserve, tmp_path: Path, capsys: Capture
+) -> None:
+    model, rows = passengers
+    label, chances = plain(onnx.load(model), *some_passengers(30).values())
+    capsys.readouterr()
+    assert mpcserve("infer", rows, "--model", "passengers", "--json") == 0
+    outputs = json.loads(capsys.readouterr().out)["outputs"]
+    assert outputs["label"]["data"] == label.tolist()
+    for mine, theirs in zip(outputs["chances"]["data"], chances, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    assert mpcserve("infer", rows, "--model", "passengers") == 0
+    table = capsys.readouterr().out.partition("chances")[2].splitlines()
+    assert re.search(r"row +prediction +died +survived", table[1])
+    predictions = [line.split()[1] for line in table if re.match(r" *\d", line)]
+    assert predictions == label.tolist()
+
+
+def test_models_lists_what_the_data_owner_gives(
+    passengers: tuple[Path, Path], mpcserve: Mpcserve, capsys: Capture
+) -> None:
+    assert mpcserve("models") == 0
+    listed = re.search(r"passengers .*", capsys.readouterr().out)
+    assert listed is not None
+    assert "age float32 8x1, fare float32 8x1, sex str 8x1, port str 8x1" in listed[0]
+
+
+def test_python_gets_maps_where_the_model_makes_them(
+    passengers: tuple[Path, Path], cluster: LocalCluster
+) -> None:
+    answer = cluster.infer(some_passengers(9), model="passengers")
+    assert isinstance(answer, dict)
+    assert answer["label"].dtype.kind == "U"
+    assert [max(row, key=row.get) for row in answer["chances"]] == answer["label"].tolist()
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_table_with_text_is_verified_and_measured(
+    command: str, passengers: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    model, rows = passengers
+    disclosed = [word for what in EVERYTHING for word in ("--disclose", what)]
+    given = ["--data" if command == "verify" else "--input", str(rows)]
+    more = ["--runs", "1"] if command == "bench" else ["--calibrate", str(rows)]
+    capsys.readouterr()
+    assert run([command, str(model), *given, *disclosed, *more]) == 0
+    out = capsys.readouterr().out
+    if command == "verify":
+        assert "on the client: OneHotEncoder 'enc_sex' (2 categories are public)" in out
+    else:
+        assert "as the plan's bill says" in out
+    assert "100.00 %" in out
 
 
 def test_an_unknown_model_is_refused_with_the_names_there_are(

@@ -8,7 +8,7 @@ pytest.importorskip("skl2onnx")
 
 from models import tabular
 
-CASES = {case.name: case for family in tabular.FAMILIES[:3] for case in family()}
+CASES = {case.name: case for family in tabular.FAMILIES[:4] for case in family()}
 
 QUICK = (
     "linear scaler + logistic regression wine",
@@ -17,6 +17,9 @@ QUICK = (
     "MLP MLP tanh wine",
     "trees decision tree breast_cancer",
     "boosting gradient boosting, 100 breast_cancer",
+    "tables one-hot + logistic regression passengers",
+    "tables ordinal + gradient boosting, 50 passengers",
+    "tables target + logistic regression passengers",
 )
 
 
@@ -42,7 +45,7 @@ def test_models_of_many_operators_agree(name: str) -> None:
 
 
 def test_every_case_has_a_name_of_its_own() -> None:
-    listed = [case.name for family in tabular.FAMILIES[:3] for case in family()]
+    listed = [case.name for family in tabular.FAMILIES[:4] for case in family()]
     assert len(set(listed)) == len(listed)
 
 

@@ -59,7 +59,7 @@ def moved(
     opsets: Mapping[str, int],
 ) -> Moved | None:
     """None where the client cannot compute it. `given`: operands that it has, as empty arrays."""
-    maker = _MAKERS.get((node.op_type, node.domain))
+    maker = MAKERS.get((node.op_type, node.domain))
     if node.op_type in MOVES and node.domain in ("", ML):
         return _rearranged(node, given, constants, opsets)
     if maker is None or list(node.input) != list(given) or len(node.output) != 1:
@@ -119,6 +119,7 @@ def _rearranged(
 
 
 def _cast(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
+    """Text that spells numbers becomes numbers, whole numbers text."""
     to = attrs["to"]
     if to == onnx.TensorProto.STRING:
         if x.dtype.kind not in "iuU":
@@ -131,6 +132,7 @@ def _cast(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
 
 
 def _normalizer(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
+    """Rows of numbers divided by their norm; always, as it needs no parameter."""
     norm = attrs.get("norm", "MAX")
     if is_text(x) or x.ndim != 2 or norm not in ("MAX", "L1", "L2"):
         return None
@@ -138,6 +140,7 @@ def _normalizer(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None
 
 
 def _imputer(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
+    """Disclosed values in place of missing numbers: `imputed-values`."""
     floats = x.dtype.kind == "f"
     values = attrs.get("imputed_value_floats" if floats else "imputed_value_int64s", ())
     replaced = attrs.get("replaced_value_float" if floats else "replaced_value_int64", 0)
@@ -151,6 +154,7 @@ def _imputer(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
 
 
 def _one_hot_encoder(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
+    """A column for each disclosed category: `text-categories`, `number-categories`."""
     strings, numbers = attrs.get("cats_strings", ()), attrs.get("cats_int64s", ())
     categories: list[Any] = list(strings if is_text(x) else map(int, numbers))
     if not categories:
@@ -174,7 +178,8 @@ def _encoded(
 
 
 def _label_encoder(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
-    """A public table where values are text, or no more than an order; else they stay secret."""
+    """The disclosed category of an element, as OneHotEncoder; what it stands for stays secret,
+    unless that is text or a whole number in equal steps."""
     table = _table(attrs, is_text(x))
     if table is None:
         return None
@@ -251,7 +256,7 @@ def _disclosing(done: Moved, kind: Disclosure, told: str) -> Moved:
     return Moved(done.steps, done.results, done.wanted, kind, told, done.rest)
 
 
-_MAKERS = {
+MAKERS = {
     ("Cast", ""): _cast,
     ("Imputer", ML): _imputer,
     ("LabelEncoder", ML): _label_encoder,

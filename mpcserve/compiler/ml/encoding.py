@@ -65,7 +65,7 @@ def imputer(
     replaced_value_float: float = 0.0,
     replaced_value_int64: int = 0,
 ) -> str:
-    """A secret value per feature where x is missing. A NaN never arrives: clients refuse it."""
+    """A secret value per feature where x is missing; a NaN never leaves the client."""
     if np.isnan(replaced_value_float):
         return x
     if imputed_value_int64s:
@@ -86,7 +86,7 @@ def one_hot_encoder(
     cats_strings: Sequence[str] = (),
     zeros: int = 1,
 ) -> str:
-    """A comparison with each category, secret as well; text cannot be shared."""
+    """A comparison with each category, secret as well; text is encoded on the client."""
     if cats_strings:
         raise Unsupported("encodes text, which cannot be shared", ENCODE_FIRST)
     return _equal(w, w.cast(x, np.int64), cats_int64s, np.int64)
