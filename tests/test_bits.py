@@ -49,7 +49,7 @@ def test_a_revealed_bit_costs_a_bit_and_is_exact(shape: tuple[int, ...]) -> None
     assert np.array_equal(negative, v < 0)
     assert np.array_equal(other, v >= 0)
     size = (v.size + 7) // 8
-    assert bill_of(plan).bytes["alice->client"] == 2 * size + 32 + 32
+    assert bill_of(plan).bytes["alice->client"] == 2 * size + 32 + 16
 
 
 def test_bits_move_and_join_without_a_byte() -> None:

@@ -65,3 +65,14 @@ def test_words_stand_for_signed_numbers(width: int) -> None:
     handover.reals_of(words, width, 2.0**-5, out)
     half, q = 1 << (width - 1), 1 << width
     assert out.tolist() == [float((v + half) % q - half) / 32 for v in words.tolist()]
+
+
+def test_what_is_only_read_may_be_read_only() -> None:
+    x, words = np.ones(9), np.arange(9, dtype=np.uint32)
+    for given in (x, words):
+        given.flags.writeable = False
+    space = packing.packed_space(9, 20)
+    handover.mask_reals(x, 4.0, words.copy(), words, 20, space)
+    assert packing.unpack(packing.packed_bytes(space), 9, 20).tolist() == [*range(4, 22, 2)]
+    handover.share_out(words, words, words.copy(), True, 20, space)
+    assert packing.unpack(packing.packed_bytes(space), 9, 20).tolist() == [*range(9)]

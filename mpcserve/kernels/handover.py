@@ -20,11 +20,13 @@ _BLOCK = 2048
 
 
 def _words(signature: str) -> tuple[str, str]:
-    """For words of 64 and of 32 bits, W."""
+    """For words of 64 and of 32 bits, W. `given` are arrays that are only read."""
+    for word in ("W", "float64"):
+        signature = signature.replace(f"given {word}", f"Array({word}, 1, 'C', readonly=True)")
     return signature.replace("W", "uint64"), signature.replace("W", "uint32")
 
 
-@kernel(*_words("void(float64[::1], float64, W[::1], W[::1], int64, uint8[::1])"))
+@kernel(*_words("void(given float64, float64, W[::1], given W, int64, uint8[::1])"))
 def mask_reals(
     x: NDArray[np.float64], unit: float, lam: Words, other: Words, width: int, space: Bytes
 ) -> None:
@@ -43,7 +45,7 @@ def mask_reals(
         pack_from(on(first, begin), size, width, on(to, begin // 8 * width))
 
 
-@kernel(*_words("void(W[::1], W[::1], W[::1], boolean, int64, uint8[::1])"))
+@kernel(*_words("void(given W, given W, W[::1], boolean, int64, uint8[::1])"))
 def share_out(
     delta: Words, half: Words, fresh: Words, leader: bool, width: int, space: Bytes
 ) -> None:
@@ -65,7 +67,7 @@ def share_out(
         pack_from(on(first, begin), size, width, on(to, begin // 8 * width))
 
 
-@kernel(*_words("void(W[::1], int64, float64, float64[::1])"))
+@kernel(*_words("void(given W, int64, float64, float64[::1])"))
 def reals_of(x: Words, width: int, ulp: float, out: NDArray[np.float64]) -> None:
     """out ← the signed value of each word (mod 2^width), times `ulp`."""
     high = np.uint64(64 - width)

@@ -324,7 +324,7 @@ class ServerProgram:
         """
         secret = derive(self._peer_key, "output", self.plan.digest, *name)
         fresh = Stream(derive(secret, "shares"))
-        seen: list[memoryview] = []
+        seen: list[Buffer] = []
         parts: list[Buffer] = []
         for spec, delta, half in zip(self.plan.outputs, deltas, halves, strict=True):
             value = self.plan.value(spec.id)
@@ -333,9 +333,10 @@ class ServerProgram:
                 share = fresh.planes(1, value.size) ^ half
                 share = share ^ delta if self.role == "alice" else share
                 parts.append(bits.pack_planes(share, value.size))
+                seen.append(bits.pack_planes(delta[None], value.size))
             else:
                 parts += self._shares(value, delta.reshape(-1), half, fresh)
-            seen.append(delta.data.cast("B"))
+                seen.append(delta.data.cast("B"))
         return b"".join([tag_of(derive(secret, "tag"), seen), *parts])
 
     def _shares(
