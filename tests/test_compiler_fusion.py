@@ -18,6 +18,8 @@ from mpcserve.compiler.passes.fuse_attention import fuse_attention
 from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
 from mpcserve.compiler.passes.fuse_shares import fuse_shares
 from mpcserve.compiler.passes.fuse_softmax import fuse_softmax
+from mpcserve.compiler.passes.identities import remove_identities
+from mpcserve.compiler.passes.lift_masks import lift_masks
 from mpcserve.compiler.registry import registry
 from mpcserve.plan import bill_of
 from mpcserve.protocol import Together
@@ -248,6 +250,28 @@ def test_a_secret_mask_with_a_huge_number_hides_scores_without_wide_values() -> 
     mask = (np.arange(8) < 5).astype(F32)[None]
     x = [rng.uniform(-1, 1, (3, 8)).astype(F32), mask]
     compiled_agrees(model, x, 1e-3, 1.0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_public_of_a_secret_mask_is_structure(padded: bool) -> None:
+    """A mask of the data owner's, with what a causal mask or padding hides for everyone."""
+    width = 5 if padded else 8
+    border = np.zeros((3, 8), F32)
+    border[:, 6:] = -np.inf
+    first = node("Pad", ["m", "pads", "low"], ["p"]) if padded else node("Add", ["m", "b"], ["p"])
+    nodes = [first, node("Add", ["p", "b"], ["q"]) if padded else node("Identity", ["p"], ["q"]),
+             node("Add", ["x", "q"], ["s"]), node("Softmax", ["s"], axis=-1)]  # fmt: skip
+    constants = {"pads": np.array([0, 0, 0, 8 - width]), "low": F32(-np.inf), "b": border}
+    model = model_of(nodes, {"x": (3, 8), "m": (3, width)}, constants)
+    graph = import_model(model, 1, registry()).graph
+    assert graph is not None
+    graph = fuse_attention(lift_masks(remove_identities(graph)))
+    assert kinds(graph) == {"MaskedSoftmax": 1}
+    rng = rng_of(12)
+    x = [rng.uniform(-3, 3, s).astype(F32) for s in ((3, 8), (3, width))]
+    for mine, theirs in zip(plain(to_onnx(graph), *x), plain(model, *x), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    compiled_agrees(model, x, 1e-3, 3.0)
 
 
 def test_a_row_of_nothing_but_huge_numbers_is_uniform() -> None:
