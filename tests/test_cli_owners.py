@@ -219,16 +219,32 @@ def test_a_table_with_text_is_verified_and_measured(
 ) -> None:
     model, rows = passengers
     disclosed = [word for what in EVERYTHING for word in ("--disclose", what)]
+    labels = tmp_path / "labels.npy"
+    np.save(labels, plain(onnx.load(model), *some_passengers(30).values())[0].astype(str))
     given = ["--data" if command == "verify" else "--input", str(rows)]
-    more = ["--runs", "1"] if command == "bench" else ["--calibrate", str(rows)]
+    more = ["--calibrate", str(rows), "--labels", str(labels), "--json"]
+    more = ["--runs", "1"] if command == "bench" else more
     capsys.readouterr()
     assert run([command, str(model), *given, *disclosed, *more]) == 0
     out = capsys.readouterr().out
-    if command == "verify":
-        assert "on the client: OneHotEncoder 'enc_sex' (2 categories are public)" in out
-    else:
+    if command == "bench":
         assert "as the plan's bill says" in out
-    assert "100.00 %" in out
+        assert "top-1 agreement 100.00 %" in out
+        return
+    report = json.loads(out)
+    assert "on the client: Imputer 'fill' (2 imputed values are public)" in report["on_the_client"]
+    for output in report["outputs"]:
+        assert output["accuracy"] == {"float": 1.0, "reference": 1.0, "protocol": 1.0}
+        assert output["protocol"]["top1"] == 1.0
+
+
+def test_text_has_no_fixed_values_to_measure_with(
+    passengers: tuple[Path, Path], capsys: Capture
+) -> None:
+    assert run(["bench", str(passengers[0]), "--disclose", "text-categories"]) == 2
+    err = capsys.readouterr().err
+    assert "input 'sex' is text, for which there are no fixed values" in err
+    assert "--input" in err
 
 
 def test_an_unknown_model_is_refused_with_the_names_there_are(

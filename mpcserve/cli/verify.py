@@ -157,7 +157,7 @@ def _report(
         }
         if labels is not None:
             triples = (("float", exact), ("reference", reference), ("protocol", real))
-            entry["accuracy"] = {name: _accuracy(values, labels) for name, values in triples}
+            entry["accuracy"] = {k: _accuracy(v, labels, spec.columns) for k, v in triples}
         outputs.append(entry)
     return {
         "model": plan.name,
@@ -173,17 +173,23 @@ def _report(
     }
 
 
-def _accuracy(logits: Array, labels: Array) -> float | None:
+def _accuracy(values: Array, labels: Array, columns: Sequence[str] | Sequence[int]) -> float | None:
+    """Of the largest logits, or of labels themselves; None where there are no classes."""
+    import numpy as np
+
     from mpcserve.cli.plaintext import predictions
     from mpcserve.errors import InputError
 
-    classes = predictions(logits)
-    if classes is None:
+    text = values.dtype.kind in "OU"
+    classes: Array | None = values.ravel().astype(np.str_) if text else predictions(values)
+    if classes is not None and columns and not text:
+        classes = np.array(columns)[classes]
+    if classes is None or (classes.dtype.kind == "U") != (labels.dtype.kind == "U"):
         return None
     if labels.shape != classes.shape:
         raise InputError(
             f"--labels: expected one class for each of {len(classes)} rows, got {labels.shape}",
-            "give a one-dimensional array of class numbers",
+            "give a one-dimensional array of classes, by number or by name",
         )
     return float((classes == labels).mean())
 

@@ -61,7 +61,7 @@ class Step:
         if self.op == "one_hot":
             return f"{len(self.attrs['categories'])} categories are public"
         if self.op == "lookup":
-            return f"{len(self.attrs['keys'])} categories and their numbers are public"
+            return f"{len(self.attrs['keys'])} categories and what they stand for are public"
         return ""
 
 
@@ -82,7 +82,7 @@ class ClientProgram:
                     values[step.output] = OPS[step.op].apply(operands, step.attrs)
             except _Unfit as e:
                 raise InputError(self._blame(step, e, first_row), e.hint) from None
-            except (ValueError, IndexError, TypeError, MemoryError) as e:
+            except (ValueError, IndexError, TypeError, OverflowError, MemoryError) as e:
                 raise InputError(
                     f"{step.node or step.op} on the client: {e}",
                     "see the plan's inputs with `mpcserve models`",
