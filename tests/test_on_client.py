@@ -213,6 +213,14 @@ def test_numbers_that_text_stands_for_stay_secret_unless_they_are_an_order() -> 
     assert steps_of(plan_of([0.0, 1.0, 2.0])) == [("lookup", "e")]
 
 
+def test_a_category_that_stands_for_no_number_is_refused() -> None:
+    attrs = {"keys_strings": ["a", "b"], "values_floats": [0.25, 4.5]}
+    model = encoder("LabelEncoder", TEXT, **attrs, default_float=float("nan"))
+    plan = compile_model(model, disclose=COMPLETE).plan
+    with pytest.raises(InputError, match="row 0, column 0: 'c' is none of the 2 categories"):
+        check_inputs(plan, {"x": np.array([["c"]])}, "error")
+
+
 @pytest.mark.parametrize("norm", ["MAX", "L1", "L2"])
 def test_rows_are_normalised_on_the_client_for_nothing(norm: str) -> None:
     nodes = [

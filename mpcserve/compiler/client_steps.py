@@ -7,7 +7,7 @@ each element goes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -150,7 +150,7 @@ def _imputer(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
         replaced = None
     values = list(map(float if floats else int, values))
     done = node.one("impute", hollow(x.shape, x.dtype), replaced=replaced, values=values)
-    return _disclosing(done, "imputed-values", f"{len(values)} imputed values")
+    return replace(done, disclosing="imputed-values", told=f"{len(values)} imputed values")
 
 
 def _one_hot_encoder(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
@@ -174,7 +174,7 @@ def _encoded(
     shape = (*x.shape, len(categories))
     done = Moved((*before, last), {output: hollow(shape, np.dtype(np.float32))}, wanted=False)
     kind: Disclosure = "text-categories" if is_text(x) else "number-categories"
-    return _disclosing(done, kind, f"{len(categories)} categories")
+    return replace(done, disclosing=kind, told=f"{len(categories)} categories")
 
 
 def _label_encoder(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | None:
@@ -184,11 +184,7 @@ def _label_encoder(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | N
     if table is None:
         return None
     keys, values, default, dtype = table
-    if values and isinstance(values[0], str):
-        dtype, public = TEXT, True
-    else:
-        public = _is_an_order(values, default)
-    if not public:
+    if dtype != TEXT and not _is_an_order(values, default):
         return _with_secret_values(node, x, table)
     if dtype != TEXT and np.isnan(default):
         default = None
@@ -196,7 +192,7 @@ def _label_encoder(node: _Node, x: Array, attrs: Mapping[str, Any]) -> Moved | N
     done = node.one("lookup", result, keys=keys, values=values, default=default, dtype=dtype)
     text = is_text(x) or dtype == TEXT
     kind: Disclosure = "text-categories" if text else "number-categories"
-    return _disclosing(done, kind, f"{len(keys)} categories")
+    return replace(done, disclosing=kind, told=f"{len(keys)} categories")
 
 
 _Encoding = tuple[list[Any], list[Any], Any, str]
@@ -204,15 +200,17 @@ _Encoding = tuple[list[Any], list[Any], Any, str]
 
 
 def _table(attrs: Mapping[str, Any], text: bool) -> _Encoding | None:
-    """None where the keys are not of the operand's type."""
+    """None where the keys are not of the operand's type, or a number is none."""
     names = list(attrs.get("classes_strings", ()))
     keys = names or _first(attrs, "keys")
     values = list(range(len(names))) if names else _first(attrs, "values")
     if not keys or len(keys) != len(values) or isinstance(keys[0], str) != text:
         return None
+    if not all(np.isfinite(v) for v in (*keys, *values) if isinstance(v, float)):
+        return None
     if isinstance(values[0], str):
         return keys, values, attrs.get("default_string", "_Unused"), TEXT
-    whole = names or "values_int64s" in attrs
+    whole = bool(names) or "values_int64s" in attrs
     if "values_tensor" in attrs:
         whole = attrs["values_tensor"].dtype.kind in "iu"
     default: Any = attrs.get("default_int64", -1) if whole else attrs.get("default_float", -0.0)
@@ -237,23 +235,22 @@ def _is_an_order(values: Sequence[float], default: float) -> bool:
 
 
 def _with_secret_values(node: _Node, x: Array, table: _Encoding) -> Moved:
-    """The client says which key it is, the servers multiply with the secret values."""
+    """The client says which key it is, the servers multiply with the secret values.
+
+    Where the default is no number, the client refuses what is no key.
+    """
     keys, values, default, dtype = table
     output = node.proto.output[0]
     chosen = f"{output}/categories"
     w = Writer(node.proto.name, node.opsets.get("", 1), {}, {}, ())
-    other = 0.0 if np.isnan(default) else float(default)
+    zeros = bool(np.isfinite(default))
+    other = float(default) if zeros else 0.0
     column = np.array(values, np.float64)[:, None] - other
     found = w.op("MatMul", chosen, w.constant(column))
     flat = w.reshape(w.op("Add", found, w.constant(other)), x.shape)
     last = flat if dtype == "float32" else w.cast(flat, np.int64)
     w.nodes.append(helper.make_node("Identity", [last], [output], name=f"{node.proto.name}/value"))
-    done = _encoded(node, x, keys, chosen)
-    return Moved(done.steps, done.results, done.wanted, done.disclosing, done.told, w)
-
-
-def _disclosing(done: Moved, kind: Disclosure, told: str) -> Moved:
-    return Moved(done.steps, done.results, done.wanted, kind, told, done.rest)
+    return replace(_encoded(node, x, keys, chosen, zeros), rest=w)
 
 
 MAKERS = {

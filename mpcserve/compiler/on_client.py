@@ -64,11 +64,11 @@ def disclosures(chosen: Collection[str]) -> frozenset[str]:
 
 def cut_for_client(model: onnx.ModelProto, held: Collection[str], disclose: Collection[str]) -> Cut:
     """The cut that moves most of what may move. `held`: inputs that stand for weights."""
-    graph = model.graph
+    graph, allowed = model.graph, disclosures(disclose)
     raw = [i for i in graph.input if i.name not in held]
     if not (any(map(_is_text, raw)) or any(n.domain == ML for n in graph.node)):
         return Cut(model)
-    search = _Search({o.domain: o.version for o in model.opset_import}, disclosures(disclose))
+    search = _Search({o.domain: o.version for o in model.opset_import}, allowed)
     search.has |= {i.name: _empty(i) for i in raw}
     search.constants |= {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     for node in graph.node:
@@ -126,13 +126,11 @@ class _Search:
         except Unsupported as e:
             self.problems.append(Problem(node.name, node.op_type, e.reason, e.hint))
             return
-        if done is None or not self._may(node, done, any(map(is_text, given.values()))):
-            return
-        self.has |= done.results
-        wanted = done.wanted or done.disclosing is not None
-        self.found.append((node, replace(done, wanted=wanted)))
+        if done is not None and self._may(node, done):
+            self.has |= done.results
+            self.found.append((node, done))
 
-    def _may(self, node: onnx.NodeProto, done: Moved, text: bool) -> bool:
+    def _may(self, node: onnx.NodeProto, done: Moved) -> bool:
         """Whether what must be disclosed is; text goes on all the same, with a problem."""
         kind = done.disclosing
         if kind is None or kind in self.disclose:
@@ -157,22 +155,22 @@ class _Search:
 
 def _cut(model: onnx.ModelProto, raw: list[onnx.ValueInfoProto], search: _Search) -> Cut:
     needed: set[str] = set()
-    taken: dict[str, Moved] = {}
+    moving: list[tuple[onnx.NodeProto, Moved]] = []
     for node, done in reversed(search.found):
-        if done.wanted or not needed.isdisjoint(done.results):
-            taken[node.name] = done
+        if done.wanted or done.disclosing or not needed.isdisjoint(done.results):
+            moving.insert(0, (node, done))
             needed.update(i for step in done.steps for i in step.inputs)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
     del graph.node[:], graph.input[:]
+    instead = {node.output[0]: done.rest for node, done in moving}
     for node in model.graph.node:
-        if node.name not in taken:
+        if not (node.output and node.output[0] in instead):
             graph.node.append(node)
-        elif (rest := taken[node.name].rest) is not None:
+        elif (rest := instead[node.output[0]]) is not None:
             graph.node.extend(rest.nodes)
             graph.initializer.extend(rest.tensors)
-    moving = [(n.name, taken[n.name]) for n, _ in search.found if n.name in taken]
     read = {i for n in graph.node for i in (*n.input, *captured(n))}
     read |= {o.name for o in graph.output}
     graph.input.extend(
@@ -180,22 +178,21 @@ def _cut(model: onnx.ModelProto, raw: list[onnx.ValueInfoProto], search: _Search
     )
     made = [name for _, done in moving for name in done.results if name in read]
     graph.input.extend(_info(name, search.has[name]) for name in made)
-    problems = [*search.problems, *_texts(graph, search.has)]
-    if not moving:
-        return Cut(result, problems=tuple(problems), notes=tuple(search.notes))
     client = ClientProgram(
-        tuple(_raw_input(i) for i in raw),
+        tuple(_raw_input(i) for i in raw if moving),
         tuple(step for _, done in moving for step in done.steps),
     )
-    return Cut(result, client, frozenset(taken), tuple(problems), tuple(search.notes))
+    names = frozenset(node.name for node, _ in moving)
+    problems = (*search.problems, *_texts(graph))
+    return Cut(result, client, names, problems, tuple(search.notes))
 
 
-def _texts(graph: onnx.GraphProto, has: Mapping[str, Array]) -> Iterator[Problem]:
+def _texts(graph: onnx.GraphProto) -> Iterator[Problem]:
     """What would have to be shared though it is text."""
     texts = {i.name for i in graph.input if _is_text(i)}
     hint = "encode it as numbers before the model is exported"
     for node in graph.node:
-        if not texts.isdisjoint(node.input):
+        if not texts.isdisjoint((*node.input, *captured(node))):
             yield Problem(node.name, node.op_type, "reads text, which cannot be shared", hint)
     for output in graph.output:
         if output.name in texts:
