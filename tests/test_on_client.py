@@ -123,6 +123,12 @@ def test_an_imputer_that_could_help_is_mentioned() -> None:
     assert not [n for n in compiled(EVERYTHING).plan.notes if "missing" in n]
 
 
+def test_encoders_that_could_move_are_mentioned() -> None:
+    (note,) = [n for n in compiled(COMPLETE).plan.notes if "enc_class" in n]
+    assert "compares with 3 categories, which are secret" in note
+    assert "--disclose number-categories" in note
+
+
 def test_what_only_moves_elements_goes_along_with_what_moves() -> None:
     assert steps_of(compiled(COMPLETE).plan) == [("one_hot", "sexes"), ("one_hot", "ports")]
     assert steps_of(compiled(EVERYTHING).plan)[0] == ("arrange", "numbers")

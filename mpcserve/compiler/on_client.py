@@ -145,7 +145,12 @@ class _Search:
                     f"disclose them: --disclose {kind}, disclose=({kind!r},) in Python",
                 )
             )
-        elif kind == "imputed-values" and done.steps[0].attrs["replaced"] is None:
+        elif kind == "number-categories":
+            self.notes.append(
+                f"{node.op_type} {node.name!r} compares with {done.told}, which are secret: with "
+                f"--disclose {kind} they are public, and the client compares for nothing"
+            )
+        elif done.steps[0].attrs["replaced"] is None:
             self.notes.append(
                 f"rows with missing values are refused: with --disclose {kind} the client fills "
                 f"them in by {node.op_type} {node.name!r}, whose {done.told} become public"
