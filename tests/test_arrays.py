@@ -52,6 +52,14 @@ def test_a_single_input_takes_all_columns(tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays["x"], [[1, 2, 3], [4, 5, 6]])
 
 
+def test_arrays_of_text_are_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([["a"], ["bc"]]))
+    np.savez(tmp_path / "x.npz", age=np.ones((2, 1)), sex=np.array([["a"], ["bc"]]))
+    one, several = read_arrays(tmp_path / "x.npy"), read_arrays(tmp_path / "x.npz")
+    assert isinstance(one, np.ndarray) and one.tolist() == [["a"], ["bc"]]
+    assert isinstance(several, dict) and several["sex"].tolist() == one.tolist()
+
+
 def test_truth_is_spelt_out(tmp_path: Path) -> None:
     arrays = table(tmp_path, "a\nTrue\nfalse\n").fitted([RawInput("a", "bool", (1, 1))])
     assert arrays["a"].tolist() == [[True], [False]]

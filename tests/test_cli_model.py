@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from mpcserve.bundled import bundled
 from mpcserve.cli import run
 from mpcserve.plan import bill_of, load_plan
 from mpcserve.plan.plan import FORMAT
+from tests import table_cases
 
 MLP = str(bundled("models", "breast_cancer_mlp.onnx"))
 SAMPLES = str(bundled("models", "breast_cancer_samples.npy"))
@@ -70,6 +72,44 @@ def test_compile_names_the_plan_after_the_model(tmp_path: Path) -> None:
     assert run(["compile", str(model), "--input-range", "-8", "8"]) == 0
     assert (tmp_path / "net.plan").is_file()
     assert (tmp_path / "net.weights").is_file()
+
+
+@pytest.fixture
+def passengers(tmp_path: Path) -> str:
+    """A model that reads text."""
+    onnx.save(table_cases.passengers(), tmp_path / "p.onnx")
+    return str(tmp_path / "p.onnx")
+
+
+@pytest.mark.parametrize("command", ["compile", "check"])
+def test_text_is_an_error_that_says_what_would_be_told(
+    command: str, passengers: str, capsys: Capture
+) -> None:
+    assert run([command, passengers]) == 3
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert "'enc_sex' (OneHotEncoder)" in said or "enc_sex (OneHotEncoder)" in said
+    assert "if its 2 categories become public" in said
+    assert "mpcserve: hint: disclose them: --disclose text-categories" in captured.err
+
+
+def test_what_is_on_the_client_is_shown(passengers: str, capsys: Capture) -> None:
+    line = "on the client: OneHotEncoder 'enc_sex' (2 categories are public)"
+    disclosed = ["--disclose", "text-categories"]
+    assert run(["check", passengers, *disclosed]) == 0
+    assert re.search(r"OneHotEncoder +on the client +2\n", capsys.readouterr().out)
+    assert run(["compile", passengers, *disclosed]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    plan = passengers.replace(".onnx", ".plan")
+    assert run(["inspect", plan]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert line in out
+    step = "client sexes = one_hot(sex) categories=female,male zeros=1  ; OneHotEncoder 'enc_sex'"
+    assert step in out
+    assert run(["inspect", plan, "--json"]) == 0
+    report = out_json(capsys)
+    assert line in report["on_the_client"]
+    assert [i["name"] for i in report["raw_inputs"]] == ["age", "fare", "sex", "port", "pclass"]
 
 
 def test_compile_prints_the_totals_of_the_bill(tmp_path: Path, capsys: Capture) -> None:
