@@ -115,12 +115,8 @@ def _named(plan: Plan, x: Array | Mapping[str, Array]) -> list[Array]:
 
 def _shaped(spec: RawInput, value: Array) -> Array:
     array, dtype = np.asarray(value), np.dtype(spec.dtype)
-    if (
-        dtype.kind == "U"
-        and array.dtype.kind == "O"
-        and all(isinstance(x, str) for x in array.flat)
-    ):
-        array = array.astype(np.str_)  # pandas keeps text as objects
+    if dtype.kind == "U" and array.dtype.kind == "O":
+        array = _text(array, spec.name)
     if array.dtype.kind != dtype.kind:
         expected = "text" if dtype.kind == "U" else dtype
         raise InputError(
@@ -135,6 +131,18 @@ def _shaped(spec: RawInput, value: Array) -> Array:
     if array.size == 0:
         raise InputError(f"input {spec.name!r}: no rows", "give at least one")
     return array
+
+
+def _text(array: Array, name: str) -> Array:
+    """Text that is held as objects, as pandas does. Raises: InputError where one is none."""
+    for place, x in enumerate(array.flat):
+        if not isinstance(x, str):
+            where = tuple(map(int, np.unravel_index(place, array.shape)))
+            raise InputError(
+                f"input {name!r}: expected text, got {type(x).__name__} at {where}",
+                "write some text for what is missing",
+            )
+    return array.astype(np.str_)
 
 
 def _finite(array: Array, called: str) -> Array:
