@@ -3,6 +3,7 @@
     python -m models.tabular               # every model, some minutes
     python -m models.tabular -k forest     # those whose name, family or data hold a word
     python -m models.tabular --write       # and write docs/models/tabular.json
+    python -m models.tabular --passengers  # train the bundled model of a table, write its tables
 
 Every fifth row is a test row. Each model is compiled on its training rows and evaluated on all test
 rows by the real protocol of the three roles in one process, then compared with onnxruntime on the
@@ -12,6 +13,7 @@ exported model. Needs scikit-learn and skl2onnx; xgboost, lightgbm and onnxmltoo
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import time
 import warnings
@@ -28,7 +30,8 @@ from onnx import numpy_helper
 
 Array = NDArray[Any]
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "models" / "tabular.json"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "docs" / "models" / "tabular.json"
 TEST_EVERY = 5
 BATCH = 64
 TIE = 1e-3
@@ -439,12 +442,38 @@ def seconds(together: Any, row: list[Array], runs: int = 3) -> float:
     return min(taken)
 
 
+def write_passengers() -> None:
+    """The bundled model of a table with text: the .onnx, rows to calibrate on, rows to try."""
+    case = next(c for c in texts() if c.dataset == "passengers")
+    data = load(case.dataset)
+    model = exported(case, data)
+    model.graph.name = "passengers"
+    onnx.save(model, HERE / "passengers.onnx")
+    for name, rows in (("calibration", data.train[:200]), ("samples", data.test[:10])):
+        with (HERE / f"passengers_{name}.csv").open("w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(data.columns)
+            table.writerows(
+                [["" if cell != cell else _short(cell) for cell in row] for row in rows]
+            )
+    np.save(HERE / "passengers_labels.npy", data.test_targets[:10])
+
+
+def _short(cell: Any) -> Any:
+    """A number as tables have it."""
+    return round(float(cell), 2) if isinstance(cell, float | np.floating) else cell
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-k", default="", metavar="WORD", help="only models of which it is a part")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--passengers", action="store_true", help="write the bundled table model")
     given = parser.parse_args()
+    if given.passengers:
+        write_passengers()
+        return
     print(f"{'model':48} {'data':14} {'parameters':>10} {'error':>8} {'agree':>8} "
           f"{'rounds':>6} {'online MB':>10} {'dealt MB':>9} {'seconds':>8}")  # fmt: skip
     results = []
