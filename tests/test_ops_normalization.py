@@ -39,6 +39,23 @@ def test_layer_normalisation_of_768_takes_ten_rounds(size: float) -> None:
     assert bill_of(made.plan).rounds <= 10
 
 
+def test_a_row_of_zeros_stays_small_however_small_epsilon_is() -> None:
+    rng = rng_of(8)
+    x = values(rng, 4, 6, 32)
+    x[:, 2] = 0.0
+    model = model_of(
+        [node("LayerNormalization", ["x", "s", "t"], epsilon=1e-12)],
+        {"x": (1, 6, 32)},
+        {"s": np.ones(32, np.float32), "t": np.zeros(32, np.float32)},
+    )
+    made = compile_model(model, calibrate=x)
+    Interpreter(made.plan, made.weights, rng).run(x[:1])
+    for _ in range(8):
+        (y,), _bill = simulate(made.plan, made.weights, [x[:1]])
+        assert np.abs(y[0, 2]).max() <= 0.1
+        assert np.abs(y - plain(model, x[:1])[0])[0, [0, 1, 3, 4, 5]].max() <= 5e-4
+
+
 @pytest.mark.parametrize("axis", [1, 2, -1])
 def test_layer_normalisation_may_span_several_axes(axis: int) -> None:
     rng = rng_of(2)

@@ -150,6 +150,23 @@ def test_a_quotient_is_right_relatively_though_its_divisor_is_large_or_small() -
     assert np.all(np.abs(negative.run(x, -y) + x / y) <= 1e-4 * np.abs(x / y) + 2 * ULP)
 
 
+@pytest.mark.parametrize("function", [roots.reciprocal, roots.inverse_root, roots.root])
+def test_what_may_be_zero_leaves_no_bound_there(function: Any) -> None:
+    x = on_grid(np.concatenate([np.arange(16) * ULP, np.geomspace(1e-3, 100, 50)]))
+    made = compiled(function, [x.shape], [(0, 100)])
+    made.check_bounds(x)
+    assert np.all(made.run(x) >= -4 * ULP)
+
+
+def test_an_inverse_root_of_less_than_the_least_is_about_that_of_the_least() -> None:
+    x = on_grid(np.concatenate([np.arange(64) * ULP, np.geomspace(2**-6, 100, 64)]))
+    made = compiled(lambda b, v: roots.inverse_root(b, v, least=2**-6), [x.shape], [(0, 100)])
+    made.check_bounds(x)
+    y, large = made.run(x), x >= 2**-6
+    assert np.all(np.abs(y[large] - x[large] ** -0.5) <= 1e-4 * y[large] + 2 * ULP)
+    assert np.all((y[x < 2**-8] >= 4) & (y[x < 2**-8] <= 16))
+
+
 def test_a_root_of_what_may_be_zero_is_small_there() -> None:
     x = points(0, 2**-10, 65)
     made = compiled(roots.root, [x.shape], [(0, 100)])

@@ -5,8 +5,8 @@ every threshold t·4^j of its range at once, coarsely, so that both answers are 
 threshold; the factor is a weighted sum of those bits. Waves do the rest on [1, 4].
 
 Domain: x must be positive. Where its range is not, but is only assumed, calibrated or computed from
-several values that may depend on each other, x is taken to be at least 2^FLOOR_BITS ulp; below that
-the result is as if x were there, within a few times, never garbage.
+several values that may depend on each other, x is taken to be at least 2^FLOOR_BITS ulp, or what
+the caller says; below that one more comparison lifts it to a few times as much, never garbage.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ UNIT_LOW, UNIT_HIGH = 15.0 / STEPS, 4 * 18.0 / STEPS
 UNIT_BITS = 20
 """Fraction bits of a value in [1, 4]."""
 
+LIFT = 2.0
+"""What is added to a value below [1, 4]: then it is there, be it a few ulp below zero."""
+
 PART_BITS = 2
 """Fraction bits, beyond the result's, of the two factors that make it."""
 
@@ -66,12 +69,14 @@ def log_curve(x: Reals, scale: float = 1.0) -> Reals:
 class Scaled:
     """x · factor lies in [1, 4], a little wider, for factor = 4^−j / base and j set bits.
 
-    `bits`: [x ≥ base·4^j], j = 1 …; none where one factor does for all x.
+    `bits`: [x ≥ base·4^j], j = 1 …; none where one factor does for all x. `low`: [x < base], where
+    that may be: then x · factor lies below 1.
     """
 
     x: Ref
     base: float
     bits: tuple[Ref, ...]
+    low: Ref | None = None
 
     def weights(self, b: Builder, f: Callable[[float], float], frac_bits: int) -> Ref | float:
         """Σ over set bits: f(base·4^j) for the largest j whose bit is set. Cost: 1 round."""
@@ -100,8 +105,11 @@ class Scaled:
         return b.mul(y, factor, to=y.frac_bits if to is None else to)
 
     def unit(self, b: Builder) -> Ref:
-        """x · factor, within [1, 4]."""
+        """x · factor, lifted where x is low: within [1, 4]."""
         found = self.times_factor(b, self.x, to=max(UNIT_BITS, b.frac_bits))
+        if self.low is not None:
+            found = b.within(found, -LIFT / 2, UNIT_HIGH)
+            found = b.add(found, b.weighted([self.low], [LIFT], found.frac_bits))
         return b.within(found, UNIT_LOW, UNIT_HIGH)
 
 
@@ -111,26 +119,29 @@ def _times_power_of_two(b: Builder, y: Ref, factor: float, to: int) -> Ref:
     return with_frac_bits(b, b.scale(y, 1, -k) if k else y, to)
 
 
-def scaled(b: Builder, x: Ref, what: str, power: int = 2) -> Scaled:
+def scaled(b: Builder, x: Ref, what: str, power: int = 2, least: float = 0.0) -> Scaled:
     """x with the comparisons that bring it into [1, 4]. Raises: Unsupported where x may be ≤ 0.
 
-    `power`: base is a power of 2^power. Cost: 1 to 3 rounds, where comparisons are needed.
+    `power`: base is a power of 2^power. `least`: of what is smaller nothing need be told apart.
+    Cost: 1 to 3 rounds, where comparisons are needed.
     """
-    low, high = _positive_range(b, x, what)
+    low, high = _positive_range(b, x, what, least)
     base = 2.0 ** (power * floor(log2(low / UNIT_LOW) / power))
     count = max(ceil(log2(high / (base * UNIT_HIGH)) / 2), 0)
     bits = tuple(_at_least(b, x, base * 4.0 ** (j + 1)) for j in range(count))
-    return Scaled(x, base, bits)
+    if b.one_side(x)[0] >= low:
+        return Scaled(x, base, bits)
+    return Scaled(x, base, bits, b.xor([_at_least(b, x, base, before=1)], flip=1))
 
 
-def _at_least(b: Builder, x: Ref, threshold: float) -> Ref:
-    """[x ≥ threshold], off by at most an eighth of it."""
+def _at_least(b: Builder, x: Ref, threshold: float, before: int = 0) -> Ref:
+    """[x > threshold], off by at most an eighth of it. `before`: so many steps lower."""
     bits = min(round(log2(STEPS / threshold)), x.frac_bits)
     coarse = b.shift(x, x.frac_bits - bits)
-    return b.sign(b.offset(b.scale(coarse, -1), threshold))
+    return b.sign(b.offset(b.scale(coarse, -1), threshold - before * 2.0**-bits))
 
 
-def _positive_range(b: Builder, x: Ref, what: str) -> tuple[float, float]:
+def _positive_range(b: Builder, x: Ref, what: str, floor: float = 0.0) -> tuple[float, float]:
     (low, high), least = b.one_side(x), 2.0 ** (FLOOR_BITS - x.frac_bits)
     sure = b.known(x) in ("exact", "proved") and b.is_tight(x)
     if high <= least or (low < -16 * least and sure):
@@ -139,7 +150,7 @@ def _positive_range(b: Builder, x: Ref, what: str) -> tuple[float, float]:
             "calibrate with samples (--calibrate), declare a positive --input-range, or add a "
             "small constant to it",
         )
-    return max(low, least), high
+    return max(low, least, min(floor, high)), high
 
 
 def of_either_sign(b: Builder, x: Ref) -> bool:
@@ -219,16 +230,21 @@ def _of_unit(b: Builder, found: Scaled, f: Curve, to: int, scale: float = 1.0) -
     return stated(b, unit, y, f, (scale,))
 
 
-def inverse_root(b: Builder, x: Ref, to: int | None = None, scale: float = 1.0) -> Ref:
-    """scale / √x for x > 0. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6."""
+def inverse_root(
+    b: Builder, x: Ref, to: int | None = None, scale: float = 1.0, least: float = 0.0
+) -> Ref:
+    """scale / √x for x > 0, and for x below `least` about scale / √least.
+
+    Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6.
+    """
     to = b.frac_bits if to is None else to
     mantissa, exponent = frexp(scale)
-    found = scaled(b, x, "its radicand")
+    found = scaled(b, x, "its radicand", least=least)
     finer = b.frac_bits + PART_BITS
     r = _of_unit(b, found, inverse_root_curve, min(max(to, finer), finer + FINEST_BITS), mantissa)
     y = found.times_factor(b, r, 0.5, to + exponent)
     y = b.scale(y, 1, -exponent) if exponent else y
-    return _stated_inverse(b, x, y, inverse_root_curve, scale)
+    return _stated_inverse(b, x, y, inverse_root_curve, scale, least)
 
 
 def root(b: Builder, x: Ref, to: int | None = None) -> Ref:
@@ -258,8 +274,10 @@ def logarithm(b: Builder, x: Ref) -> Ref:
     return b.within(y, log(low) - 0.5 - slack, log(high) + slack)
 
 
-def _stated_inverse(b: Builder, x: Ref, y: Ref, f: Curve, scale: float = 1.0) -> Ref:
-    low, high = _positive_range(b, x, "its argument")
+def _stated_inverse(
+    b: Builder, x: Ref, y: Ref, f: Curve, scale: float = 1.0, least: float = 0.0
+) -> Ref:
+    low, high = _positive_range(b, x, "its argument", least)
     ends = f(np.array([high, low]), scale)
     slack = 4 * 2.0**-y.frac_bits
     return b.within(y, float(ends[0]) * (1 - 2.0**-12) - slack, float(ends[1]) * 1.25 + slack)

@@ -28,6 +28,9 @@ SPREAD_BITS = 8
 INVERSE_BITS = 15
 """Bits of 1 / √ of a variance that are significant at least."""
 
+NOISE_BITS = 5
+"""Rows that spread less than 2^5 ulp are noise: they are normalised as if they spread that much."""
+
 TOTAL_BITS = 60
 """Bits of a sum of squares: a ring of 64 holds it with its sign and what rounding adds."""
 
@@ -199,7 +202,8 @@ def _unscaled(b: Builder, rows: Ref, epsilon: float, centred: bool) -> _Unscaled
     total = b.offset(total, count * epsilon)
     # 1 / √ is as small as rows may be large.
     fine = max(b.frac_bits + SPREAD_BITS, INVERSE_BITS + ceil(log2(max(reach, 1.0))))
-    return _Unscaled(rows, roots.inverse_root(b, total, fine, sqrt(count)), mean)
+    least = count * 4.0 ** (NOISE_BITS - b.frac_bits)
+    return _Unscaled(rows, roots.inverse_root(b, total, fine, sqrt(count), least), mean)
 
 
 def _normalized(
