@@ -16,6 +16,7 @@ from mpcserve.compiler.passes import PASSES
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
+from mpcserve.compiler.passes.select_early import select_early
 from mpcserve.compiler.registry import registry
 from tests.onnx_cases import agree, model_of, node, ops_of, plain, rng_of
 
@@ -292,3 +293,73 @@ def test_a_transposed_convolution_takes_in_what_surrounds_it(groups: int) -> Non
         constants | STATISTICS | {"w": some(3, 3 // groups, 3, 2), "bias": some(3)},
     )
     assert passed(model, fold_affine) == ["Add", "ConvTranspose"]
+
+
+def test_a_block_of_which_one_token_is_read_computes_that_one() -> None:
+    weights = {"q": some(6, 6), "k": some(6, 6), "up": some(6, 8), "down": some(8, 6)}
+    norm = {"gain": some(6), "zero": some(6)}
+    attended = [
+        node("LayerNormalization", ["x", "gain", "zero"], ["n"]),
+        node("MatMul", ["n", "q"], ["query"]),
+        node("MatMul", ["n", "k"], ["key"]),
+        node("Transpose", ["key"], ["turned"], perm=[0, 2, 1]),
+        node("MatMul", ["query", "turned"], ["scores"]),
+        node("Add", ["scores", "mask"], ["masked"]),
+        node("Softmax", ["masked"], ["share"]),
+        node("MatMul", ["share", "n"], ["mixed"]),
+        node("Add", ["x", "mixed"], ["sum"]),
+    ]
+    dense = [
+        node("MatMul", ["sum", "up"], ["wide"]),
+        node("Relu", ["wide"], ["active"]),
+        node("MatMul", ["active", "down"], ["narrow"]),
+        node("Add", ["sum", "narrow"], ["y"]),
+        node("Gather", ["y", "last"], ["answer"], axis=1),
+    ]
+    constants = weights | norm | {"mask": some(5, 5), "last": np.array(-1)}
+    model = model_of([*attended, *dense], {"x": (1, 5, 6)}, constants, outputs=["answer"])
+    graph = import_model(model, 1, registry()).graph
+    assert graph is not None
+    shapes = select_early(graph).shapes
+    rows = {n.name: shapes[n.outputs[0]] for n in select_early(graph).nodes if n.op == "MatMul"}
+    assert sorted(rows.values()) == sorted(
+        [(1, 1, 6), (1, 5, 6), (1, 1, 5), (1, 1, 6), (1, 1, 8), (1, 1, 6)]
+    )
+    passed(model, select_early)
+
+
+SELECTED = {
+    "rows of a product": [node("MatMul", ["x", "w"], ["h"])],
+    "a product of products": [node("MatMul", ["x", "x2"], ["h"])],
+    "another order": [node("Transpose", ["x"], ["h"], perm=[0, 2, 1, 3])],
+    "another shape": [node("Reshape", ["x", "shape"], ["h"])],
+    "a constant of that length": [node("Mul", ["x", "c"], ["h"])],
+    "a mean": [node("ReduceMean", ["x", "axis"], ["h"])],
+    "a choice": [node("Less", ["x", "c"], ["b"]), node("Where", ["b", "x", "c"], ["h"])],
+    "several joined": [node("Concat", ["x", "x"], ["h"], axis=3)],
+    "one of two axes": [node("Softmax", ["x"], ["h"], axis=1)],
+}
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize("name", SELECTED)
+def test_selecting_early_keeps_the_function(name: str, axis: int) -> None:
+    constants = {
+        "w": some(6, 4), "x2": some(1, 3, 6, 5), "shape": np.array([1, 3, 6, 6]), "c": some(6, 1),
+        "axis": np.array([3]), "s": np.array([1]), "e": np.array([3]), "a": np.array([axis]),
+    }  # fmt: skip
+    if name == "a mean" and axis == 3:
+        constants["e"] = np.array([1])
+        constants["s"] = np.array([0])
+    nodes = [*SELECTED[name], node("Slice", ["h", "s", "e", "a"], ["y"])]
+    passed(model_of(nodes, {"x": SHAPE}, constants, outputs=["y"]), select_early)
+
+
+def test_what_is_read_whole_elsewhere_is_not_selected_early() -> None:
+    nodes = [
+        node("Relu", ["x"], ["h"]),
+        node("Gather", ["h", "k"], ["y"], axis=1),
+        node("Neg", ["h"], ["z"]),
+    ]
+    model = model_of(nodes, {"x": SHAPE}, {"k": np.array(1)}, outputs=["y", "z"])
+    assert passed(model, select_early) == ["Relu", "Gather", "Neg"]

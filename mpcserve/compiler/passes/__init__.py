@@ -15,9 +15,11 @@ from mpcserve.compiler.passes.fuse_softmax import fuse_softmax
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.lift_masks import lift_masks
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
+from mpcserve.compiler.passes.select_early import select_early
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     note_uses,  # what an integer input may be follows from what it is used for
+    select_early,  # of what is computed for all positions and read at one, that one
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
     fuse_activations,  # GELU, SiLU, Mish, softplus as they are written out become one node
     fuse_normalizations,  # so do LayerNorm, RMSNorm and L2-normalisation
