@@ -14,7 +14,7 @@ from mpcserve.compiler.lookup import Digits, digits_for
 from mpcserve.errors import InputError, ModelError
 from mpcserve.plan import bill_of
 from mpcserve.plan.plan import plan_from_json
-from mpcserve.protocol import Together, share_input
+from mpcserve.protocol import Together, share_input, simulate
 from mpcserve.serving.inputs import check_inputs
 from tests.onnx_cases import Array, model_of, node, plain, rng_of
 
@@ -119,6 +119,52 @@ def test_an_index_that_may_lie_outside_of_its_table_is_refused() -> None:
     )
     with pytest.raises(ModelError, match="table of 4"):
         compile_model(model, input_range=(-1.0, 1.0))
+
+
+def test_a_calibrated_index_reads_what_its_table_has() -> None:
+    nodes = [
+        node("CumSum", ["mask", "one"], ["sums"]),
+        node("Mul", ["sums", "mask"], ["k"]),
+        node("Gather", ["t", "k"]),
+    ]
+    t = rng_of(9).normal(size=(7, 2)).astype(np.float32)
+    model = with_ids(nodes, {"t": t, "one": np.array(1)}, {"mask": (1, 6)})
+    mask = (np.arange(6) < np.arange(3, 7)[:, None]).astype(np.int64)
+    made = compile_model(model, calibrate={"mask": mask})
+    (got,), _ = simulate(made.plan, made.weights, [mask[1:2]])
+    assert np.abs(got - plain(model, mask[1:2])[0]).max() <= 1e-3
+
+
+def test_equal_whole_numbers_are_found_at_any_index() -> None:
+    rng = rng_of(9)
+    nodes = [
+        node("GatherElements", ["types", "ids"], ["k"], axis=1),
+        node("Gather", ["t", "k"], ["kind"]),
+        node("Gather", ["words", "ids"], ["word"]),
+        node("Add", ["kind", "word"]),
+    ]
+    types = np.ones((1, 40), np.int64)
+    tables = {"t": rng.normal(size=(2, 3)), "words": rng.normal(size=(40, 3))}
+    model = with_ids(nodes, {"types": types, **tables}, {"ids": (1, 5)})
+    made = agrees(model, [np.array([[3, 1, 4, 1, 39]])])
+    assert sum(i.op == "matmul" for i in made.plan.instructions) == 1
+
+
+def test_public_places_of_a_long_table_are_computed() -> None:
+    places = np.array([[35, 2, 39]])
+    constants = {
+        "types": np.arange(40)[None] % 2,
+        "at": places,
+        "t": np.eye(2, 3),
+        "w": np.eye(9, 3),
+    }
+    nodes = [
+        node("GatherElements", ["types", "at"], ["k"], axis=1),
+        node("Gather", ["t", "k"], ["kind"]),
+        node("Gather", ["w", "ids"], ["word"]),
+        node("Add", ["kind", "word"]),
+    ]
+    agrees(with_ids(nodes, constants, {"ids": (1, 3)}), [np.array([[3, 1, 8]])])
 
 
 @pytest.mark.parametrize("largest", [1, 2, 1000, 65535, 300_000])

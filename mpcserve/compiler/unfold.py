@@ -198,6 +198,10 @@ class Unfolding:
             for output, kind in self._inferred(node).items():
                 self.constant(output, np.zeros(static_shape(kind) or (), bool))
             return True
+        if (element := self._wherever(node)) is not None:
+            for output, kind in self._inferred(node).items():
+                self.constant(output, np.full(static_shape(kind) or (), element))
+            return True
         feed = {i: self.constants[i] for i in node.input if i in self.constants}
         if node.op_type in _OF_SHAPE:
             shape = self.shape(node.input[0])
@@ -218,6 +222,22 @@ class Unfolding:
             return node.input[0] not in self.constants
         known = [self.constants[i] for i in node.input if i in self.constants]
         return node.op_type == "Equal" and len(known) == 1 and not np.isfinite(known[0]).any()
+
+    def _wherever(self, node: onnx.NodeProto) -> Any:
+        """What a secret index finds in whole numbers that are all the same; else None.
+
+        Of reals, which may be weights, the plan must not tell it.
+        """
+        if node.domain or node.op_type not in ("Gather", "GatherElements", "GatherND"):
+            return None
+        table = self.constants.get(node.input[0])
+        indices = self.shape(node.input[1])
+        if table is None or table.dtype.kind not in "iu" or not table.size or indices is None:
+            return None
+        if node.input[1] in self.constants:
+            return None
+        first = table.reshape(-1)[0]
+        return first if (table == first).all() else None
 
     def _passed(self, node: onnx.NodeProto) -> str | None:
         """The input that is the result, element by element."""
