@@ -29,6 +29,10 @@ from mpcserve.transport import (
 PAUSES = (0.05, 3.0)
 """Seconds between attempts to connect: first, and at most."""
 
+DEALT_WINDOW = 64 << 20
+"""Bytes that carol may be ahead of whoever prepares a bundle of them. Two servers that send each
+other a round at once need room for all of it; she only sends."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
@@ -83,6 +87,7 @@ class Wiring:
             network=self.network,
             handshake_timeout=deadlines.handshake,
             send_timeout=deadlines.round,
+            windows={"carol": DEALT_WINDOW},
             max_streams=256 + 2 * (limits.requests + limits.queue),
         )
 

@@ -78,7 +78,8 @@ class Link:
         self.address = connected.address
         self.counters = connected.counters
         self.options = options
-        self.session = Session(connected.role, options.window, self.name)
+        window = options.windows.get(connected.peer, options.window)
+        self.session = Session(connected.role, window, self.name)
         self.sender = Sender(
             connected.sock, connected.codec, options, self.counters, self._cannot_write
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mpcserve.config import Address, parse_address
@@ -21,8 +21,9 @@ class LinkOptions:
 
     A dead peer is noticed after `dead_after` of silence: an idle link is asked for a sign of life
     every `ping_every`. Memory is bounded by `send_queue` per stream on the sending side, and on the
-    receiving side by `window` per stream (the sender waits: it is flow control, not loss) and
-    `receive_queue` per link (a stream that would exceed it fails).
+    receiving side by `window` per stream (the sender waits: it is flow control, not loss), for some
+    peers by another one in `windows`, and by `receive_queue` per link (a stream that would exceed
+    it fails).
     """
 
     network: NetworkProfile = LOOPBACK
@@ -33,6 +34,7 @@ class LinkOptions:
     dead_after: float = 15.0
     send_queue: int = 32 << 20
     window: int = 1 << 30
+    windows: Mapping[str, int] = field(default_factory=dict)
     receive_queue: int = 4 << 30
     max_streams: int = 256  # open at once on a link
     unclaimed_after: float = 60.0  # a stream that starts with DATA waits for its `channel()`
