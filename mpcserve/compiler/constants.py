@@ -22,7 +22,8 @@ def evaluated(
 
     if node.op_type == "GatherElements" and not node.domain:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        return {node.output[0]: _gathered(*(feed[i] for i in node.input), axis)}
+        data, indices = (feed[i] for i in node.input)
+        return {node.output[0]: _gathered(data, indices, axis)}
     graph = onnx.GraphProto(name="constant", node=[node])
     names = [o for o in node.output if o]
     graph.input.extend(onnx.ValueInfoProto(name=i) for i in feed)
