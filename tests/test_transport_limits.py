@@ -122,9 +122,12 @@ def test_overhead_is_under_two_percent(tls: Network, size: int) -> None:
 # ── flow ──
 
 
-def test_a_sender_waits_for_a_slow_receiver_and_loses_nothing(network: Network) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_a_sender_waits_for_a_slow_receiver_and_loses_nothing(network: Network, own: bool) -> None:
     window = 256 << 10
-    alice, bob = network.pair(options=LinkOptions(window=window, send_queue=64 << 10))
+    windows = {"bob": window} if own else {}
+    options = LinkOptions(window=1 << 30 if own else window, windows=windows, send_queue=64 << 10)
+    alice, bob = network.pair(options=options)
     stream = new_id()
     out, into = bob.channel(stream), alice.channel(stream)
     data = bytes(range(256)) * (4 << 12)  # 4 MiB
