@@ -122,7 +122,8 @@ class Builder(Values):
             )
         name = f"w{len(self._arrays)}"
         self._arrays[name] = reals
-        held = iv.exactly(encoded(reals, frac_bits))
+        rank = reals.ndim
+        held = iv.uniform(*span, rank) if span else iv.exactly(encoded(reals, frac_bits))
         ref = self._emit("weight", (), {"name": name}, reals.shape, frac_bits, (held, "exact"))
         if span is not None:
             self._steps[ref.id] = spanned(self._steps[ref.id], *span)

@@ -125,11 +125,11 @@ def matmul(inner: int, x: Interval, y: Interval) -> Interval:
     a, b = _spread(x, -1, inner), _spread(y, -2, inner)
     ac, ar, bc, br = _centre(a), _radius(a), _centre(b), _radius(b)
     centre, sizes = ac @ bc, np.abs(bc)
-    radius = ar @ (sizes if b.known else sizes + br)
+    slack = (inner + 4) * EPSILON
+    radius = (ar * (1 + slack) + np.abs(ac) * slack) @ sizes
     if not b.known:
-        radius = radius + np.abs(ac) @ br
-    slack = (inner + 4) * EPSILON * (np.abs(ac) @ sizes + radius)
-    return Interval(centre - radius - slack, centre + radius + slack)
+        radius = radius + ((ar + np.abs(ac)) * (1 + slack)) @ br
+    return Interval(centre - radius, centre + radius)
 
 
 def reshape(x: Interval, old: Shape, new: Shape) -> Interval:

@@ -262,9 +262,12 @@ def _rows(b: Builder, hot: Ref, table: NDArray[np.float64]) -> Ref:
     largest = int(np.abs(words).max(initial=1))
     digits = digits_for(largest, hot.shape[0], hot.shape[1], table.shape[1])
     half, width = digits.base // 2, table.shape[1]
-    written = np.concatenate([*digits.of(words)], axis=1)
-    product = b.matmul(hot, b.weight(written.astype(np.float64), 0), to=0)
-    found = b.within(product, -float(half), float(half))
+    # The table of a vocabulary is most of many a model: digits are exact in float32.
+    written = np.empty((len(words), digits.count * width), np.float32 if half < 1 << 24 else float)
+    for k, digit in enumerate(digits.of(words)):
+        written[:, k * width : (k + 1) * width] = digit
+    weight = b.weight(written, 0, span=(-float(half), float(half)))
+    found = b.within(b.matmul(hot, weight, to=0), -float(half), float(half))
     if digits.count > 1:
         found = b.extend(found)
     total = None
