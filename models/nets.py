@@ -389,12 +389,17 @@ def write_test(name: str, exporter: str) -> dict[str, Any]:
     card = export(name, path, exporter, tiny=True)
     path.with_suffix(".calibration.npz").unlink()
     path.with_suffix(".samples.npz").unlink()
+    stripped(path)
+    return card
+
+
+def stripped(path: Path) -> None:
+    """Drop the exporters' remarks from a file."""
     model = onnx.load(path)
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
         del part.metadata_props[:]
         part.doc_string = ""
     onnx.save(model, path)
-    return card
 
 
 def main() -> None:

@@ -1,18 +1,17 @@
-"""Transformers as people export them, by torch: `python models/transformers.py NAME FILE.onnx`.
+"""Small transformers in plain torch, for tests: `python models/transformers.py`.
 
     bert    embeddings of secret token ids, a mask of integers, GELU       Devlin et al. 2018
     gpt2    causal blocks with tanh-GELU, next-token logits                Radford et al. 2019
     llama   RMSNorm, rotary positions, grouped queries, SwiGLU             Touvron et al. 2023
     vit     patches by a convolution, a class token, attention by torch    Dosovitskiy et al. 2020
 
-They are written as the usual implementations are, in plain torch. Weights are drawn from a seed.
-`--tiny`: sizes for tests; `--exporter`: torch's new or old one. Beside FILE.onnx lies
-FILE.calibration.npz. Needs torch, onnx and onnxscript.
+They are written as the usual implementations are, and exported by torch's new and by its old
+exporter. Weights are drawn from a seed. Beside NAME_EXPORTER.onnx lie samples to calibrate on;
+those of full size are in `huggingface.py`. Needs torch, onnx and onnxscript.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from dataclasses import dataclass
 from math import pi, sqrt
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-SEED, SAMPLES = 3, 16
+SEED, SAMPLES = 3, 2
 EXPORTERS = ("dynamo", "legacy")
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "transformers"
 
@@ -239,13 +238,12 @@ def _joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(batch, length, heads * width)
 
 
-NETS: dict[str, tuple[type[nn.Module], Sizes, Sizes]] = {
-    "bert": (Bert, Sizes(2, 128, 2, 512, 128, 30522), Sizes(1, 32, 2, 64, 12, 60)),
-    "gpt2": (Gpt2, Sizes(2, 768, 12, 3072, 64, 50257), Sizes(1, 32, 2, 64, 12, 60)),
-    "llama": (Llama, Sizes(1, 512, 8, 1408, 64, 32000, 2), Sizes(1, 32, 4, 48, 12, 60, 2)),
-    "vit": (Vit, Sizes(1, 192, 3, 768, 65, 10), Sizes(1, 32, 2, 64, 17, 10)),
+NETS: dict[str, tuple[type[nn.Module], Sizes]] = {
+    "bert": (Bert, Sizes(1, 32, 2, 64, 12, 60)),
+    "gpt2": (Gpt2, Sizes(1, 32, 2, 64, 12, 60)),
+    "llama": (Llama, Sizes(1, 32, 4, 48, 12, 60, 2)),
+    "vit": (Vit, Sizes(1, 32, 2, 64, 17, 10)),
 }
-"""Name → class, usual sizes (BERT-tiny, two blocks of GPT-2, …), tiny ones for tests."""
 
 
 def samples(name: str, sizes: Sizes, count: int) -> dict[str, np.ndarray]:
@@ -266,10 +264,11 @@ def samples(name: str, sizes: Sizes, count: int) -> dict[str, np.ndarray]:
     return every | {"token_type_ids": np.broadcast_to(types, shape).copy()}
 
 
-def built(name: str, sizes: Sizes) -> nn.Module:
+def built(name: str) -> nn.Module:
     """The network with seeded weights: layers of about unit variance, embeddings as trained."""
     torch.manual_seed(SEED)
-    net = NETS[name][0](sizes)
+    kind, sizes = NETS[name]
+    net = kind(sizes)
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -279,10 +278,10 @@ def built(name: str, sizes: Sizes) -> nn.Module:
     return net.eval()
 
 
-def export(name: str, path: Path, exporter: str, tiny: bool) -> None:
+def export(name: str, exporter: str) -> None:
     """Write the model of one sample, and samples to calibrate on."""
-    sizes = NETS[name][2 if tiny else 1]
-    arrays = samples(name, sizes, 2 if tiny else SAMPLES)
+    path = TESTS / f"{name}_{exporter}.onnx"
+    arrays = samples(name, NETS[name][1], SAMPLES)
     example = tuple(torch.from_numpy(a[:1]) for a in arrays.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
@@ -290,28 +289,11 @@ def export(name: str, path: Path, exporter: str, tiny: bool) -> None:
         options: dict[str, Any] = {"dynamo": exporter == "dynamo", "input_names": [*arrays]}
         if exporter == "dynamo":
             options |= {"external_data": False, "verbose": False}
-        torch.onnx.export(
-            built(name, sizes), example, str(path), output_names=["output"], **options
-        )
+        torch.onnx.export(built(name), example, str(path), output_names=["output"], **options)
     np.savez(path.with_suffix(".calibration.npz"), **arrays)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a transformer.")
-    parser.add_argument("name", choices=[*NETS, "tests"])
-    parser.add_argument("file", type=Path, nargs="?")
-    parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
-    parser.add_argument("--tiny", action="store_true")
-    chosen = parser.parse_args()
-    if chosen.name == "tests":
-        for name in NETS:
-            for exporter in EXPORTERS:
-                export(name, TESTS / f"{name}_{exporter}.onnx", exporter, True)
-    elif chosen.file is None:
-        parser.error("give a file")
-    else:
-        export(chosen.name, chosen.file, chosen.exporter, chosen.tiny)
-
-
 if __name__ == "__main__":
-    main()
+    for name in NETS:
+        for exporter in EXPORTERS:
+            export(name, exporter)
