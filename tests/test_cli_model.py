@@ -161,6 +161,15 @@ def test_verify_finds_the_protocol_near_the_float_model(capsys: Capture) -> None
     assert all(r["holds"] and r["headroom_bits"] >= 0 for r in report["layers"])
 
 
+def test_verify_reads_token_ids(capsys: Capture) -> None:
+    folder = Path(__file__).parent / "data" / "transformers"
+    samples = str(folder / "hf_bert_tiny_dynamo.calibration.npz")
+    arguments = ["--data", samples, "--calibrate", samples, "--batch", "1", "--json"]
+    assert run(["verify", str(folder / "hf_bert_tiny_dynamo.onnx"), *arguments]) == 0
+    (output,) = out_json(capsys)["outputs"]
+    assert output["protocol"]["max_error"] <= 2e-3
+
+
 def test_verify_prints_tables_for_people(capsys: Capture) -> None:
     assert run(["verify", MLP, "--data", SAMPLES, "--calibrate", CALIBRATION]) == 0
     out = capsys.readouterr().out

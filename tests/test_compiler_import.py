@@ -235,6 +235,20 @@ def test_check_goes_on_where_shapes_are_open() -> None:
     ]
 
 
+def test_lengths_that_a_model_leaves_open_are_those_of_its_samples() -> None:
+    model = model_of([node("Add", ["x", "z"])], {"x": ("N", "long"), "z": ("N", "long")})
+    five, six = np.ones((4, 5), np.float32), np.ones((4, 6), np.float32)
+    made = compile_model(model, calibrate={"x": five, "z": five})
+    assert [made.plan.value(i.id).shape for i in made.plan.inputs] == [(1, 5), (1, 5)]
+    with pytest.raises(ModelError, match=r"axis 1 \('long'\) has no fixed length"):
+        compile_model(model, calibrate={"x": five, "z": six})
+    with pytest.raises(ModelError, match="has no fixed length"):
+        compile_model(model, calibrate="random:16")
+    alone = model_of([node("Relu", ["x"])], {"x": ("N", 2, "long")})
+    assert compile_model(alone, calibrate=np.ones((3, 2, 7), np.float32)).plan.inputs
+    assert check_model(alone, calibrate=np.ones((3, 2, 7), np.float32))[0].status == "supported"
+
+
 def test_operators_of_unknown_domains_are_reported() -> None:
     model = model_of([node("Foo", ["x"], ["h"], domain="mine"), node("Relu", ["h"])], {"x": (1, 2)})
     model.opset_import.append(helper.make_opsetid("mine", 1))

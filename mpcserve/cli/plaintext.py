@@ -107,7 +107,9 @@ class Plaintext:
 def _dtype(kind: str) -> str:
     """onnxruntime's name of an element type, "tensor(float)", as NumPy's."""
     name = kind.removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64", "string": "str"}.get(name, name)
+    return {"float": "float32", "bfloat16": "float32", "double": "float64", "string": "str"}.get(
+        name, name
+    )
 
 
 def _classes_of(model: Path) -> Mapping[str, tuple[str, ...] | tuple[int, ...]]:

@@ -27,9 +27,9 @@ from mpcserve.compiler.passes import rewritten
 from mpcserve.compiler.problems import Problem, Unsupported
 from mpcserve.compiler.registry import Registry, registry
 from mpcserve.compiler.running import readable
-from mpcserve.compiler.samples import Given
+from mpcserve.compiler.samples import Given, lengths_of
 from mpcserve.compiler.survey import (
-    fix_batch,
+    fix_lengths,
     numbers_of,
     secret_nodes,
     too_old,
@@ -75,13 +75,21 @@ class Imported:
 
 
 def import_model(
-    source: Source, batch: int, found: Registry, disclose: Collection[str] = ()
+    source: Source,
+    batch: int,
+    found: Registry,
+    disclose: Collection[str] = (),
+    samples: Given | None = None,
 ) -> Imported:
-    """Load, convert, fold. Raises: ModelError only when the source is not an ONNX model."""
+    """Load, convert, fold. Lengths that the model leaves open are those of `samples`.
+
+    Raises: ModelError only when the source is not an ONNX model, InputError when samples cannot be
+    read.
+    """
     model, name, problems = load_model(source)
     digest, columns = structure_digest(model), importing.zipped(model.graph)
     given = readable(importing.named(model))
-    problems += fix_batch(given, batch)
+    problems += fix_lengths(given, batch, lengths_of(samples))
     blocked = bool(problems)
     problems += types_of(given.graph)
     graph, public = None, frozenset[str]()
@@ -134,7 +142,7 @@ def check_model(
     problem yet. Raises: ModelError only when the source is not an ONNX model.
     """
     found = registry()
-    imported = import_model(source, batch, found, disclose)
+    imported = import_model(source, batch, found, disclose, calibrate)
     problems = list(imported.problems)
     if imported.graph is not None:
         ranges = None

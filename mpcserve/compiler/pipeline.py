@@ -57,7 +57,8 @@ def compile_model(
     """Compile an ONNX model, for the fewest bytes or the least time on servers joined by `line`.
 
     Raises: ModelError whose `problems` lists all that is wrong.
-    `calibrate`: typical inputs, or "random:N" for N random ones within the inputs' ranges.
+    `calibrate`: typical inputs, or "random:N" for N random ones within the inputs' ranges. Lengths
+    that the model leaves open, as of texts, are those of these inputs.
     `input_range`: of every input, or name → range.
     `margin_bits`: ranges reach 2^margin_bits times as far as the samples did; by default 1, and 2
     where samples are few.
@@ -72,7 +73,7 @@ def compile_model(
     """
     _refuse_options(batch, ring, frac_bits, margin_bits)
     found = registry()
-    imported = import_model(source, batch, found, disclose)
+    imported = import_model(source, batch, found, disclose, calibrate)
     graph = sound_graph(imported, found)
     trees = TreeBounds(tree_depth, tree_leaves)
     options = Options(

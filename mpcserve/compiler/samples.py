@@ -53,9 +53,28 @@ class Samples:
             yield {i.name: held(taken[i.name]).reshape(i.shape) for i in inputs}
 
 
+def lengths_of(given: Given | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the samples of each input, "" where there is one array; none of random ones or of
+    a table, whose columns say nothing of an input's axes.
+
+    Raises: InputError on a file that cannot be read.
+    """
+    if given is None or _is_random(given):
+        return {}
+    arrays = read_arrays(Path(given)) if isinstance(given, str | Path) else given
+    if isinstance(arrays, Columns):
+        return {}
+    arrays = {"": arrays} if isinstance(arrays, np.ndarray) else arrays
+    return {name: np.shape(array) for name, array in arrays.items()}
+
+
+def _is_random(given: Given) -> bool:
+    return isinstance(given, str | Path) and str(given).startswith("random:")
+
+
 def samples_of(given: Given, inputs: tuple[Tensor, ...], reaches: Reaches) -> Samples:
     """Raises: InputError on samples that do not fit the inputs."""
-    if isinstance(given, str | Path) and str(given).startswith("random:"):
+    if _is_random(given):
         found = _RANDOM.fullmatch(str(given))
         if found is None:
             raise InputError(f"samples {str(given)!r}: no number of rows", "give random:16, say")
@@ -68,7 +87,7 @@ def raw_samples(given: Given, inputs: tuple[RawInput, ...]) -> dict[str, Array] 
 
     Raises: InputError on samples that do not fit the inputs.
     """
-    if isinstance(given, str | Path) and str(given).startswith("random:"):
+    if _is_random(given):
         return None
     return _fitting(given, inputs, raw=True)
 

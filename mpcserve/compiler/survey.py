@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -49,15 +49,24 @@ def secret_nodes(graph: onnx.GraphProto, held: Collection[str] = ()) -> list[onn
     return found
 
 
-def fix_batch(model: onnx.ModelProto, batch: int) -> list[Problem]:
-    """Write the batch into the inputs' shapes, in place; other dynamic axes are problems."""
+Lengths = Mapping[str, tuple[int, ...]]
+"""Shapes of the samples of each input, "" where there is one array."""
+
+
+def fix_lengths(model: onnx.ModelProto, batch: int, lengths: Lengths) -> list[Problem]:
+    """Write the batch into the inputs' shapes, in place, and into other axes what samples have.
+
+    Dynamic axes of which samples tell nothing are problems.
+    """
     graph = model.graph
     constants = {t.name for t in graph.initializer}
     inputs = [i for i in graph.input if i.name not in constants]
     problems: list[Problem] = []
     leading = [d for i in inputs for d in i.type.tensor_type.shape.dim[:1] if d.dim_value < 1]
     symbols = {d.dim_param for d in leading if d.dim_param}
+    named: dict[str, int] = {}
     for i in inputs:
+        sample = lengths.get(i.name, lengths.get("", ()))
         if not i.type.HasField("tensor_type") or not i.type.tensor_type.HasField("shape"):
             problems.append(
                 Problem(f"input {i.name!r}", "", "has no shape", "export it with a shape")
@@ -69,6 +78,10 @@ def fix_batch(model: onnx.ModelProto, batch: int) -> list[Problem]:
                     problems.append(_fixed(i.name, d.dim_value, batch))
             elif axis == 0 or d.dim_param in symbols:
                 d.dim_value = batch
+            elif axis < len(sample) and named.get(d.dim_param, sample[axis]) == sample[axis]:
+                if d.dim_param:
+                    named[d.dim_param] = sample[axis]
+                d.dim_value = sample[axis]
             else:
                 problems.append(_dynamic(i.name, axis, d.dim_param))
     return problems
@@ -89,7 +102,7 @@ def _dynamic(name: str, axis: int, symbol: str) -> Problem:
         f"input {name!r}",
         "",
         f"axis {axis}{called} has no fixed length",
-        "only the batch may vary; export the model with this length fixed",
+        "only the batch may vary; calibrate with samples of one length, or export it fixed",
     )
 
 
