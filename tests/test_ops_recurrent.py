@@ -67,6 +67,38 @@ def test_directions_share_their_rounds(op: str) -> None:
     assert one.rounds <= {"LSTM": 7, "GRU": 8, "RNN": 4}[op] * TIME
 
 
+def stacked(op: str, layers: int, **attrs: Any) -> Any:
+    """Layers on one another, from x to the last one's states."""
+    rng, size = rng_of(layers), GATES[op] * HIDDEN
+    constants: dict[str, Array] = {"one": np.array([1])}
+    nodes, x = [], "x"
+    for k in range(layers):
+        width = HIDDEN if k else INPUTS
+        constants |= {
+            f"w{k}": rng.uniform(-0.3, 0.3, (1, size, width)),
+            f"r{k}": rng.uniform(-0.3, 0.3, (1, size, HIDDEN)),
+            f"b{k}": rng.uniform(-0.3, 0.3, (1, 2 * size)),
+        }
+        given = [x, f"w{k}", f"r{k}", f"b{k}"]
+        nodes.append(node(op, given, [f"y{k}", f"h{k}"], hidden_size=HIDDEN, **attrs))
+        x = f"x{k + 1}"
+        nodes.append(node("Squeeze", [f"y{k}", "one"], [x]))
+    return model_of(nodes[:-1], {"x": (TIME, BATCH, INPUTS)}, constants, [f"h{layers - 1}"])
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_layers_on_one_another_advance_together(op: str) -> None:
+    attrs = {"linear_before_reset": 1} if op == "GRU" else {}
+    one, three = (agrees(stacked(op, count, **attrs)) for count in (1, 3))
+    step = -(-one.rounds // TIME)
+    assert three.rounds <= one.rounds + 2 * step + 2
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_inputs_far_larger_than_states_are_multiplied_apart(op: str) -> None:
+    agrees(layer(op, weights=0.02, optional=True), reach=200.0, error=4e-3)
+
+
 def test_a_gru_may_reset_behind_its_product() -> None:
     agrees(layer("GRU", optional=True, linear_before_reset=1))
     agrees(layer("GRU", linear_before_reset=1, direction="reverse"))

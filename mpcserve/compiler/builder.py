@@ -182,6 +182,9 @@ class Builder(Values):
         """x[start:stop:step] along one axis; 0 ≤ start ≤ stop, step ≥ 1."""
         if (start, stop, step) == (0, x.shape[axis], 1):
             return x
+        part, first = self._joined_there(x, axis, start, stop)
+        if part is not x:
+            return self.slice(part, axis, start - first, stop - first, step)
         starts, stops, steps = [0] * len(x.shape), list(x.shape), [1] * len(x.shape)
         starts[axis], stops[axis], steps[axis] = int(start), int(stop), int(step)
         length = len(range(start, stop, step))
@@ -216,8 +219,24 @@ class Builder(Values):
         where = np.asarray(indices, np.int64)
         if np.array_equal(where, np.arange(x.shape[axis])):
             return x
+        if where.size:
+            part, first = self._joined_there(x, axis, int(where.min()), int(where.max()) + 1)
+            if part is not x:
+                return self.gather(part, axis, where - first)
         shape = (*x.shape[:axis], len(where), *x.shape[axis + 1 :])
         return self._local("gather", [x], shape, axis=axis, indices=listed(where))
+
+    def _joined_there(self, x: Ref, axis: int, start: int, stop: int) -> tuple[Ref, int]:
+        """Where x joins parts along `axis`: the part of these elements, and at which it begins."""
+        unit = prod(x.shape[axis + 1 :])
+        if stop <= start or prod(x.shape[:axis]) > 1:
+            return x, 0
+        part, first = self.part_of(x, start * unit, stop * unit)
+        count = prod(part.shape)
+        if count == prod(x.shape) or count % unit or first % unit:
+            return x, 0
+        shape = (*x.shape[:axis], count // unit, *x.shape[axis + 1 :])
+        return self.reshape(part, shape), first // unit
 
     def combine(self, x: Ref, axis: int, indices: Array, factors: Array) -> Ref:
         """Σ_t factors[t, k] · x[indices[t, k]] along an axis, whole numbers both: local."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,23 @@ class Values:
         """The Ref of value `id`."""
         step = self._steps[id]
         return Ref(id, step.shape, step.frac_bits)
+
+    def part_of(self, x: Ref, start: int, stop: int) -> tuple[Ref, int]:
+        """What holds elements `start` … `stop` of x in memory order, and where in x it begins.
+
+        That is x, or one of what x joins: whoever reads it need not wait for the others.
+        """
+        step, at = self._steps[x.id], 0
+        if step.op == "reshape":
+            return self.part_of(self.ref(step.inputs[0]), start, stop)
+        if step.op == "concat" and prod(step.shape[: step.attrs["axis"]]) == 1:
+            for part in map(self.ref, step.inputs):
+                size = prod(part.shape)
+                if at <= start and stop <= at + size:
+                    found, first = self.part_of(part, start - at, stop - at)
+                    return found, at + first
+                at += size
+        return x, 0
 
     def _settle(self, step: Step) -> Step:
         return settle(step, [self._steps[j] for j in step.inputs])

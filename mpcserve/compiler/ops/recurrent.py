@@ -1,8 +1,10 @@
 """LSTM, GRU and RNN: a loop over the public length, written out.
 
-Input projections of all time steps are one product before the loop. Directions are independent, so
-that they share their rounds, and so do all gates of a step. Steps beyond a sequence's own length
-are not computed for it.
+The input of a step and the state before it are one operand, of one product for all gates: a step
+opens its gates once, and needs no more of the layer below than what that has made by then, so that
+stacked layers advance together. Where inputs are so much larger than states that one scale would
+not do for both, the inputs of all steps are multiplied before the loop. Directions are independent,
+so that they share their rounds. Steps beyond a sequence's own length are not computed for it.
 """
 
 from __future__ import annotations
@@ -24,21 +26,32 @@ from mpcserve.compiler.registry import lowers
 Function = Callable[[Builder, Ref], Ref]
 
 
+MUCH_LARGER = 16.0
+"""Inputs up to here share a scale with states, which lie within ±1 as a rule."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One direction. Shapes: w: inputs × gates·hidden, r: hidden × gates·hidden, b: gates·hidden.
+    """One direction. Shapes: joint: (inputs + hidden) × gates·hidden, b: gates·hidden.
 
     `functions`: its activations in ONNX's order.
     """
 
-    w: Ref
-    r: Ref
+    joint: Ref
     input_bias: Operand | None
     state_bias: Operand | None
     peephole: Operand | None
     functions: tuple[Function, ...]
     clip: float | None
     hidden: int
+
+    def w(self, b: Builder) -> Ref:
+        """Weights of the inputs."""
+        return b.slice(self.joint, 0, 0, self.joint.shape[0] - self.hidden)
+
+    def r(self, b: Builder) -> Ref:
+        """Weights of the state."""
+        return b.slice(self.joint, 0, self.joint.shape[0] - self.hidden, self.joint.shape[0])
 
     def bounded(self, b: Builder, x: Ref) -> Ref:
         """x as an activation gets it."""
@@ -52,8 +65,31 @@ class Cell:
 States = tuple[Ref | None, ...]
 """What a cell hands on: h, and c of an LSTM; None stands for zeros. Shapes: rows × hidden."""
 
-Step = Callable[[Builder, Cell, Ref, States], States]
-"""(projected inputs, states) → states."""
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Of one step: as they are, or `projected` by w and biased. Shapes: rows × columns."""
+
+    x: Ref
+    projected: bool
+
+    def gates(self, b: Builder, cell: Cell, h: Ref | None, start: int, stop: int) -> Ref:
+        """Columns `start` … `stop` of x @ w + h @ r + bias."""
+        if self.projected:
+            mine = b.slice(self.x, 1, start, stop)
+            if h is None:
+                return mine
+            return b.add(*aligned(b, mine, b.matmul(h, b.slice(cell.r(b), 1, start, stop))))
+        if h is None:
+            both, weights = self.x, cell.w(b)
+        else:
+            both, weights = b.concat(aligned(b, self.x, h), 1), cell.joint
+        bias = None if cell.input_bias is None else _cut(b, cell.input_bias, start, stop)
+        return _biased(b, both, b.slice(weights, 1, start, stop), bias)
+
+
+Step = Callable[[Builder, Cell, Inputs, States], States]
+"""(inputs, states) → states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +154,15 @@ class Network:
         both = None if bias is None else _row(b, bias, d)
         before = None if both is None else _cut(b, both, 0, size)
         after = None if both is None else _cut(b, both, size)
-        if before is not None and after is not None and self.joint_bias:
-            before, after = _sum(b, before, after), None
+        if before is not None and after is not None:
+            # What a reset gate multiplies keeps the bias of its state.
+            joint = size - (0 if self.joint_bias else hidden)
+            summed = _sum(b, _cut(b, before, 0, joint), _cut(b, after, 0, joint))
+            rest = [_cut(b, t, joint) for t in (before, after)] if joint < size else []
+            before = _joined(b, [summed, *rest[:1]])
+            after = rest[1] if rest else None
         return Cell(
-            _turned(b, w, d),
-            _turned(b, r, d),
+            _joint(b, w, r, d),
             before,
             after,
             None if peepholes is None else _row(b, peepholes, d),
@@ -268,13 +308,16 @@ def _unrolled(
     """(all h: time × batch × hidden, last states: batch × hidden) of one direction."""
     time, batch = x.shape[:2]
     rows = b.reshape(x, (time * batch, x.shape[2]))
-    projected = _biased(b, rows, cell.w, cell.input_bias)
+    apart = b.interval(x).magnitude > MUCH_LARGER
+    if apart:
+        rows = _biased(b, rows, cell.w(b), cell.input_bias)
     states, made, count = start, list[Ref](), 0
     where = np.full((time, batch), -1)
     for t in range(max(ends)):
         active = [k for k in range(batch) if t < ends[k]]
         at = [ends[k] - 1 - t if back else t for k in active]
-        inputs = b.gather(projected, 0, [s * batch + k for s, k in zip(at, active, strict=True)])
+        places = [s * batch + k for s, k in zip(at, active, strict=True)]
+        inputs = Inputs(b.gather(rows, 0, places), apart)
         if len(active) < batch:
             new = step(b, cell, inputs, tuple(_some(b, s, active, cell, batch) for s in states))
             states = tuple(
@@ -316,19 +359,19 @@ def _updated(b: Builder, old: Ref | None, new: Ref | None, rows: list[int], batc
 # one time step
 
 
-def _lstm_step(b: Builder, cell: Cell, x: Ref, states: States) -> States:
+def _lstm_step(b: Builder, cell: Cell, x: Inputs, states: States) -> States:
     return _lstm(b, cell, x, states, False)
 
 
-def _coupled_lstm_step(b: Builder, cell: Cell, x: Ref, states: States) -> States:
+def _coupled_lstm_step(b: Builder, cell: Cell, x: Inputs, states: States) -> States:
     return _lstm(b, cell, x, states, True)
 
 
-def _lstm(b: Builder, cell: Cell, x: Ref, states: States, coupled: bool) -> States:
+def _lstm(b: Builder, cell: Cell, x: Inputs, states: States, coupled: bool) -> States:
     """i, o, f, c̃ → c' = f·c + i·c̃, h' = o·tanh(c'); peepholes let c into i, f and c' into o."""
     h, c = states
-    gates = _with_state(b, cell, x, h)
     n = cell.hidden
+    gates = x.gates(b, cell, h, 0, 4 * n)
     i, o, forget, new = (b.slice(gates, 1, k * n, (k + 1) * n) for k in range(4))
     peep = (
         [None] * 3
@@ -354,33 +397,29 @@ def _peeped(b: Builder, x: Ref, p: Operand | None, c: Ref | None) -> Ref:
     return b.add(*aligned(b, x, b.mul(c, secret(b, p))))
 
 
-def _gru_step(b: Builder, cell: Cell, x: Ref, states: States) -> States:
+def _gru_step(b: Builder, cell: Cell, x: Inputs, states: States) -> States:
     """z, r → h̃ = g(x + (r·h)@R) → h' = h̃ + z·(h − h̃)."""
     (h,), n = states, cell.hidden
     if h is None:
-        return _gru_mixed(
-            b, cell, cell.applied(b, 0, b.slice(x, 1, 0, n)), b.slice(x, 1, 2 * n, 3 * n), None
-        )
-    both = b.add(*aligned(b, b.slice(x, 1, 0, 2 * n), b.matmul(h, b.slice(cell.r, 1, 0, 2 * n))))
-    gates = cell.applied(b, 0, both)
+        both = x.gates(b, cell, None, 0, 3 * n)
+        z = cell.applied(b, 0, b.slice(both, 1, 0, n))
+        return _gru_mixed(b, cell, z, b.slice(both, 1, 2 * n, 3 * n), None)
+    gates = cell.applied(b, 0, x.gates(b, cell, h, 0, 2 * n))
     z, reset = b.slice(gates, 1, 0, n), b.slice(gates, 1, n, 2 * n)
-    fed = b.matmul(b.mul(reset, h), b.slice(cell.r, 1, 2 * n, 3 * n))
-    new = b.add(*aligned(b, b.slice(x, 1, 2 * n, 3 * n), fed))
-    return _gru_mixed(b, cell, z, new, h)
+    return _gru_mixed(b, cell, z, x.gates(b, cell, b.mul(reset, h), 2 * n, 3 * n), h)
 
 
-def _linear_gru_step(b: Builder, cell: Cell, x: Ref, states: States) -> States:
+def _linear_gru_step(b: Builder, cell: Cell, x: Inputs, states: States) -> States:
     """z, r → h̃ = g(x + r·(h@R + bias)) → h' = h̃ + z·(h − h̃)."""
     (h,), n = states, cell.hidden
     if h is None and cell.state_bias is None:
         return _gru_step(b, cell, x, states)
-    h = _zeros(b, x.shape[0], n) if h is None else h
-    fed = _biased(b, h, cell.r, cell.state_bias)
-    x, fed = aligned(b, x, fed)
-    gates = cell.applied(b, 0, b.add(b.slice(x, 1, 0, 2 * n), b.slice(fed, 1, 0, 2 * n)))
+    h = _zeros(b, x.x.shape[0], n) if h is None else h
+    gates = cell.applied(b, 0, x.gates(b, cell, h, 0, 2 * n))
     z, reset = b.slice(gates, 1, 0, n), b.slice(gates, 1, n, 2 * n)
-    product = b.mul(reset, b.slice(fed, 1, 2 * n, 3 * n))
-    return _gru_mixed(b, cell, z, b.add(*aligned(b, b.slice(x, 1, 2 * n, 3 * n), product)), h)
+    fed = _biased(b, h, b.slice(cell.r(b), 1, 2 * n, 3 * n), cell.state_bias)
+    new = aligned(b, x.gates(b, cell, None, 2 * n, 3 * n), b.mul(reset, fed))
+    return _gru_mixed(b, cell, z, b.add(*new), h)
 
 
 def _gru_mixed(b: Builder, cell: Cell, z: Ref, new: Ref, h: Ref | None) -> States:
@@ -394,15 +433,11 @@ def _gru_mixed(b: Builder, cell: Cell, z: Ref, new: Ref, h: Ref | None) -> State
     return (b.within(mixed, min(one.least, two.least) - slack, max(one.most, two.most) + slack),)
 
 
-def _rnn_step(b: Builder, cell: Cell, x: Ref, states: States) -> States:
-    return (cell.applied(b, 0, _with_state(b, cell, x, states[0])),)
+def _rnn_step(b: Builder, cell: Cell, x: Inputs, states: States) -> States:
+    return (cell.applied(b, 0, x.gates(b, cell, states[0], 0, cell.hidden)),)
 
 
 # parts
-
-
-def _with_state(b: Builder, cell: Cell, x: Ref, h: Ref | None) -> Ref:
-    return x if h is None else b.add(*aligned(b, x, b.matmul(h, cell.r)))
 
 
 def _biased(b: Builder, x: Ref, w: Ref, bias: Operand | None) -> Ref:
@@ -425,9 +460,12 @@ def _part(b: Builder, x: Operand, d: int, axis: int = 0) -> Ref:
     return b.reshape(part, (*x.shape[:axis], *x.shape[axis + 1 :]))
 
 
-def _turned(b: Builder, x: Operand, d: int) -> Ref:
-    """A direction's weights, inputs first."""
-    return b.transpose(_part(b, x, d), (1, 0)) if isinstance(x, Ref) else b.weight(x[d].T)
+def _joint(b: Builder, w: Operand, r: Operand, d: int) -> Ref:
+    """A direction's weights, inputs first: those of the inputs, below them those of the state."""
+    if isinstance(w, Ref) or isinstance(r, Ref):
+        parts = aligned(b, *(b.transpose(_part(b, x, d), (1, 0)) for x in (w, r)))
+        return b.concat(parts, 0)
+    return b.weight(np.concatenate([w[d].T, r[d].T]))
 
 
 def _row(b: Builder, x: Operand, d: int) -> Operand:
@@ -438,6 +476,14 @@ def _cut(b: Builder, x: Operand, start: int, stop: int | None = None) -> Operand
     if isinstance(x, Ref):
         return b.slice(x, 0, start, x.shape[0] if stop is None else stop)
     return x[start:stop]
+
+
+def _joined(b: Builder, parts: list[Operand]) -> Operand:
+    """Along the only axis."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [p for p in parts if not isinstance(p, Ref)]
+    return np.concatenate(arrays) if len(arrays) == len(parts) else b.concat(aligned(b, *parts), 0)
 
 
 def _sum(b: Builder, x: Operand, y: Operand) -> Operand:
