@@ -121,7 +121,7 @@ def test_no_stream_is_opened_twice_over_bundles_and_restarts(
     monkeypatch.setattr(randomness.Stream, "__init__", watch)
     for make in (
         lambda: list_deal(Dealer(plan, keys[0], keys[1])),
-        lambda: list_prepare(ServerProgram(plan, "alice", keys[0], keys[2], weights)),
+        lambda: list_prepare(ServerProgram(plan, "alice", keys[0], keys[2], weights.items())),
     ):
         opened.clear()
         make()

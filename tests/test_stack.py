@@ -191,7 +191,7 @@ def test_programs_of_many_slots_hold_no_weights_of_their_own() -> None:
     x, w = p.input((1, 4), 40, bound=8), p.weight((4, 8), 40, bound=8)
     plan = p.done(p.emit("matmul", [x, w], width=40, bound=20, ring=40, truncate=0))
     keys = [bytes([k]) * 32 for k in (1, 2, 3)]
-    program = ServerProgram(plan, "alice", keys[0], keys[2], {"w1": np.ones((4, 8), np.uint64)})
+    program = ServerProgram(plan, "alice", keys[0], keys[2], [("w1", np.ones((4, 8), np.uint64))])
     before = dict(program._fixed.products)
     program.prepare(bytes(16), None, 7)
     assert program._fixed.products == before

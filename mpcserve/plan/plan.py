@@ -224,6 +224,11 @@ class Plan:
         ) | {o.id for o in self.outputs if o.id in self.static}
 
     @cached_property
+    def last_fixed(self) -> dict[int, int]:
+        """Static value id → id of the last product whose fixed operand it is."""
+        return {self[id].inputs[index]: id for id, index in self.fixed.items()}
+
+    @cached_property
     def last_use(self) -> dict[int, int]:
         """Value id → id of the last instruction that reads it (outputs live to the end)."""
         last = {i.id: i.id for i in self.instructions}

@@ -56,15 +56,17 @@ class Dealer:
                 keys = [derive(weights_key(k, plan.digest), i.id) for k in self._keys]
                 masks[i.id] = Mask(*(Stream(k).masks(i.value.shape, i.value.width) for k in keys))
         _complete(plan, masks)
+        for id in masks.keys() - plan.static_reads - plan.last_fixed.keys():
+            del masks[id]
         self._fixed: dict[int, _Fixed] = {}
         made: dict[Hashable, product.Operand] = {}
         for id, index in plan.fixed.items():
-            i, key = plan[id], product.layout_of(plan[id], index)
+            i, key, w = plan[id], product.layout_of(plan[id], index), plan[id].inputs[index]
             if key not in made:
-                made[key] = product.ready(i, index, masks[i.inputs[index]].total(i.attrs["ring"]))
+                made[key] = product.ready(i, index, masks[w].total(i.attrs["ring"]))
             self._fixed[id] = (index, made[key])
-        for id in masks.keys() - plan.static_reads:
-            del masks[id]
+            if plan.last_fixed[w] == id and w not in plan.static_reads:
+                del masks[w]  # a large model's would lie in memory twice
         self._masks = masks
         self._walks = {1: _walk(plan, masks, self._fixed)}
 

@@ -7,7 +7,7 @@ compute from the plan alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -114,7 +114,7 @@ def size_of(material: Material) -> int:
 
 
 class ServerProgram:
-    """One deployment on alice or bob: the plan, pair keys and masked weights Δw.
+    """One deployment on alice or bob: the plan, pair keys and masked weights Δw, by name in order.
 
     `run` runs the parts of a large product or selection: on several cores, if it has them.
     """
@@ -125,31 +125,20 @@ class ServerProgram:
         role: Side,
         carol_key: bytes,
         peer_key: bytes,
-        weights: Mapping[str, Words],
+        weights: Iterable[tuple[str, Words]],
         run: Run = one_by_one,
     ) -> None:
         self.plan, self.role = plan, role
         self._carol_key, self._peer_key = carol_key, peer_key
-        deltas: dict[int, Words] = {}
+        deltas = {plan.weights[name]: words for name, words in weights}
         halves: dict[int, Words] = {}
-        for i in plan.instructions:
-            if i.op == "weight":
-                seed = derive(weights_key(carol_key, plan.digest), i.id)
-                deltas[i.id] = weights[i.attrs["name"]]
-                halves[i.id] = Stream(seed).masks(i.value.shape, i.value.width)
+        for id in deltas:
+            seed = derive(weights_key(carol_key, plan.digest), id)
+            value = plan.value(id)
+            halves[id] = Stream(seed).masks(value.shape, value.width)
         complete(plan, deltas, True)
         complete(plan, halves, False)
-        products: dict[int, product.Fixed] = {}
-        made: dict[Hashable, product.Fixed] = {}
-        for id, index in plan.fixed.items():
-            w, key = plan[id].inputs[index], product.layout_of(plan[id], index)
-            if key not in made:
-                made[key] = product.fix(role, plan[id], index, deltas[w], halves[w])
-            products[id] = made[key]
-        # A large model's weights would otherwise lie in memory twice.
-        for held in (deltas, halves):
-            for id in held.keys() - plan.static_reads:
-                del held[id]
+        products = _packed(plan, role, deltas, halves)
         self._fixed = Fixed(deltas, halves, products)
         self._run = run
         self._walks = {1: Walk(plan, role, self._fixed, run)}
@@ -357,6 +346,29 @@ class ServerProgram:
         """
         key = derive(self._peer_key, "inputs", self.plan.digest, bundle_id, slot)
         return tag_of(key, inputs).hex()
+
+
+def _packed(
+    plan: Plan, role: Side, deltas: dict[int, Words], halves: dict[int, Words]
+) -> dict[int, product.Fixed]:
+    """The weights of each product in the kernels' order.
+
+    What they were packed from is dropped as soon as nobody reads it any more: a large model's
+    weights would otherwise lie in memory twice.
+    """
+    for held in (deltas, halves):
+        for id in held.keys() - plan.static_reads - plan.last_fixed.keys():
+            del held[id]
+    products: dict[int, product.Fixed] = {}
+    made: dict[Hashable, product.Fixed] = {}
+    for id, index in plan.fixed.items():
+        w, key = plan[id].inputs[index], product.layout_of(plan[id], index)
+        if key not in made:
+            made[key] = product.fix(role, plan[id], index, deltas[w], halves[w])
+        products[id] = made[key]
+        if plan.last_fixed[w] == id and w not in plan.static_reads:
+            del deltas[w], halves[w]
+    return products
 
 
 _Waiting = tuple[int, Steps[Words], Round]

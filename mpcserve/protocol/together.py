@@ -55,8 +55,8 @@ class Together:
                 transcript.add("owner->alice", data)
                 transcript.add("owner->bob", data)
         masked = {name: unpack_weight(plan, name, data) for name, data in packed.items()}
-        self.alice = ServerProgram(plan, "alice", ac, ab, masked)
-        self.bob = ServerProgram(plan, "bob", bc, ab, masked)
+        self.alice = ServerProgram(plan, "alice", ac, ab, masked.items())
+        self.bob = ServerProgram(plan, "bob", bc, ab, masked.items())
 
     def prepare(self, slots: int = 1) -> tuple[Bundle, Bundle, int]:
         """Deal one bundle: alice's and bob's view of it, and the bytes dealt."""

@@ -62,7 +62,7 @@ class Live:
 def bring_to_life(role: Side, deployment: Deployment, store: Store, run: Run) -> Live:
     """Unpack Δw and pack it for the kernels."""
     plan = deployment.plan
-    weights = {n: unpack_weight(plan, n, data) for n, data in store.weights(deployment)}
+    weights = ((n, unpack_weight(plan, n, data)) for n, data in store.weights(deployment))
     peer: Side = "bob" if role == "alice" else "alice"
     program = ServerProgram(
         plan, role, deployment.keys["carol"], deployment.keys[peer], weights, run
