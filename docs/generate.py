@@ -285,6 +285,37 @@ def _full_row(r: Mapping[str, Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def transformers() -> str:
+    """Transformers of full size on three real servers, one row each."""
+    rows = [
+        "| model | exporter | input | parameters | largest error | of spread | top-1 | inputs | "
+        "rounds | MB online | MB dealt | s online | CPU s | s compiling | GB compiling | "
+        "GB of alice, bob, carol |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for r in sorted(_measured("transformers"), key=lambda r: (r["parameters"], r["exporter"])):
+        cells = [
+            r["model"],
+            r["exporter"],
+            r["input"],
+            f"{r['parameters']:,}",
+            f"{r['max_abs_error']:.2g}",
+            f"{r['spread']:.2g}",
+            f"{100 * r['agreement']:.2f} %",
+            r["inputs"],
+            r["rounds"],
+            f"{r['online_mb']:.1f}",
+            f"{r['dealt_mb']:.1f}",
+            f"{r['online_seconds']:.2f}",
+            f"{r['seconds']:.2f}",
+            f"{r['compile_seconds']:.1f}",
+            f"{r['memory_gb']:.1f}",
+            ", ".join(f"{gb:.1f}" for gb in r["servers_gb"]),
+        ]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
 def small() -> str:
     """Small networks by both exporters, side by side."""
     rows = [
@@ -334,7 +365,12 @@ def _measured(name: str) -> list[dict[str, Any]]:
 
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"operators": families, "passed": passed, "costs": costs, "config": config},
-    "docs/models.md": {"full-size": full_size, "small": small, "tabular": tabular},
+    "docs/models.md": {
+        "full-size": full_size,
+        "transformers": transformers,
+        "small": small,
+        "tabular": tabular,
+    },
     "docs/operators.md": {
         "summaries": operators,
         "on-client": on_client,
