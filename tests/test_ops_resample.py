@@ -110,3 +110,18 @@ def test_whole_numbers_are_interpolated_as_fractions() -> None:
     model.graph.output[0].type.tensor_type.elem_type = 1
     x = rng_of(11).integers(-8, 9, SHAPE).astype(np.int32)
     agree(model, [x], ulps=4)
+
+
+def test_weights_that_are_nearly_whole_are_whole() -> None:
+    """Three of five samples with scales in single precision: 0.6 · 5 is a little more than 3."""
+    nodes = [
+        node(
+            "Resize",
+            ["x", "", "scales"],
+            mode="linear",
+            coordinate_transformation_mode="align_corners",
+        )
+    ]
+    model = model_of(nodes, {"x": [1, 1, 5, 5]}, {"scales": np.array([1, 1, 0.6, 0.6])})
+    x = rng_of(8).uniform(-4, 4, (1, 1, 5, 5)).astype(np.float32)
+    agree(model, [x], ulps=6)

@@ -122,9 +122,8 @@ def scaled(weights: Floats, bound: int) -> tuple[int, Ints]:
     for s in range(min(FINEST, room) + 1):
         rounded = np.rint(np.ldexp(weights, s))
         off = float(np.abs(np.ldexp(weights, s) - rounded).sum(axis=0).max(initial=0.0))
-        if np.ldexp(off, bound - s) <= ROUNDING_ULPS or s == min(FINEST, room):
-            if off and s < COARSEST:
-                break
+        finest = s == min(FINEST, room) >= COARSEST
+        if finest or np.ldexp(off, bound - s) <= ROUNDING_ULPS:
             return s, rounded.astype(np.int64)
     raise TooWide(
         f"its input needs {bound} bits, too many for weights that add up to {sums:g}",
