@@ -317,3 +317,15 @@ def test_half_precision_models_compile() -> None:
     graph = helper.make_graph([node("MatMul", ["x", "w"])], "half", [x], [y], [weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     agree(model, [np.array([[0.5], [1.25], [-3]], np.float16)], ulps=1)
+
+
+def test_lists_of_tensors_are_refused_by_name_whatever_the_samples() -> None:
+    nodes = [
+        node("SplitToSequence", ["x"], ["s"], axis=1),
+        node("ConcatFromSequence", ["s"], axis=1),
+    ]
+    model = model_of(nodes, {"x": [1, 6]})
+    with pytest.raises(ModelError) as refused:
+        compile_model(model, calibrate=np.ones((2, 6), np.float32))
+    assert len(refused.value.problems) == 2
+    assert all("sequences and optionals" in p for p in refused.value.problems)

@@ -161,6 +161,29 @@ def test_a_remainder_has_the_sign_that_is_asked_for(constant: bool) -> None:
     agree(model, [x] if constant else [x, y], ulps=0, rng=rng, input_range=ranges)
 
 
+@pytest.mark.parametrize("divisor", [1.5, 2.0])
+@pytest.mark.parametrize("fmod", [0, 1])
+def test_a_remainder_by_one_constant_has_one_inverse(divisor: float, fmod: int) -> None:
+    model = model_of([node("Mod", ["x", "k"], fmod=fmod)], {"x": [40]}, {"k": np.float32(divisor)})
+    x = rng_of(5).uniform(-8, 8, 40).astype(np.float32)
+    agree(model, [x], ulps=0)
+
+
+def test_guards_against_infinity_vanish() -> None:
+    """Where(x > 0 and IsInf(x), a huge number, x), as nan_to_num is exported."""
+    nodes = [
+        node("IsInf", ["x"], ["i"]),
+        node("Greater", ["x", "zero"], ["p"]),
+        node("And", ["p", "i"], ["b"]),
+        node("Where", ["b", "huge", "x"], ["w"]),
+        node("Add", ["w", "w"]),
+    ]
+    huge = np.finfo(np.float32).max
+    model = model_of(nodes, {"x": [4]}, {"zero": np.float32(0), "huge": huge})
+    compiled = agree(model, [np.array([-1, 0, 1, 3], np.float32)], ulps=0)
+    assert bill_of(compiled.plan).rounds == 0
+
+
 def test_a_shape_that_would_depend_on_secrets_is_refused_with_the_reason() -> None:
     model = model_of([node("NonZero", ["x"])], {"x": SHAPE})
     with pytest.raises(ModelError, match="would depend on secret data"):

@@ -120,6 +120,8 @@ def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
     for feed in samples.feeds(graph.inputs):
         values = [*feed.items(), *zip(names, run.run(names, feed), strict=True)]
         for name, value in values:
+            if not isinstance(value, np.ndarray):
+                continue  # a list of tensors: lowering says that there are none
             if np.issubdtype(value.dtype, np.number) and value.size:
                 found.setdefault(name, []).append(_seen(value))
     return {name: _joined(parts) for name, parts in found.items()}

@@ -154,7 +154,8 @@ def period_fits(period_log2: int, frac_bits: int) -> int:
 def rounded_out(low: float, high: float) -> tuple[float, float]:
     """A slightly larger range with short ends: a plan then tells little of what samples showed."""
     step = 2.0 ** (frexp(max(high - low, 2.0**-20))[1] - 6)
-    return float(np.floor(low / step) * step), float(np.ceil(high / step) * step)
+    first, last = float(np.floor(low / step)), float(np.ceil(high / step))
+    return first * step, max(last, first + 1) * step
 
 
 def image(f: Curve, args: tuple[float, ...], low: float, high: float) -> tuple[float, float]:

@@ -215,12 +215,14 @@ class Unfolding:
         return True
 
     def _never(self, node: onnx.NodeProto) -> bool:
-        """Whether the node asks if secrets are infinite or no numbers: fixed point holds none."""
+        """Whether the node is false of any secret: infinite, no number, or one and more besides."""
         if node.domain or any(self.shape(i) is None for i in node.input):
             return False
         if node.op_type in ("IsNaN", "IsInf"):
             return node.input[0] not in self.constants
         known = [self.constants[i] for i in node.input if i in self.constants]
+        if node.op_type == "And":
+            return any(not k.any() for k in known)
         return node.op_type == "Equal" and len(known) == 1 and not np.isfinite(known[0]).any()
 
     def _wherever(self, node: onnx.NodeProto) -> Any:
@@ -347,6 +349,8 @@ class Unfolding:
 def _held_type(kind: onnx.TypeProto) -> onnx.TypeProto:
     result = onnx.TypeProto()
     result.CopyFrom(kind)
+    if not result.HasField("tensor_type"):
+        return result
     tensor = result.tensor_type
     tensor.elem_type = _HELD.get(int(tensor.elem_type), int(tensor.elem_type))
     return result
