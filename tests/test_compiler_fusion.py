@@ -304,3 +304,36 @@ def test_written_out_exponentials_of_large_numbers_are_one_function(op: str, cen
     assert op in kinds(fused(model))
     x = rng_of(11).uniform(-60, 60, (2, 6)).astype(F32)
     compiled_agrees(model, [x], 1e-3, 64.0)
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_the_log_of_a_softmax_is_exact_where_shares_are_tiny(written_out: bool) -> None:
+    out = [
+        node("Exp", ["x"], ["e"]),
+        node("ReduceSum", ["e", "axes"], ["t"]),
+        node("Div", ["e", "t"], ["s"]),
+    ]
+    nodes = out if written_out else [node("Softmax", ["x"], ["s"])]
+    constants = {"axes": np.array([-1])} if written_out else {}
+    model = model_of([*nodes, node("Log", ["s"])], {"x": (2, 6)}, constants)
+    assert kinds(fused(model)) == {"LogSoftmax": 1}
+    x = rng_of(12).uniform(-20, 20, (2, 6)).astype(F32)
+    compiled_agrees(model, [x], 1e-3, 20.0)
+
+
+def test_the_log_of_a_softmax_over_several_axes_stays() -> None:
+    """Before opset 13, and where that could not be converted: all axes from `axis` on."""
+    model = model_of(
+        [node("Softmax", ["x"], ["s"]), node("Log", ["s"])], {"x": (2, 3, 4)}, opset=12
+    )
+    x = rng_of(13).uniform(-2, 2, (2, 3, 4)).astype(F32)
+    compiled_agrees(model, [x], 5e-3, 2.0)  # over one axis alone it would be off by 1
+
+
+def test_the_log_of_a_sigmoid_is_exact_where_that_is_tiny() -> None:
+    model = model_of([node("Sigmoid", ["x"], ["s"]), node("Log", ["s"])], {"x": (1, 80)})
+    assert kinds(fused(model)) == {"LogSigmoid": 1}
+    made = compile_model(model, input_range=(-24, 24), ring=64)
+    x = on_grid(made.plan, 0, np.linspace(-24, 24, 80, dtype=F32).reshape(1, 80))
+    (got,), _ = Together(made.plan, made.weights).infer([x])
+    assert np.abs(got + np.logaddexp(0, -x.astype(np.float64))).max() < 2e-4

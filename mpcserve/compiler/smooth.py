@@ -235,6 +235,11 @@ def softplus_curve(x: Reals) -> Reals:
     return np.logaddexp(0.0, x)
 
 
+def log_sigmoid_curve(x: Reals) -> Reals:
+    """log(1 / (1 + e^−x))."""
+    return -softplus_curve(-x)
+
+
 def mish_curve(x: Reals) -> Reals:
     """x·tanh(softplus(x))."""
     return np.asarray(x * np.tanh(softplus_curve(x)))

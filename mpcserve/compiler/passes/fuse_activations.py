@@ -99,6 +99,7 @@ def _known() -> tuple[Known, ...]:
         Known("Swish", smooth.swish_curve),
         Known("Swish", lambda x: smooth.swish_curve(x, QUICK_GELU), {"alpha": QUICK_GELU}),
         Known("Softplus", smooth.softplus_curve),
+        Known("LogSigmoid", smooth.log_sigmoid_curve),
         Known("Sigmoid", smooth.sigmoid_curve),
         Known("Tanh", np.tanh),
     )

@@ -2,6 +2,7 @@
 
 e / Σ e            with e = exp(x) or exp(x − max x)     Softmax
 m − log Σ e^m      with m = x − max x                    LogSoftmax
+log s              with s = Softmax(x), however small    LogSoftmax
 log Σ e^x                                                ReduceLogSumExp
 """
 
@@ -10,10 +11,13 @@ from __future__ import annotations
 from mpcserve.compiler.fused import Fusion, Inside, fuse
 from mpcserve.compiler.graph import Graph, Node
 
+SINGLE_AXIS = 13
+"""From this opset on a Softmax is along one axis."""
+
 
 def fuse_softmax(graph: Graph) -> Graph:
     """The same function; sums of exponentials are found behind what is made of them."""
-    for find in (_softmax, _log_softmax, _log_sum_exp):
+    for find in (_softmax, _log_softmax, _log_of_softmax, _log_sum_exp):
         inside = Inside(graph)
         found = [f for node in graph.nodes if not node.domain and (f := find(node, inside))]
         graph = fuse(graph, found)
@@ -43,6 +47,16 @@ def _log_softmax(sub: Node, inside: Inside) -> Fusion | None:
     axis = _axis(summed, inside)
     x, before = _lowered(m, axis, inside)
     return _closed("LogSoftmax", x, axis, [*before, exp, summed, log, sub], inside)
+
+
+def _log_of_softmax(log: Node, inside: Inside) -> Fusion | None:
+    softmax = inside.makers.get(log.inputs[0]) if log.op == "Log" else None
+    if softmax is None or softmax.op != "Softmax":
+        return None
+    if not softmax.domain and inside.graph.opset < SINGLE_AXIS:
+        return None
+    axis = int(softmax.attrs.get("axis", -1))
+    return _closed("LogSoftmax", softmax.inputs[0], axis, [softmax, log], inside)
 
 
 def _log_sum_exp(log: Node, inside: Inside) -> Fusion | None:
