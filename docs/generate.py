@@ -119,7 +119,7 @@ def costs() -> str:
 
 
 def _cost(op: str, size: int, width: int, reads: int) -> Cost:
-    return OPS[op].cost(size, width, {"width": reads}, 2)
+    return OPS[op].cost(size, width, {"width": reads, "widths": [reads]}, 2)
 
 
 def _sum(costs: list[Cost]) -> Cost:

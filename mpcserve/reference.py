@@ -106,10 +106,12 @@ def _slice(i: Instruction, xs: Sequence[Int]) -> Int:
 def _spectral(i: Instruction, xs: Sequence[Int]) -> Int:
     at = i.attrs
     angle = xs[0] * (2 * np.pi / 2.0 ** at["width"])
-    total = np.zeros(i.value.shape)
-    for k, (a, b) in enumerate(zip(at["sine"], at["cosine"], strict=True), 1):
-        total += a * np.sin(k * angle) + b * np.cos(k * angle)
-    rounded: Int = np.rint(np.ldexp(total, at["bits"] - at["truncate"])).astype(np.int64)
+    total = np.zeros((*angle.shape, at["sums"]))
+    rows = (np.reshape(at[name], (at["sums"], -1)).T for name in ("sine", "cosine"))
+    for k, (a, b) in enumerate(zip(*rows, strict=True), 1):
+        total += a * np.sin(k * angle)[..., None] + b * np.cos(k * angle)[..., None]
+    lowered = np.ldexp(total, max(at["waves"]) - at["truncate"])
+    rounded: Int = np.rint(lowered).astype(np.int64).reshape(i.value.shape)
     return rounded
 
 

@@ -201,11 +201,17 @@ class Interpreter:
     def op_spectral(self, i: Instruction, xs: Sequence[Big]) -> Big:
         at = i.attrs
         angle = np.asarray(xs[0] % (1 << at["width"]), np.float64) * (2 * np.pi / 2 ** at["width"])
-        waves = sum(
-            a * np.sin(k * angle) + b * np.cos(k * angle)
-            for k, (a, b) in enumerate(zip(at["sine"], at["cosine"], strict=True), 1)
-        )
-        return big(np.rint(np.ldexp(waves, at["bits"] - at["truncate"])))
+        count = len(at["waves"])
+        sums = [
+            sum(
+                at["sine"][row + k] * np.sin((k + 1) * angle)
+                + at["cosine"][row + k] * np.cos((k + 1) * angle)
+                for k in range(count)
+            )
+            for row in range(0, count * at["sums"], count)
+        ]
+        waves = np.stack(sums, -1).reshape(i.value.shape)
+        return big(np.rint(np.ldexp(waves, max(at["waves"]) - at["truncate"])))
 
     def op_extend(self, i: Instruction, xs: Sequence[Big]) -> Big:
         return xs[0]

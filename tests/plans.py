@@ -35,7 +35,8 @@ class PlanWriter:
     ) -> int:
         """`width` is the new value's; `reads` is the attribute `width` of select and extend."""
         if reads is not None:
-            attrs["width"] = reads
+            pairs = len(inputs) // 2
+            attrs |= {"widths": [reads] * pairs} if op == "select" else {"width": reads}
         id = len(self.instructions)
         rule = OPS[op].shape
         if shape is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mpcserve.compiler.precision import check_fit
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.plan import Plan, bill_of, verify_plan
 from mpcserve.plan.bill import Bill
-from mpcserve.protocol import Together
+from mpcserve.protocol import Together, Transcript
 from tests.plan_interpreter import Interpreter
 
 Array = Any
@@ -43,6 +44,12 @@ class Compiled:
         assert bill == self.bill
         return outputs[0]
 
+    def transcript(self, *xs: Array) -> Transcript:
+        """What is sent in one run."""
+        sent = Transcript()
+        Together(self.plan, self.weights, sent).infer(xs)
+        return sent
+
     def check_bounds(self, *xs: Array) -> None:
         """Every value stays within its bound, every accumulator within its ring."""
         Interpreter(self.plan, self.weights, np.random.default_rng(1)).run(*xs)
@@ -59,16 +66,17 @@ def compiled(
     *,
     group: int = 2,
     known: str = "proved",
+    many: float = inf,
 ) -> Compiled:
-    """`function(b, *inputs)` as a plan."""
-    b = Builder(FRAC_BITS, 21, group)
+    """`function(b, *inputs)` as a plan; of `many` elements, fewer bytes are worth more rounds."""
+    b = Builder(FRAC_BITS, 21, group, halve_from=many)
     ends = zip(shapes, ranges, strict=True)
     xs = [b.input(f"x{k}", "float64", shape, (*r, known)) for k, (shape, r) in enumerate(ends)]
     b.output("y", "float64", function(b, *xs))
     draft = remove_unused(deduplicate(b.draft()))
     assert check_fit(draft, FRAC_BITS) == []
     draft = extended(draft)
-    plan = assign_widths(draft, "function")
+    plan = assign_widths(draft, "function", many=many)
     verify_plan(plan)
     return Compiled(plan, encoded_weights(plan, draft))
 

@@ -161,17 +161,21 @@ def test_every_width_is_demanded_by_somebody(seed: int) -> None:
     for i in plan.instructions:
         if i.op == "sign" or i.value.width <= i.value.bound + 2 or i.id in outputs:
             continue
-        assert any(i.value.width == _read(plan, r) for r in plan.instructions if i.id in r.inputs)
+        assert any(
+            i.value.width == _read(plan, r, i.id) for r in plan.instructions if i.id in r.inputs
+        )
 
 
-def _read(plan: Plan, reader: Instruction) -> int:
-    """The width that an instruction takes from its operands."""
+def _read(plan: Plan, reader: Instruction, x: int) -> int:
+    """The width that an instruction takes from its operand x."""
     if "ring" in reader.attrs:
         return int(reader.attrs["ring"])
     if OPS[reader.op].local:
         return reader.value.width + int(reader.attrs.get("bits", 0))
     if reader.op == "sign":
         return int(sum(reader.attrs["chunks"])) + 1
+    if reader.op == "select":
+        return int(reader.attrs["widths"][reader.inputs[1::2].index(x)])
     return int(reader.attrs["width"])
 
 

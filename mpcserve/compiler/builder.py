@@ -8,7 +8,7 @@ not emitted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mpcserve.compiler import interval as iv
 from mpcserve.compiler.draft import Draft, Shape, Step
 from mpcserve.compiler.dtypes import is_integer
+from mpcserve.compiler.fourier import Fits
 from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Unsupported
@@ -44,14 +45,22 @@ class Builder(Values):
     """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered.
 
     `group`: of how many values a maximum may be found at once (see `strategy`). `trees`: what
-    their padding may tell.
+    their padding may tell. `halve_from`: elements from which on an activation is made of two
+    halves: two more rounds, for a third of the dealt bytes.
     """
 
     def __init__(
-        self, frac_bits: int, opset: int, group: int = 2, trees: TreeBounds | None = None
+        self,
+        frac_bits: int,
+        opset: int,
+        group: int = 2,
+        trees: TreeBounds | None = None,
+        halve_from: float = inf,
     ) -> None:
         super().__init__(frac_bits)
         self.trees = trees or TreeBounds()
+        self.halve_from = halve_from
+        self.fits = Fits()
         self.group = group
         self.opset = opset
         self.layer = ""
@@ -370,25 +379,32 @@ class Builder(Values):
         self,
         x: Ref,
         period_bits: int,
-        sine: Sequence[float],
-        cosine: Sequence[float],
+        sine: Array,
+        cosine: Array,
         to: int | None = None,
         bits: int = WAVE_BITS,
+        waves: Sequence[int] | None = None,
     ) -> Ref:
         """Σ_k sine[k]·sin((k + 1)ωx) + cosine[k]·cos((k + 1)ωx), a turn per 2^period_bits ulp.
 
-        `to`: fraction bits of the result; `bits`: of waves and coefficients.
+        Several sums where sine and cosine have a row for each: they lie along a new last axis.
+        `to`: fraction bits of the result; `bits`: of coefficients; `waves`: of each harmonic.
         """
-        one = 1 << bits
         to = self.frac_bits if to is None else to
+        rows = np.rint(np.ldexp(np.stack([np.atleast_2d(sine), np.atleast_2d(cosine)]), bits))
+        sums = rows.shape[1]
+        waves = list(waves or [bits] * rows.shape[2])
         attrs = {
             "width": period_bits,
             "bits": bits,
-            "truncate": 2 * bits - to,
-            "sine": [round(a * one) for a in sine],
-            "cosine": [round(a * one) for a in cosine],
+            "waves": waves,
+            "sums": sums,
+            "truncate": bits + max(waves) - to,
+            "sine": listed(rows[0].astype(np.int64).ravel()),
+            "cosine": listed(rows[1].astype(np.int64).ravel()),
         }
-        return self._emit("spectral", (x.id,), attrs, x.shape, to)
+        shape = x.shape if sums == 1 else (*x.shape, sums)
+        return self._emit("spectral", (x.id,), attrs, shape, to)
 
     # the whole
 

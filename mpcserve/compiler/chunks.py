@@ -6,24 +6,26 @@ round, 2(J − 1) opened bits and about 3·2^(J−1) dealt bits.
 
 from __future__ import annotations
 
+from mpcserve.plan.verify import MAX_CHUNK
+
 CHUNK_BITS = 5
 """The default: about the fewest opened and dealt bits together."""
-
-SINGLE_CHUNK_BITS = 8
-"""Up to here one chunk, no merging round at all: 2^8 − 1 dealt bits."""
 
 ONE_LEVEL = 7
 """More chunks than this merge in two rounds: 2^J dealt bits would outgrow them."""
 
 
-def sign_chunks(width: int, chunk: int = CHUNK_BITS) -> tuple[list[int], list[int]]:
+def sign_chunks(
+    width: int, chunk: int = CHUNK_BITS, single: int = MAX_CHUNK
+) -> tuple[list[int], list[int]]:
     """(bits per chunk, low to high; chunks per first-level group) for the sign of `width` bits.
 
-    Chunks have at most `chunk` bits, and more only if that saves the second round.
+    Up to `single` bits one chunk, and no merging round at all. Else chunks have at most `chunk`
+    bits, and more only if that saves the second round.
     """
     low = width - 1
     assert low >= 1
-    if low <= SINGLE_CHUNK_BITS:
+    if low <= single:
         return [low], [1]
     count = -(-low // CHUNK_BITS)
     if count > ONE_LEVEL and -(-low // chunk) <= ONE_LEVEL:

@@ -123,13 +123,15 @@ def mul(x: Interval, y: Interval) -> Interval:
 def matmul(inner: int, x: Interval, y: Interval) -> Interval:
     """x @ y over `inner` terms, by centres and radii: tight when either side is exact."""
     a, b = _spread(x, -1, inner), _spread(y, -2, inner)
-    ac, ar, bc, br = _centre(a), _radius(a), _centre(b), _radius(b)
+    ac, bc = _centre(a), _centre(b)
     centre, sizes = ac @ bc, np.abs(bc)
-    slack = (inner + 4) * EPSILON
-    radius = (ar * (1 + slack) + np.abs(ac) * slack) @ sizes
+    radius: Reals | float = 0.0
+    if not a.known:
+        radius = radius + _radius(a) @ sizes
     if not b.known:
-        radius = radius + ((ar + np.abs(ac)) * (1 + slack)) @ br
-    return Interval(centre - radius, centre + radius)
+        radius = radius + (np.abs(ac) if a.known else np.abs(ac) + _radius(a)) @ _radius(b)
+    slack = (inner + 4) * EPSILON * (np.abs(ac) @ sizes + radius)
+    return Interval(centre - radius - slack, centre + radius + slack)
 
 
 def reshape(x: Interval, old: Shape, new: Shape) -> Interval:

@@ -16,6 +16,9 @@ from mpcserve.compiler.problems import Problem, TooWide, Unsupported
 from mpcserve.compiler.registry import Lowering, Registry
 from mpcserve.compiler.unknown import unknown_op
 
+HALVE_FROM = 1 << 13
+"""Elements of an activation from which on bytes dealt weigh more than rounds."""
+
 Reach = tuple[float, float, str]
 """(low, high, known) of an input."""
 
@@ -52,7 +55,7 @@ def lower(
     trees: TreeBounds | None = None,
 ) -> tuple[Draft, list[Problem]]:
     """The draft of a graph. It is of no use when problems were found."""
-    b = Builder(scales.usual, graph.opset, group, trees)
+    b = Builder(scales.usual, graph.opset, group, trees, HALVE_FROM)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
     chosen = choices(graph)

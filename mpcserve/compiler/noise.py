@@ -254,14 +254,14 @@ class _Gains:
 
 
 def _steepest(step: Step, x: Step) -> float:
-    """The steepest slope of a sum of waves on the range of its operand."""
+    """The steepest slope of sums of waves on the range of their operand."""
     at = step.attrs
-    turn = 2 * np.pi / 2.0 ** (at["width"] - x.frac_bits)
     points = np.linspace(x.interval.least, x.interval.most, SAMPLES)
-    slope = np.zeros(SAMPLES)
-    for k, (a, b) in enumerate(zip(at["sine"], at["cosine"], strict=True), 1):
-        slope += k * turn * (a * np.cos(k * turn * points) - b * np.sin(k * turn * points))
-    return float(np.abs(slope).max() / (1 << at["bits"]))
+    turn = 2 * np.pi / 2.0 ** (at["width"] - x.frac_bits) * np.arange(1, len(at["waves"]) + 1)
+    turns = np.outer(turn, points)
+    sine, cosine = (np.reshape(at[name], (at["sums"], -1)) * turn for name in ("sine", "cosine"))
+    slopes = sine @ np.cos(turns) - cosine @ np.sin(turns)
+    return float(np.abs(slopes).max() / (1 << at["bits"]))
 
 
 SAMPLES = 513

@@ -227,7 +227,8 @@ def _bit(step: Step, xs: Sequence[Step]) -> Interval:
 def _spectral(step: Step, xs: Sequence[Step]) -> Interval:
     """No more than its coefficients together, whatever x is."""
     at = step.attrs
-    most = sum(float(np.hypot(a, b)) for a, b in zip(at["sine"], at["cosine"], strict=True))
+    size = np.hypot(*(np.asarray(at[name], np.float64) for name in ("sine", "cosine")))
+    most = float(size.reshape(at["sums"], -1).sum(axis=1).max())
     most = most * 2.0 ** -at["bits"] + SPECTRAL_ERROR + _ulp(step)
     return iv.uniform(-most, most, len(step.shape))
 

@@ -13,15 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, floor, log, log2, pi
-from math import erf as erf_of
+from math import ceil, floor, log, log2, pi, prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import fourier
 from mpcserve.compiler.builder import WAVE_BITS, Builder, Ref
-from mpcserve.compiler.fourier import Curve
+from mpcserve.compiler.curves import (
+    dip_curve,
+    erf_curve,
+    exp_curve,
+    gelu_curve,
+    mish_curve,
+    sigmoid_curve,
+    softplus_curve,
+    swish_curve,
+    tanh_gelu_curve,
+)
+from mpcserve.compiler.fourier import Curve, Fit
 from mpcserve.compiler.functions import times, with_frac_bits
 from mpcserve.compiler.problems import TooWide, Unsupported
 
@@ -30,7 +40,7 @@ Reals = NDArray[np.float64]
 FINEST_ERROR = 2.0**-20
 """Waves of 24 bits allow no less."""
 
-MOST_WAVE_BITS, FEWEST_WAVE_BITS, GUARD_BITS = 24, 12, 4
+MOST_WAVE_BITS, FEWEST_WAVE_BITS, GUARD_BITS = 24, 12, 3
 
 ONE_CHUNK = 250
 """A comparison of integers up to here is one round and one bit."""
@@ -41,8 +51,16 @@ COARSEST = 16
 NEARLY = 1.25
 """A range that goes beyond an end by no more than this is fitted as a whole, not compared."""
 
-TAIL_ULPS = 2
-"""By how much a function may still differ from its asymptote where that takes over."""
+TAIL_ERRORS = 2
+"""By how much a function may still differ from its asymptote where that takes over, over the error
+of its fit."""
+
+FINE = 64
+"""Parts of an end in which a comparison with it is as fine as bytes dealt ask for."""
+
+COARSE_ULPS = 5
+"""Error of a fit where there are many elements: as much as rounding of weights does to the results
+of a layer, of which it makes its own, and not felt beside that."""
 
 FARTHEST = 4096.0
 """No asymptote is sought beyond."""
@@ -65,15 +83,37 @@ def spectral(
     the waves; more make them exact, fewer leave wide results room in 64 bits. Cost: 1 round.
     """
     to = b.frac_bits if to is None else to
+    fit, bits = _fitted(b, f, low, high, args, error, to, bits)
+    waves = np.array(fit.sine), np.array(fit.cosine)
+    y = b.spectral(*_turned(b, x, fit), *waves, to, bits, fit.waves)
+    return b.offset(b.within(y, fit.low - 2.0**-to, fit.high + 2.0**-to), fit.constant)
+
+
+def _fitted(
+    b: Builder,
+    f: Curve,
+    low: float,
+    high: float,
+    args: tuple[float, ...],
+    error: float | None,
+    to: int,
+    bits: int | None = None,
+) -> tuple[Fit, int]:
+    """The fit, and bits of its coefficients."""
     error = max(2.0**-to if error is None else error, FINEST_ERROR)
-    bits = ceil(-log2(error)) + GUARD_BITS if bits is None else bits
+    given, bits = bits, ceil(-log2(error)) + GUARD_BITS if bits is None else bits
     bits = min(max(bits, FEWEST_WAVE_BITS, (to + 1) // 2), MOST_WAVE_BITS)
-    fit = fourier.fitted(f, args, *fourier.rounded_out(low, high), error, bits, to)
+    most = MOST_WAVE_BITS if given is None else bits
+    fit = b.fits.of(f, args, low, high, error, bits, to, most)
     fourier.refuse_inexact(fit, error)
+    return fit, bits
+
+
+def _turned(b: Builder, x: Ref, fit: Fit) -> tuple[Ref, int]:
+    """x at a scale that fits the period, and the bits of a turn."""
     change = fourier.period_fits(fit.period_log2, x.frac_bits)
     x = b.scale(with_frac_bits(b, x, x.frac_bits + change), fit.factor)
-    y = b.spectral(x, fit.period_log2 + x.frac_bits, fit.sine, fit.cosine, to, bits)
-    return b.offset(b.within(y, fit.low - 2.0**-to, fit.high + 2.0**-to), fit.constant)
+    return x, fit.period_log2 + x.frac_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +124,20 @@ class End:
     reach: float
 
 
-def below(b: Builder, x: Ref, end: float, nearly: float = NEARLY) -> End:
+def below(
+    b: Builder, x: Ref, end: float, nearly: float = NEARLY, grain: float | None = None
+) -> End:
     """The bit [x < about `end`]: set only below `end`, and always below `reach`.
 
-    Cost: a comparison of the high bits of x alone.
+    `grain`: of the comparison; by default a part of `end`. Cost: a comparison of the high bits of x
+    alone.
     """
     held = b.interval(x)
     if held.least >= end - (nearly - 1) * abs(end):
         return End(None, held.least)
-    wide = log2((held.magnitude + abs(end)) / ONE_CHUNK)
-    grain = min(ceil(wide), floor(log2(max(abs(end), 2.0**-x.frac_bits) / COARSEST)))
-    bits = min(max(-grain, 0), x.frac_bits)
+    wide = ceil(log2((held.magnitude + abs(end)) / ONE_CHUNK))
+    grain = max(abs(end), 2.0**-x.frac_bits) / COARSEST if grain is None else grain
+    bits = min(max(-min(wide, floor(log2(grain))), 0), x.frac_bits)
     step = 2.0**-bits
     # The shift errs by less than 1.5 steps.
     threshold = floor(end / step - 0.5)
@@ -102,9 +145,9 @@ def below(b: Builder, x: Ref, end: float, nearly: float = NEARLY) -> End:
     return End(b.sign(coarse), max((threshold - 1.5) * step, held.least))
 
 
-def above(b: Builder, x: Ref, end: float) -> End:
+def above(b: Builder, x: Ref, end: float, grain: float | None = None) -> End:
     """As `below`, of the upper end."""
-    found = below(b, b.scale(x, -1), -end)
+    found = below(b, b.scale(x, -1), -end, grain=grain)
     return End(found.bit, -found.reach)
 
 
@@ -138,6 +181,20 @@ def level(b: Builder, like: Ref, value: float) -> Ref:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """`sign`·curve(x) − `slope`·x + `level`; equal to any other of the same."""
+
+    curve: Curve
+    sign: float
+    slope: float
+    level: float = 0.0
+
+    def __call__(self, x: Reals, *args: float) -> Reals:
+        """At the points x."""
+        return np.asarray(self.sign * self.curve(x, *args) - self.slope * x + self.level)
+
+
+@dataclass(frozen=True, slots=True)
 class Activation:
     """`curve`(x, *args) → `left` for x → −∞ and → `right`·x + `level` for x → ∞.
 
@@ -151,9 +208,15 @@ class Activation:
     right: float = 0.0
     level: float = 0.0
 
-    def core(self, x: Reals, *args: float) -> Reals:
+    @property
+    def core(self) -> Rest:
         """What is left for the waves."""
-        return self.curve(x, *args) - self.slope * x
+        return Rest(self.curve, 1.0, self.slope)
+
+    @property
+    def distance(self) -> Rest:
+        """From the right asymptote."""
+        return Rest(self.curve, -1.0, -self.right, self.level)
 
 
 def activation(b: Builder, x: Ref, a: Activation) -> Ref:
@@ -161,12 +224,19 @@ def activation(b: Builder, x: Ref, a: Activation) -> Ref:
 
     Cost: 1 round inside the range; else 2 or 3.
     """
+    many = prod(x.shape) >= b.halve_from
+    error = (COARSE_ULPS if many else 1) * 2.0**-b.frac_bits
     x = with_frac_bits(b, x, b.frac_bits)
-    error = TAIL_ULPS * 2.0**-b.frac_bits
-    low = below(b, x, -_tail(a, error, -1))
-    high = above(b, x, _tail(a, error, 1))
+    left, right = (_tail(a, TAIL_ERRORS * error, side) for side in (-1, 1))
+    grain = min(left, right) / FINE if many else None
+    low, high = below(b, x, -left, grain=grain), above(b, x, right, grain)
     reach = (min(low.reach, high.reach - 0.25), high.reach)
-    y = spectral(b, x, a.core, *reach, args=a.args)
+    if many and (mirror := _mirror(a)) and _in_halves(reach):
+        whole, _ = _fitted(b, a.core, *reach, a.args, error, b.frac_bits)
+        if len(whole.waves) >= MANY_WAVES:
+            y = _halved(b, x, a, low, high, mirror, error)
+            return stated(b, x, y, a.curve, a.args)
+    y = spectral(b, x, a.core, *reach, args=a.args, error=error)
     if a.slope:
         y = b.add(y, b.shift(x, 1, 0))
     y = replaced(
@@ -178,6 +248,66 @@ def activation(b: Builder, x: Ref, a: Activation) -> Ref:
         ],
     )
     return stated(b, x, y, a.curve, a.args)
+
+
+MANY_WAVES = 14
+"""From here on, two halves take fewer dealt bytes than the whole."""
+
+LOPSIDED = 0.4
+"""Neither side of what is made in halves may be shorter than this part of the other."""
+
+
+def _in_halves(reach: tuple[float, float]) -> bool:
+    """Whether a range is much longer than either of its sides."""
+    shorter, longer = sorted((-reach[0], reach[1]))
+    return shorter >= LOPSIDED * longer
+
+
+def _mirror(a: Activation) -> int:
+    """±1 if a(−x) is as far from its asymptote as a(x) is, on the same (−1) or the other side."""
+    t = np.linspace(0.0, 8.0, 65)
+    right = a.right * t + a.level - a.curve(t, *a.args)
+    left = a.curve(-t, *a.args) - a.left
+    return next((m for m in (1, -1) if np.abs(left - m * right).max() < 2.0**-40), 0)
+
+
+def _halved(
+    b: Builder, x: Ref, a: Activation, low: End, high: End, mirror: int, error: float
+) -> Ref:
+    """a(x) by its distance from the asymptotes, h(x) on the right and ±h(−x) on the left.
+
+    h is smooth and small, and half as long as the whole: few and coarse waves make it, and both
+    sides share what is dealt of them. Cost: 3 rounds.
+    """
+    reach = max(-low.reach, high.reach)
+    middle = below(b, x, 0.0, grain=reach / FINE)
+    assert middle.bit is not None
+
+    to = min(ceil(-log2(error)) + 1, b.frac_bits)
+    fit, bits = _fitted(b, a.distance, middle.reach, reach, a.args, error, to)
+    sine, cosine = np.array(fit.sine), np.array(fit.cosine)
+    rows = np.stack([-sine, -mirror * sine]), np.stack([-cosine, mirror * cosine])
+    y = b.spectral(*_turned(b, x, fit), *rows, to, bits, fit.waves)
+    most = max(-fit.low, fit.high) + 2.0**-to
+    y = with_frac_bits(b, b.within(y, -most, most), b.frac_bits)
+    axis = len(x.shape)
+    right, left = (b.reshape(b.slice(y, axis, k, k + 1), x.shape) for k in range(2))
+    right, left = b.offset(right, -fit.constant), b.offset(left, mirror * fit.constant + a.left)
+    positive = b.flip(middle.bit)
+    straight = b.offset(x, a.level) if a.right else level(b, x, a.level)
+    pairs = [(_without(b, middle.bit, low.bit), left)]
+    if high.bit is None:
+        pairs.append((positive, b.add(straight, right)))
+    else:
+        pairs += [(b.xor([positive, high.bit]), right), (positive, straight)]
+    if low.bit is not None and a.left:
+        pairs.append((low.bit, level(b, x, a.left)))
+    return b.pick([bit for bit, _ in pairs], [value for _, value in pairs])
+
+
+def _without(b: Builder, bit: Ref, part: Ref | None) -> Ref:
+    """The bit, cleared where a part of it is set."""
+    return bit if part is None else b.xor([bit, part])
 
 
 def stated(b: Builder, x: Ref, y: Ref, f: Curve, args: tuple[float, ...] = ()) -> Ref:
@@ -200,59 +330,6 @@ def _tail(a: Activation, error: float, side: int) -> float:
             return float(abs(x[np.flatnonzero(~near)[-1] + 1])) if not near.all() else reach
         reach *= 2
     raise Unsupported("reaches its asymptote too slowly", "scale its parameters")
-
-
-# curves
-
-
-def sigmoid_curve(x: Reals, gain: float = 1.0) -> Reals:
-    """1 / (1 + e^−gain·x)."""
-    return np.asarray(0.5 + 0.5 * np.tanh(0.5 * gain * x))
-
-
-def erf_curve(x: Reals) -> Reals:
-    """The error function."""
-    return np.array([erf_of(v) for v in np.ravel(x)]).reshape(np.shape(x))
-
-
-def gelu_curve(x: Reals) -> Reals:
-    """x·Φ(x)."""
-    return np.asarray(x * 0.5 * (1 + erf_curve(x / np.sqrt(2))))
-
-
-def tanh_gelu_curve(x: Reals) -> Reals:
-    """Its approximation by tanh."""
-    return np.asarray(x * 0.5 * (1 + np.tanh(np.sqrt(2 / pi) * (x + 0.044715 * x**3))))
-
-
-def swish_curve(x: Reals, gain: float = 1.0) -> Reals:
-    """x·sigmoid(gain·x)."""
-    return np.asarray(x * sigmoid_curve(x, gain))
-
-
-def softplus_curve(x: Reals) -> Reals:
-    """log(1 + e^x)."""
-    return np.logaddexp(0.0, x)
-
-
-def log_sigmoid_curve(x: Reals) -> Reals:
-    """log(1 / (1 + e^−x))."""
-    return -softplus_curve(-x)
-
-
-def mish_curve(x: Reals) -> Reals:
-    """x·tanh(softplus(x))."""
-    return np.asarray(x * np.tanh(softplus_curve(x)))
-
-
-def exp_curve(x: Reals, factor: float = 1.0, top: float = 0.0) -> Reals:
-    """e^(factor·x − top)."""
-    return np.exp(factor * x - top)
-
-
-def dip_curve(x: Reals, alpha: float, scale: float) -> Reals:
-    """alpha·(e^(x / scale) − 1)."""
-    return np.asarray(alpha * np.expm1(x / scale))
 
 
 # functions
@@ -391,7 +468,7 @@ def sine(b: Builder, x: Ref, cosine: bool = False, to: int | None = None) -> Ref
     if shift < 8:
         raise TooWide("its input has too large a range", "calibrate with samples")
     turned = b.shift(b.scale(x, round(per_unit * 2.0**shift)), shift, 0)
-    waves = [0.0 if cosine else 1.0], [1.0 if cosine else 0.0]
+    waves = np.array([0.0 if cosine else 1.0]), np.array([1.0 if cosine else 0.0])
     y = b.spectral(turned, ANGLE_BITS, *waves, to, MOST_WAVE_BITS if to else WAVE_BITS)
     slack = 4 * 2.0**-y.frac_bits
     return b.within(y, -1.0 - slack, 1.0 + slack)

@@ -24,6 +24,15 @@ from mpcserve.compiler.chunks import CHUNK_BITS, sign_chunks
 from mpcserve.compiler.draft import Draft, Step
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
+from mpcserve.plan.verify import MAX_CHUNK
+
+MANY_ELEMENTS = 1 << 13
+"""From here on, what a comparison deals weighs more than a round."""
+
+
+MUCH_WIDER, MANY_TERMS = 8, 32
+"""Bits that a reader asks of a sum beyond its own, and elements that are added: where both are
+more, the sum is extended and not all that it adds."""
 
 
 def extended(draft: Draft, ring: int = RING_BITS) -> Draft:
@@ -46,12 +55,16 @@ def rings_of(draft: Draft) -> dict[int, int]:
     }
 
 
-def assign_widths(draft: Draft, name: str, chunk: int = CHUNK_BITS, **about: Any) -> Plan:
-    """The plan of a draft that needs no more `extend`. `chunk`: most bits compared at once."""
+def assign_widths(
+    draft: Draft, name: str, chunk: int = CHUNK_BITS, many: float = MANY_ELEMENTS, **about: Any
+) -> Plan:
+    """The plan of a draft that needs no more `extend`. `chunk`: most bits compared at once; `many`:
+    elements of a comparison from which on bytes dealt weigh more than a round."""
     needs = _Needs(draft, RING_BITS)
     assert not needs.wider, "insert the extends first"
     instructions = tuple(
-        _instruction(id, step, needs.width, draft, chunk) for id, step in enumerate(draft.steps)
+        _instruction(id, step, needs.width, draft, chunk, many)
+        for id, step in enumerate(draft.steps)
     )
     return Plan(name, instructions, draft.inputs, draft.outputs, **about)
 
@@ -98,11 +111,20 @@ class _Needs:
         """`reader` reads `id` with `width` bits."""
         # What an extend itself would read is no reason for one.
         least = self.draft.steps[id].bound + 2
-        if width <= max(self.caps[id], least) or self._cheaper_before(id, width):
+        fits = width <= max(self.caps[id], least) or self._cheaper_before(id, width)
+        if fits and not self._dear_before(id, width):
             self.width[id] = max(self.width[id], width)
         else:
             readers = self.wider.setdefault(id, {})
             readers[reader] = max(width, readers.get(reader, 0))
+
+    def _dear_before(self, id: int, width: int) -> bool:
+        """Whether `id` is a sum of so many elements that each would be much wider for its sake."""
+        step = self.draft.steps[id]
+        if step.op != "sum" or width < step.bound + 2 + MUCH_WIDER:
+            return False
+        terms = prod(self.draft.steps[step.inputs[0]].shape)
+        return terms >= max(MANY_ELEMENTS, MANY_TERMS * prod(step.shape))
 
     def _cheaper_before(self, id: int, width: int) -> bool:
         """Whether extending what `id` is made of touches fewer elements than extending `id`.
@@ -168,10 +190,11 @@ def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple
     if step.op in PRODUCTS:
         return [(j, ring_of(step, width)) for j in step.inputs]
     if step.op == "select":
-        read = _read_width(step, steps)
-        return [(j, read if k % 2 else 1) for k, j in enumerate(step.inputs)]
+        pairs = zip(step.inputs[::2], step.inputs[1::2], _read_widths(step, steps), strict=True)
+        return [need for bit, x, read in pairs for need in ((bit, 1), (x, read))]
     if step.op in ("sign", "extend"):
-        return [(step.inputs[0], _read_width(step, steps))]
+        (read,) = _read_widths(step, steps)
+        return [(step.inputs[0], read)]
     if step.op == "tally" or step.is_bit:
         return [(j, 1) for j in step.inputs]
     spare = step.attrs["bits"] if step.op == "shift" else 0
@@ -181,15 +204,15 @@ def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple
 def _own_width(step: Step, steps: tuple[Step, ...]) -> int:
     """The narrowest value that the step can make: a select writes no fewer bits than it reads."""
     if step.op in ("select", "extend"):
-        return max(least_width(step), _read_width(step, steps))
+        return max(least_width(step), *_read_widths(step, steps))
     return least_width(step)
 
 
-def _read_width(step: Step, steps: tuple[Step, ...]) -> int:
-    """The bits of its operands that a sign, select or extend reads."""
+def _read_widths(step: Step, steps: tuple[Step, ...]) -> list[int]:
+    """The bits of each of its operands that a sign, select or extend reads."""
     tight = step.op == "sign" or (step.op == "select" and step.attrs["nonnegative"])
     read = step.inputs[1::2] if step.op == "select" else step.inputs
-    return max(1, *(steps[j].bound for j in read)) + (1 if tight else 2)
+    return [max(1, steps[j].bound) + (1 if tight else 2) for j in read]
 
 
 def _insert(draft: Draft, wider: dict[int, dict[int, int]]) -> Draft:
@@ -208,15 +231,20 @@ def _insert(draft: Draft, wider: dict[int, dict[int, int]]) -> Draft:
     return draft.renumbered(steps, number)
 
 
-def _instruction(id: int, step: Step, widths: list[int], draft: Draft, chunk: int) -> Instruction:
+def _instruction(
+    id: int, step: Step, widths: list[int], draft: Draft, chunk: int, many: float
+) -> Instruction:
     width = widths[id]
     value = Value(step.shape, width, step.frac_bits, step.bound, step.known)
     attrs = dict(step.attrs)
     if step.op in TRUNCATING:
         attrs["ring"] = ring_of(step, width)
     elif step.op == "sign":
-        read = _read_width(step, draft.steps)
-        attrs["chunks"], attrs["groups"] = sign_chunks(read, chunk)
-    elif step.op in ("select", "extend"):
-        attrs["width"] = _read_width(step, draft.steps)
+        (read,) = _read_widths(step, draft.steps)
+        single = chunk if prod(step.shape) >= many else MAX_CHUNK
+        attrs["chunks"], attrs["groups"] = sign_chunks(read, chunk, single)
+    elif step.op == "select":
+        attrs["widths"] = _read_widths(step, draft.steps)
+    elif step.op == "extend":
+        (attrs["width"],) = _read_widths(step, draft.steps)
     return Instruction(id, step.op, step.inputs, value, MappingProxyType(attrs), step.layer)

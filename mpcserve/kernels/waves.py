@@ -79,24 +79,24 @@ def _cos_sin(j: int, turn_bits: int) -> tuple[int, int]:
 
 @kernel(
     "void(uint64[::1], int64, Array(int64, 2, 'C', readonly=True),"
-    " Array(int64, 2, 'C', readonly=True), int64, uint64[:, ::1])"
+    " Array(int64, 2, 'C', readonly=True), int64[::1], uint64[:, ::1])"
 )
-def wave_masks(lam: Words, width: int, coarse: Table, fine: Table, bits: int, out: Words) -> None:
-    """out[2k], out[2k + 1] = cos, sin of the (k + 1)-fold angle λ, over 2^bits, two's complement.
+def wave_masks(lam: Words, width: int, coarse: Table, fine: Table, bits: Table, out: Words) -> None:
+    """out[2k], out[2k + 1] = cos, sin of the (k + 1)-fold angle λ, over 2^bits[k].
 
-    Shapes: lam [N], each below 2^width; out [2K, N].
+    Shapes: lam [N], each below 2^width; bits [K]; out [2K, N], in two's complement.
     """
     low_bits = np.uint64(width - 10 if width > 10 else 0)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
-    drop = np.int64(30 - bits)
-    half = np.int64(1) << np.int64(29 - bits)
     for e in range(lam.size):
         h = np.int64(lam[e] >> low_bits)
         low = np.int64(lam[e] & low_mask)
         c1 = (coarse[0, h] * fine[0, low] - coarse[1, h] * fine[1, low] + _ROUND) >> _SHIFT
         s1 = (coarse[1, h] * fine[0, low] + coarse[0, h] * fine[1, low] + _ROUND) >> _SHIFT
         c, s = c1, s1
-        for k in range(out.shape[0] // 2):
+        for k in range(bits.size):
+            drop = _SHIFT - bits[k]
+            half = np.int64(1) << (drop - np.int64(1))
             out[2 * k, e] = np.uint64((c + half) >> drop)
             out[2 * k + 1, e] = np.uint64((s + half) >> drop)
             c, s = (c * c1 - s * s1 + _ROUND) >> _SHIFT, (s * c1 + c * s1 + _ROUND) >> _SHIFT
@@ -104,8 +104,8 @@ def wave_masks(lam: Words, width: int, coarse: Table, fine: Table, bits: int, ou
 
 @kernel(
     "void(uint64[::1], int64, Array(int64, 2, 'C', readonly=True),"
-    " Array(int64, 2, 'C', readonly=True), int64[::1], int64[::1], uint64[:, ::1],"
-    " uint64[::1])"
+    " Array(int64, 2, 'C', readonly=True), int64[:, ::1], int64[:, ::1], uint64[::1],"
+    " uint64[:, ::1], uint64[:, ::1])"
 )
 def wave_share(
     delta: Words,
@@ -114,14 +114,16 @@ def wave_share(
     fine: Table,
     sine: Table,
     cosine: Table,
+    lift: Words,
     dealt: Words,
     out: Words,
 ) -> None:
-    """out = share of Σ_k sine_k·sin(kω(Δ − λ)) + cosine_k·cos(kω(Δ − λ)), from shares of λ's waves.
+    """out[:, p] = share of Σ_k sine_pk·sin(kω(Δ − λ)) + cosine_pk·cos(kω(Δ − λ)), from λ's waves.
 
-    Coefficients are integers over 2^q. By angle addition the factor of cos(kωλ) is
-    sine_k·sin(kωΔ) + cosine_k·cos(kωΔ), that of sin(kωλ) is cosine_k·sin(kωΔ) − sine_k·cos(kωΔ).
-    Shapes: delta [N], dealt [2K, N], out [N].
+    Coefficients are integers over 2^q; waves of harmonic k lack `lift[k]` bits of the finest. By
+    angle addition the factor of cos(kωλ) is sine_k·sin(kωΔ) + cosine_k·cos(kωΔ), that of sin(kωλ)
+    is cosine_k·sin(kωΔ) − sine_k·cos(kωΔ).
+    Shapes: delta [N]; sine, cosine [P, K]; lift [K]; dealt [2K, N]; out [N, P].
     """
     low_bits = np.uint64(width - 10 if width > 10 else 0)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
@@ -131,10 +133,12 @@ def wave_share(
         c1 = (coarse[0, h] * fine[0, low] - coarse[1, h] * fine[1, low] + _ROUND) >> _SHIFT
         s1 = (coarse[1, h] * fine[0, low] + coarse[0, h] * fine[1, low] + _ROUND) >> _SHIFT
         c, s = c1, s1
-        total = np.uint64(0)
-        for k in range(sine.size):
-            of_cos = (sine[k] * s + cosine[k] * c + _ROUND) >> _SHIFT
-            of_sin = (cosine[k] * s - sine[k] * c + _ROUND) >> _SHIFT
-            total += np.uint64(of_cos) * dealt[2 * k, e] + np.uint64(of_sin) * dealt[2 * k + 1, e]
+        for p in range(sine.shape[0]):
+            out[e, p] = np.uint64(0)
+        for k in range(sine.shape[1]):
+            of_c, of_s = dealt[2 * k, e] << lift[k], dealt[2 * k + 1, e] << lift[k]
+            for p in range(sine.shape[0]):
+                by_c = (sine[p, k] * s + cosine[p, k] * c + _ROUND) >> _SHIFT
+                by_s = (cosine[p, k] * s - sine[p, k] * c + _ROUND) >> _SHIFT
+                out[e, p] += np.uint64(by_c) * of_c + np.uint64(by_s) * of_s
             c, s = (c * c1 - s * s1 + _ROUND) >> _SHIFT, (s * c1 + c * s1 + _ROUND) >> _SHIFT
-        out[e] = total

@@ -227,14 +227,16 @@ def _sign_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
 
 
 def _select_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
-    high = max(width - attrs["width"], 0)
-    dealt = 2 * packed_bytes(size, width) + 3 * packed_bytes(size, high)
-    return Cost((packed_bytes(size, width),), operands // 2 * dealt)
+    dealt = 2 * packed_bytes(size, width) * len(attrs["widths"])
+    dealt += sum(3 * packed_bytes(size, max(width - read, 0)) for read in attrs["widths"])
+    return Cost((packed_bytes(size, width),), dealt)
 
 
 def _choose(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     if len(shapes) % 2 or len(set(shapes)) != 1:
         raise ValueError(f"select pairs bits with values of one shape, got {shapes}")
+    if "widths" in attrs and 2 * len(attrs["widths"]) != len(shapes):
+        raise ValueError(f"select of {len(shapes) // 2} pairs with widths {attrs['widths']}")
     return shapes[0]
 
 
@@ -276,9 +278,20 @@ MAX_ALL = 8
 """Bits that one `all` joins: it deals 2^8 − 9 products of their masks."""
 
 
+def wave_rings(attrs: Attrs) -> list[int]:
+    """Bits in which each harmonic's waves are shared: what they lack of the finest scale, less."""
+    finest = max(attrs["waves"])
+    return [attrs["ring"] - (finest - bits) for bits in attrs["waves"]]
+
+
+def _spectral(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    return shapes[0] if attrs["sums"] == 1 else (*shapes[0], attrs["sums"])
+
+
 def _spectral_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
-    waves = 2 * len(attrs["sine"])
-    return Cost((packed_bytes(size, width),), packed_bytes(waves * size, attrs["ring"]))
+    pairs = 2 * size // attrs["sums"]
+    dealt = sum(packed_bytes(pairs, bits) for bits in wave_rings(attrs))
+    return Cost((packed_bytes(size, width),), dealt)
 
 
 _PRODUCT = ("ring", "truncate")
@@ -314,13 +327,13 @@ OPS: Mapping[str, OpSpec] = {
     ),
     "sign": OpSpec((1, 1), _same, ("chunks", "groups"), cost=_sign_cost),
     "all": OpSpec((2, MAX_ALL), _all, ("when",), cost=_all_cost),
-    "select": OpSpec((2, MANY), _choose, ("when", "nonnegative", "width"), cost=_select_cost),
+    "select": OpSpec((2, MANY), _choose, ("when", "nonnegative", "widths"), cost=_select_cost),
     "tally": OpSpec((1, 1), _tally, ("values",), cost=_tally_cost),
     "extend": OpSpec((1, 1), _same, ("width",), cost=_extend_cost),
     "spectral": OpSpec(
         (1, 1),
-        _same,
-        ("width", "ring", "truncate", "bits", "sine", "cosine"),
+        _spectral,
+        ("width", "ring", "truncate", "bits", "waves", "sums", "sine", "cosine"),
         cost=_spectral_cost,
     ),
 }
@@ -331,13 +344,16 @@ integer, `wrap(x)` the integer y with −2**(`bits` − 1) ≤ y < 2**(`bits` �
 2**`bits`; its bound is `bits` − 1 although −2**bound is possible. `tally(bit)` is the sum of the
 public `values` whose bit is set, along the first axis. `select(bit, x, …)` is the sum of the x
 where bit = `when`, of which at most one may hold, or any number if `many`; `nonnegative` promises
-x ≥ 0 where selected. `extend` and `select` read x mod 2**`width` and write it mod 2**value.width.
+x ≥ 0 where selected. `extend` reads x mod 2**`width`, `select` each x mod 2**its own of `widths`;
+both write mod 2**value.width.
 Products are computed mod 2**`ring`,
 divided by 2**`truncate` with stochastic rounding, and opened at value.width ≤ ring − truncate; an
 optional third operand is added before the truncation. `spectral(x)` is Σ_k sine[k−1]·sin(kωx) +
-cosine[k−1]·cos(kωx), ω one turn per 2**`width` ulp, coefficients over 2**`bits`; it is truncated
-and opened as a product is. `combine(x)` is a product by a public matrix along `axis`: element k is
-Σ_t `factors`[t, k]·x[`indices`[t, k]], of both tables `taps` rows."""
+cosine[k−1]·cos(kωx), ω one turn per 2**`width` ulp, coefficients over 2**`bits`, waves over
+2**`waves`[k−1]; it is truncated and opened as a product is. Of several `sums` of the same waves
+each has a row of coefficients, and a place along a new last axis. `combine(x)` is a product by a
+public matrix along `axis`: element k is Σ_t `factors`[t, k]·x[`indices`[t, k]], of both tables
+`taps` rows."""
 
 BIT_MOVES = ("reshape", "transpose", "slice", "concat", "expand", "gather")
 """Local ops that put words elsewhere, bits as well as numbers."""

@@ -18,7 +18,7 @@ MAX_CHUNK = 8
 MIN_PERIOD, MAX_PERIOD = 11, 26
 """Bits of a spectral function's period: more than the coarse table has, few enough for the fine."""
 
-MAX_HARMONICS, MAX_WAVE_BITS = 64, 24
+MAX_HARMONICS, MAX_WAVE_BITS, MAX_SUMS = 64, 24, 8
 
 
 def verify_plan(plan: Plan) -> None:
@@ -110,17 +110,7 @@ def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
         if sum(i.attrs["groups"]) != len(i.attrs["chunks"]) or min(i.attrs["groups"]) < 1:
             yield f"groups {i.attrs['groups']} do not partition {len(i.attrs['chunks'])} chunks"
     elif i.op in ("select", "extend"):
-        m = i.attrs["width"]
-        spare = 1 if i.op == "select" and i.attrs["nonnegative"] else 2
-        for x in xs[1::2] if i.op == "select" else xs:
-            if m > x.width or x.bound > m - spare:
-                yield f"reads {m} bits of width {x.width}, bound 2^{x.bound}"
-            if v.frac_bits != x.frac_bits:
-                yield f"frac_bits {v.frac_bits}, expected {x.frac_bits}"
-        if i.op == "extend" and v.width <= m:
-            yield f"extends width {m} to {v.width}"
-        if i.op == "select" and m > v.width:
-            yield f"reads {m} bits to write {v.width}"
+        yield from _select(i, v, xs)
     elif OPS[i.op].local:
         spare = i.attrs["bits"] if i.op == "shift" else 0
         if any(v.width > x.width - spare for x in xs):
@@ -132,21 +122,42 @@ def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
             yield f"frac_bits {v.frac_bits} from {[x.frac_bits for x in xs]}"
 
 
+def _select(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
+    spare = 1 if i.op == "select" and i.attrs["nonnegative"] else 2
+    several = i.op == "select"
+    read, widths = (xs[1::2], i.attrs["widths"]) if several else (xs, [i.attrs["width"]])
+    for x, m in zip(read, widths, strict=True):
+        if m > x.width or x.bound > m - spare:
+            yield f"reads {m} bits of width {x.width}, bound 2^{x.bound}"
+        if v.frac_bits != x.frac_bits:
+            yield f"frac_bits {v.frac_bits}, expected {x.frac_bits}"
+        if i.op == "extend" and v.width <= m:
+            yield f"extends width {m} to {v.width}"
+        if i.op == "select" and m > v.width:
+            yield f"reads {m} bits to write {v.width}"
+
+
 def _spectral(i: Instruction, v: Value, x: Value) -> Iterator[str]:
     at = i.attrs
     if not MIN_PERIOD <= at["width"] <= min(x.width, MAX_PERIOD):
         yield f"a period of {at['width']} bits, of an operand of {x.width}"
-    if len(at["sine"]) != len(at["cosine"]) or not 1 <= len(at["sine"]) <= MAX_HARMONICS:
+    count = len(at["waves"])
+    if not 1 <= count <= MAX_HARMONICS or not 1 <= at["sums"] <= MAX_SUMS:
+        yield f"{at['sums']} sums of {count} harmonics"
+    if {len(at["sine"]), len(at["cosine"])} != {count * at["sums"]}:
         yield f"{len(at['sine'])} sines and {len(at['cosine'])} cosines"
-    if not 1 <= at["bits"] <= MAX_WAVE_BITS:
-        yield f"waves of {at['bits']} bits"
+    if not all(1 <= bits <= MAX_WAVE_BITS for bits in (at["bits"], *at["waves"])):
+        yield f"waves of {at['waves']} bits, coefficients of {at['bits']}"
     if any(abs(c) >> (at["bits"] + 8) for c in (*at["sine"], *at["cosine"])):
         yield "a coefficient of 256 or more"
     t, ring = at["truncate"], at["ring"]
     if not 0 <= t < ring <= RING_BITS or v.width > ring - t or v.bound + t > ring - 1:
         yield f"width {v.width}, bound 2^{v.bound} from ring {ring} - truncate {t}"
-    if v.frac_bits != 2 * at["bits"] - t:
-        yield f"frac_bits {v.frac_bits}, expected {2 * at['bits'] - t}"
+    scale = at["bits"] + max(at["waves"], default=0)
+    if v.frac_bits != scale - t:
+        yield f"frac_bits {v.frac_bits}, expected {scale - t}"
+    if ring - max(at["waves"], default=0) + min(at["waves"], default=0) < 1:
+        yield f"waves of {at['waves']} bits in a ring of {ring}"
 
 
 def _product(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcserve.compiler import smooth
+from mpcserve.compiler import curves
 from mpcserve.compiler.fused import Fusion, Inside, fuse
 from mpcserve.compiler.graph import Graph, Node
 
@@ -45,9 +45,9 @@ def _elementwise() -> Mapping[str, Callable[..., Reals]]:
         "Tanh": np.tanh,
         "Sqrt": np.sqrt,
         "Reciprocal": np.reciprocal,
-        "Erf": smooth.erf_curve,
-        "Sigmoid": smooth.sigmoid_curve,
-        "Softplus": smooth.softplus_curve,
+        "Erf": curves.erf_curve,
+        "Sigmoid": curves.sigmoid_curve,
+        "Softplus": curves.softplus_curve,
         "Relu": lambda x: np.maximum(x, 0),
         "Max": np.maximum,
         "Min": np.minimum,
@@ -92,15 +92,15 @@ def _hard_swish(x: Reals) -> Reals:
 
 def _known() -> tuple[Known, ...]:
     return (
-        Known("Gelu", smooth.gelu_curve),
-        Known("Gelu", smooth.tanh_gelu_curve, {"approximate": "tanh"}),
-        Known("Mish", smooth.mish_curve),
+        Known("Gelu", curves.gelu_curve),
+        Known("Gelu", curves.tanh_gelu_curve, {"approximate": "tanh"}),
+        Known("Mish", curves.mish_curve),
         Known("HardSwish", _hard_swish),
-        Known("Swish", smooth.swish_curve),
-        Known("Swish", lambda x: smooth.swish_curve(x, QUICK_GELU), {"alpha": QUICK_GELU}),
-        Known("Softplus", smooth.softplus_curve),
-        Known("LogSigmoid", smooth.log_sigmoid_curve),
-        Known("Sigmoid", smooth.sigmoid_curve),
+        Known("Swish", curves.swish_curve),
+        Known("Swish", lambda x: curves.swish_curve(x, QUICK_GELU), {"alpha": QUICK_GELU}),
+        Known("Softplus", curves.softplus_curve),
+        Known("LogSigmoid", curves.log_sigmoid_curve),
+        Known("Sigmoid", curves.sigmoid_curve),
         Known("Tanh", np.tanh),
     )
 

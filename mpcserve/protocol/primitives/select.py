@@ -4,7 +4,7 @@ With x' = x + o ≥ 0 (o = 0 if x is known not to be negative, else 2^(m−2)) a
 integer x' = Δ' − Λ where Δ' = Δ + o mod 2^m and Λ = λ if Δ'_msb = 1, else λ − 2^m·λ_msb: a set top
 bit of Δ' means that no wrap was lost; a clear one means that x' wrapped exactly when λ_msb is set.
 As integers λ = λ_A + λ_B − 2^m·carry, so carol deals only carry and λ_msb, n − m bits each, and for
-select β (n), β·λ (n) and β·λ_msb (n − m).
+select β (n), β·λ (n) and β·λ_msb (n − m). Of several pairs each has an m of its own.
 
 Error: exact. Cost: 1 round, n bits each way; dealt: extend 2(n − m), select 2n + 3(n − m) bits.
 Leaks: nothing: the output is opened under a fresh mask of n bits.
@@ -53,10 +53,10 @@ class SelectMaterial(NamedTuple):
     lam: Words
 
 
-def _offset(i: Instruction) -> np.uint64:
+def _offset(i: Instruction, width: int) -> np.uint64:
     if i.op == "select" and i.attrs["nonnegative"]:
         return np.uint64(0)
-    return np.uint64(1 << (i.attrs["width"] - 2))
+    return np.uint64(1 << (width - 2))
 
 
 def _flat(x: Words, width: int) -> Words:
@@ -107,7 +107,7 @@ def evaluate_extend(
             material.high[part],
             material.lam[part],
             i.attrs["width"],
-            _offset(i),
+            _offset(i, i.attrs["width"]),
             n,
             side == "alice",
             out[part],
@@ -118,8 +118,8 @@ def evaluate_extend(
 
 def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     """For each pair deal β, β·λ and, if the result is wider, carry, λ_msb and β·λ_msb."""
-    n, m = i.value.width, i.attrs["width"]
-    for bit, x in zip(masks[::2], masks[1::2], strict=True):
+    n = i.value.width
+    for bit, x, m in zip(masks[::2], masks[1::2], i.attrs["widths"], strict=True):
         beta = np.empty(i.value.size, word_type(n))
         bits.unslice_bit(bit.a ^ bit.b, beta)
         total, carry, top = (as_words(v, n) for v in _mask_facts(x, m))
@@ -135,13 +135,14 @@ def prepare_select(
     io: PrepareIO, i: Instruction, halves: Sequence[Words]
 ) -> tuple[Words, SelectMaterial]:
     """This side's shares."""
-    pairs = tuple(_prepare_pair(io, i, half) for half in halves[1::2])
+    widths = i.attrs["widths"]
+    pairs = tuple(_prepare_pair(io, i, *p) for p in zip(halves[1::2], widths, strict=True))
     lam = io.mask(i.value.shape, i.value.width)
     return lam, SelectMaterial(pairs, lam.reshape(-1))
 
 
-def _prepare_pair(io: PrepareIO, i: Instruction, half: Words) -> Pair:
-    n, m, shape = i.value.width, i.attrs["width"], (i.value.size,)
+def _prepare_pair(io: PrepareIO, i: Instruction, half: Words, m: int) -> Pair:
+    n, shape = i.value.width, (i.value.size,)
     beta, cross = io.dealt(shape, n), io.dealt(shape, n)
     if n > m:
         carry, top, beta_top = (as_words(io.dealt(shape, n - m), n) for _ in range(3))
@@ -167,8 +168,8 @@ def evaluate_select(
 
     def piece(part: slice) -> memoryview:
         space = packing.packed_space(part.stop - part.start, n)
-        for number, (x, bit, pair) in enumerate(
-            zip(flats, deltas[::2], material.pairs, strict=True)
+        for number, (x, bit, pair, width) in enumerate(
+            zip(flats, deltas[::2], material.pairs, i.attrs["widths"], strict=True)
         ):
             local.select_share(
                 x,
@@ -177,8 +178,8 @@ def evaluate_select(
                 *pair[1:],
                 part.start,
                 part.stop,
-                i.attrs["width"],
-                _offset(i),
+                width,
+                _offset(i, width),
                 bool(i.attrs["when"]),
                 material.lam,
                 n,

@@ -5,9 +5,11 @@ reducing x mod 2^width is free, and its wrap is the function's own period, so no
 sin and cos of kω(Δ − λ) expand into public waves of Δ times waves of λ, which carol deals; the sum
 is local.
 
-Error: < 1 ulp from the truncation, and K·2^−q of the coefficients' and waves' rounding.
+Error: < 1 ulp from the truncation, and K·2^−q of the coefficients' and waves' rounding. Waves with
+small coefficients may be coarser: these are dealt in fewer bits.
 Domain: all x; outside the range a function was fitted on, its periodic continuation.
-Cost: 1 round, `width` of the output each way; dealt: 2K values of `ring` bits.
+Cost: 1 round, `width` of the output each way; dealt: 2K values of up to `ring` bits, whatever the
+number of sums that share them.
 Leaks: nothing: the output is opened under a fresh mask.
 Source: SecFormer, SHAFT (Fourier series on masked values).
 """
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpcserve.kernels import local, packing, waves
+from mpcserve.plan.ops import wave_rings
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.opening import open_packed, tiles
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
@@ -27,9 +30,9 @@ from mpcserve.ring import Words, reduce, word_type
 
 
 class Material(NamedTuple):
-    """Shares of λ's waves [2K, N] and of the output's mask."""
+    """Shares of λ's waves, [2, N] of each harmonic, and of the output's mask."""
 
-    dealt: Words
+    dealt: tuple[Words, ...]
     lam: Words
 
 
@@ -40,16 +43,18 @@ def _angles(x: Words, width: int) -> Words:
 def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     """Deal the waves of λ."""
     at, width = i.attrs, i.attrs["width"]
-    made = np.empty((2 * len(at["sine"]), i.value.size), np.uint64)
-    table = waves.tables(width)
-    waves.wave_masks(_angles(masks[0].total(width), width), width, *table, at["bits"], made)
-    io.deal(made, at["ring"])
+    bits, table = np.array(at["waves"], np.int64), waves.tables(width)
+    made = np.empty((2 * bits.size, i.value.size // at["sums"]), np.uint64)
+    waves.wave_masks(_angles(masks[0].total(width), width), width, *table, bits, made)
+    for k, ring in enumerate(wave_rings(at)):
+        io.deal(made[2 * k : 2 * k + 2], ring)
     return io.mask(i.value.shape, i.value.width)
 
 
 def prepare(io: PrepareIO, i: Instruction, halves: Sequence[Words]) -> tuple[Words, Material]:
     """This side's shares."""
-    dealt = io.dealt((2 * len(i.attrs["sine"]), i.value.size), i.attrs["ring"])
+    pair = (2, i.value.size // i.attrs["sums"])
+    dealt = tuple(io.dealt(pair, ring) for ring in wave_rings(i.attrs))
     lam = io.mask(i.value.shape, i.value.width)
     return lam, Material(dealt, lam.reshape(-1))
 
@@ -58,17 +63,22 @@ def evaluate(side: Side, i: Instruction, material: Material, delta: Words) -> St
     """1 round."""
     at, n = i.attrs, i.value.width
     angles, table = _angles(delta, at["width"]), waves.tables(at["width"])
-    sine, cosine = (np.array(at[name], np.int64) for name in ("sine", "cosine"))
+    sine, cosine = (
+        np.array(at[name], np.int64).reshape(at["sums"], -1) for name in ("sine", "cosine")
+    )
+    waves_bits = np.array(at["waves"])
+    lift = (waves_bits.max() - waves_bits).astype(np.uint64)
     out, nothing = np.empty(i.value.size, word_type(n)), np.zeros(i.value.size, np.uint64)
 
     def pieces() -> Iterator[memoryview]:
-        for part in tiles(out.size):
-            z, space = np.empty_like(angles[part]), packing.packed_space(part.stop - part.start, n)
-            dealt = np.ascontiguousarray(material.dealt[:, part].astype(np.uint64))
-            waves.wave_share(angles[part], at["width"], *table, sine, cosine, dealt, z)
+        for part in tiles(angles.size):
+            dealt = np.concatenate([pair[:, part].astype(np.uint64) for pair in material.dealt])
+            z = np.empty((part.stop - part.start, at["sums"]), np.uint64)
+            space = packing.packed_space(z.size, n)
+            waves.wave_share(angles[part], at["width"], *table, sine, cosine, lift, dealt, z)
             local.finish_product(
-                z,
-                part.start,
+                z.reshape(-1),
+                part.start * at["sums"],
                 nothing,
                 material.lam,
                 at["ring"],
