@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -31,6 +32,11 @@ def children_of(pid: int) -> list[int]:
     """Processes that `pid` has started."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def heed_ctrl_c() -> None:
+    """In a child that begins: what runs in the background was told to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def await_true(what: str, condition: Callable[[], bool]) -> None:

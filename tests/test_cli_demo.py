@@ -17,7 +17,7 @@ from mpcserve.bundled import bundled
 from mpcserve.cli import run
 from mpcserve.cli.demo import DemoRun, _judge
 from mpcserve.errors import PeerError
-from tests.cli_support import PATIENCE, await_gone, await_true, children_of, needs_proc
+from tests.cli_support import PATIENCE, await_gone, await_true, children_of, heed_ctrl_c, needs_proc
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +57,7 @@ def test_ctrl_c_leaves_no_process_of_the_demo(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
+        preexec_fn=heed_ctrl_c,
     ) as demo:
         await_true("three servers run", lambda: len(children_of(demo.pid)) == 3)
         servers = children_of(demo.pid)

@@ -15,7 +15,7 @@ import pytest
 from mpcserve.config import Config, load_config
 from mpcserve.serving.keys import ROLES, init_keys, issue
 from mpcserve.serving.processes import reserved_ports
-from tests.cli_support import PATIENCE, await_gone, children_of, needs_proc
+from tests.cli_support import PATIENCE, await_gone, children_of, heed_ctrl_c, needs_proc
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,7 @@ def start(config: Config, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
 
 
