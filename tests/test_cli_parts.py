@@ -145,7 +145,9 @@ def test_sigterm_is_as_ctrl_c_while_servers_run() -> None:
 
 def test_every_bundled_file_is_in_the_wheel() -> None:
     listed = (ROOT / "pyproject.toml").read_text()
-    files = [*(ROOT / "models").glob("*.onnx"), *(ROOT / "models").glob("*.npy")]
+    files = [
+        path for kind in ("onnx", "npy", "csv") for path in (ROOT / "models").glob(f"*.{kind}")
+    ]
     assert len(files) >= 4
     for path in files:
         name = f"models/{path.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from mpcserve.compiler.lookup import choices, number_of
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Problem, TooWide, Unsupported
 from mpcserve.compiler.registry import Lowering, Registry
+from mpcserve.compiler.strategy import BASIC, Way
 from mpcserve.compiler.unknown import unknown_op
 
 HALVE_FROM = 1 << 13
@@ -51,11 +53,12 @@ def lower(
     ranges: Ranges,
     scales: Scales,
     registry: Registry,
-    group: int = 2,
+    way: Way = BASIC,
     trees: TreeBounds | None = None,
 ) -> tuple[Draft, list[Problem]]:
     """The draft of a graph. It is of no use when problems were found."""
-    b = Builder(scales.usual, graph.opset, group, trees, HALVE_FROM)
+    halve_from = HALVE_FROM if way.halves else inf
+    b = Builder(scales.usual, graph.opset, way.group, trees, halve_from)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
     chosen = choices(graph)

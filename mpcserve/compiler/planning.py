@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import ceil, log2
+from math import ceil, log2, prod
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mpcserve.compiler.draft import Draft, check_draft
 from mpcserve.compiler.forest import has_trees
 from mpcserve.compiler.graph import Graph
-from mpcserve.compiler.lower import Ranges, Scales, lower
+from mpcserve.compiler.lower import HALVE_FROM, Ranges, Scales, lower
 from mpcserve.compiler.narrow import TOLERANCE, narrowed
 from mpcserve.compiler.noise import noise_of
 from mpcserve.compiler.padding import TreeBounds
@@ -36,7 +36,17 @@ from mpcserve.compiler.precision import (
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import Registry
 from mpcserve.compiler.sensitivity import Felt, felt_in
-from mpcserve.compiler.strategy import CHUNKS, GROUPS, Strategy, describe, fastest
+from mpcserve.compiler.strategy import (
+    BASIC,
+    BOTH,
+    CHUNKS,
+    GROUPED,
+    WHOLE,
+    Strategy,
+    Way,
+    describe,
+    fastest,
+)
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ConfigError
 from mpcserve.plan import Plan, verify_plan
@@ -129,20 +139,27 @@ def _integers(values: NDArray[np.floating], frac_bits: int) -> NDArray[np.int64]
 def _alternatives(task: Task, precision: Precision) -> list[Made]:
     """A plan of every strategy that makes a difference."""
     made: list[Made] = []
-    for group in GROUPS if task.line else GROUPS[:1]:
-        draft, notes = _draft(task, precision, group)
-        if made and len(draft.steps) == len(made[0].draft.steps):
-            continue  # no maximum of more than two values in it
+    basic, notes = _draft(task, precision, BASIC)
+    ways: dict[Way, tuple[Draft, list[str]]] = {BASIC: (basic, notes)}
+    if task.line:
+        grouped = _draft(task, precision, GROUPED)
+        if len(grouped[0].steps) != len(basic.steps):
+            ways[GROUPED] = grouped
+        if any(s.op == "spectral" and prod(s.shape) >= HALVE_FROM for s in basic.steps):
+            ways[WHOLE] = _draft(task, precision, WHOLE)
+            if GROUPED in ways:
+                ways[BOTH] = _draft(task, precision, BOTH)
+    for way, (draft, notes) in ways.items():
         for chunk in CHUNKS:
             plan = assign_widths(draft, task.name, chunk, **task.about)
             if all(plan != m.plan for m in made):
-                made.append(Made(Strategy(group, chunk), draft, plan, tuple(notes)))
+                made.append(Made(Strategy(way, chunk), draft, plan, tuple(notes)))
     return made
 
 
-def _lowered(task: Task, group: int, scales: Scales) -> Draft:
+def _lowered(task: Task, way: Way, scales: Scales) -> Draft:
     """The graph at some scales. Raises: ModelError."""
-    draft, problems = lower(task.graph, task.ranges, scales, task.registry, group, task.trees)
+    draft, problems = lower(task.graph, task.ranges, scales, task.registry, way, task.trees)
     raise_all(task.graph.name, problems)
     for step in DRAFTS:
         draft = step(draft)
@@ -150,7 +167,7 @@ def _lowered(task: Task, group: int, scales: Scales) -> Draft:
     return draft
 
 
-def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[str]]:
+def _draft(task: Task, precision: Precision, way: Way) -> tuple[Draft, list[str]]:
     """(draft that needs no more extends, notes). Raises: ModelError."""
     ring, frac_bits = precision.ring, precision.frac_bits
     usual = frac_bits or USUAL
@@ -158,12 +175,12 @@ def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[st
     if compares and ring == 32:
         raise ConfigError("ring is 32, trees are compared in 64 bits", "leave ring out")
     finer = finer_inputs(task.ranges, usual) if compares else {}
-    draft = _tuned(task, group, Scales(usual, inputs=finer))
+    draft = _tuned(task, way, Scales(usual, inputs=finer))
     if ring != 32:
         raise_all(task.graph.name, check_fit(draft, usual))
     wide = ring == 64 or (ring == "auto" and (compares or frac_bits is not None or varies(draft)))
     if ring == "auto" and not wide and (by := _lacking(draft, task.felt)):
-        other = _tuned(task, group, Scales(usual + by))
+        other = _tuned(task, way, Scales(usual + by))
         if not check_fit(other, usual + by):
             draft, usual = other, usual + by
     if wide:
@@ -171,7 +188,7 @@ def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[st
     else:
         result = narrowed(
             draft,
-            partial(_lowered, task, group),
+            partial(_lowered, task, way),
             task.felt,
             usual,
             only=ring == 32,
@@ -184,9 +201,9 @@ def _draft(task: Task, precision: Precision, group: int) -> tuple[Draft, list[st
     return draft, [*notes, *coarse_weights(draft, usual)]
 
 
-def _tuned(task: Task, group: int, scales: Scales) -> Draft:
+def _tuned(task: Task, way: Way, scales: Scales) -> Draft:
     """The graph at some scales, its weights and inputs as fine as they need to be."""
-    draft = tune_weights(_lowered(task, group, scales), scales.usual)
+    draft = tune_weights(_lowered(task, way, scales), scales.usual)
     check_draft(draft, "tune_weights")
     draft = tune_inputs(draft, scales.usual)
     check_draft(draft, "tune_inputs")

@@ -2,7 +2,8 @@
 
 A comparison in larger chunks deals more bits and, for wide values, saves a round. A maximum of
 three or four values at once compares every pair: more bits dealt, but four rounds where a
-tournament takes six.
+tournament takes six. A smooth function of many elements is made of two halves (see `smooth`) for
+fewer bits dealt, or whole in a round or two less.
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ from mpcserve.units import human_bytes, human_seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Strategy:
-    """`group`: values of which a maximum is found at once; 2 is a tournament of pairs.
-
-    `chunk`: most bits of a comparison's chunk.
+class Way:
+    """How a graph is lowered. `group`: values of which a maximum is found at once; 2 is a
+    tournament of pairs. `halves`: whether smooth functions of many elements are made of two.
     """
 
     group: int = 2
-    chunk: int = 5
+    halves: bool = True
 
     def __str__(self) -> str:
-        how = "maxima by pairs" if self.group == 2 else f"maxima of {self.group} at once"
-        return f"{how}, chunks of {self.chunk} bits"
+        maxima = "maxima by pairs" if self.group == 2 else f"maxima of {self.group} at once"
+        return maxima if self.halves else f"{maxima}, smooth functions whole"
 
 
-GROUPS, CHUNKS = (2, 4), (5, 8)
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """`chunk`: most bits of a comparison's chunk."""
+
+    way: Way
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"{self.way}, chunks of {self.chunk} bits"
+
+
+BASIC, GROUPED, WHOLE, BOTH = Way(), Way(4), Way(halves=False), Way(4, False)
+CHUNKS = (5, 8)
 """What is tried, fewest dealt bytes first: of two that take equally long, the earlier is taken."""
 
 CLEARLY = 0.97
