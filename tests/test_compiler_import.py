@@ -83,6 +83,13 @@ def test_a_model_older_than_any_lowering_is_refused_if_it_cannot_be_converted(
         compile_model(model)
 
 
+def test_a_model_newer_than_onnx_is_refused() -> None:
+    newest = onnx.defs.onnx_opset_version()
+    model = model_of([node("Relu", ["x"])], {"x": (1, 2)}, opset=newest + 1)
+    with pytest.raises(ModelError, match=f"opset {newest + 1} is newer than {newest}"):
+        compile_model(model)
+
+
 def test_constant_nodes_are_initializers() -> None:
     model, _ = network(rng_of(1), 13)
     constant = onnx.ModelProto()
@@ -158,6 +165,32 @@ def test_missing_and_short_external_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is kept in the external file 'net.data'"):
         compile_model(path.read_bytes())
     assert any("does not exist" in r.reason for r in check_model(path))
+
+
+@pytest.mark.parametrize("outside", ["absolute", "above"])
+def test_external_data_outside_of_the_models_folder_is_refused(
+    outside: str, tmp_path: Path
+) -> None:
+    model, _ = network(rng_of(1), 17)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    onnx.save(
+        model,
+        folder / "net.onnx",
+        save_as_external_data=True,
+        location="net.data",
+        size_threshold=0,
+    )
+    (folder / "net.data").rename(tmp_path / "net.data")
+    read = onnx.load(folder / "net.onnx", load_external_data=False)
+    for tensor in read.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(tmp_path / "net.data") if outside == "absolute" else "../net.data"
+    (folder / "net.onnx").write_bytes(read.SerializeToString())
+    with pytest.raises(ModelError) as refused:
+        compile_model(folder / "net.onnx")
+    assert refused.value.hint == "keep the data file beside the model"
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world " * 50, b"\x08", bytes(range(256)) * 8])

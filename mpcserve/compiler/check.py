@@ -31,8 +31,8 @@ from mpcserve.compiler.samples import Given, lengths_of
 from mpcserve.compiler.survey import (
     fix_lengths,
     numbers_of,
+    other_opset,
     secret_nodes,
-    too_old,
     types_of,
     unknown_operators,
 )
@@ -104,7 +104,7 @@ def import_model(
             blocked = not cut.is_whole
         model, refused = in_standard_operators(cut.model)
         problems += refused
-        problems += too_old(model)
+        problems += other_opset(model)
         if not blocked and opset_of(model) >= OLDEST_OPSET:
             graph, unfolding = importing.unfolded(model, held, name, found)
             problems += [*numbers_of(graph), *unfolding.problems]

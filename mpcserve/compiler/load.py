@@ -112,7 +112,11 @@ def _load_external(model: onnx.ModelProto, folder: Path | None) -> list[Problem]
             problems.append(Problem("", "", reason, "copy the data file anew, it is cut short"))
     if found and not problems:
         assert folder is not None
-        load_external_data_for_model(model, str(folder))
+        try:
+            load_external_data_for_model(model, str(folder))
+        except onnx.checker.ValidationError as e:  # it follows no path out of the folder
+            hint = "keep the data file beside the model"
+            problems.append(Problem("", "", str(e).splitlines()[0], hint))
     return problems
 
 

@@ -26,9 +26,14 @@ _VANISHING = frozenset({"IsNaN", "Where"})
 """Operators that passes may take away: guards and masks of attention."""
 
 
-def too_old(model: onnx.ModelProto) -> list[Problem]:
-    """A problem where conversion could not bring the model to an opset that has lowerings."""
-    opset = opset_of(model)
+def other_opset(model: onnx.ModelProto) -> list[Problem]:
+    """A problem where the model, converted if that can be, is in an opset without lowerings."""
+    opset, newest = opset_of(model), onnx.defs.onnx_opset_version()
+    if opset > newest:
+        reason = (
+            f"opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} has"
+        )
+        return [Problem("", "", reason, f"export the model with opset {newest}, or update onnx")]
     if opset >= OLDEST_OPSET:
         return []
     reason = f"opset {opset} is older than {OLDEST_OPSET}, and cannot be converted"

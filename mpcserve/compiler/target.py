@@ -163,7 +163,7 @@ def _error(made: Made, feed: Feed, exact: list[Array]) -> float:
 
 
 def _cost(target: float, best: Try, default: Try) -> str:
-    more = best.bytes / default.bytes
+    more = best.bytes / max(default.bytes, 1)
     return (
         f"target error {target:g}: simulated {best.error:.2g} on samples (by default "
         f"{default.error:.2g}), for {more:.2f} times the bytes and {best.bill.rounds} rounds "
