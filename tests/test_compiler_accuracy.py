@@ -100,6 +100,12 @@ def test_a_larger_target_error_costs_fewer_bytes() -> None:
     assert cost(1e-1) < cost(1e-3) < cost(1e-4)
 
 
+def test_a_target_error_of_a_model_that_sends_nothing_is_met() -> None:
+    model = model_of([node("Add", ["x", "x"])], {"x": [1, 4]})
+    x = np.ones((2, 4), np.float32)
+    assert bill_of(compile_model(model, calibrate=x, target_error=1e-3).plan).rounds == 0
+
+
 def test_a_target_error_out_of_reach_names_layers_and_what_is_reached() -> None:
     with pytest.raises(ModelError, match=r"below 1e-12: simulated \S+e-0\d at best") as caught:
         compile_model(network(), calibrate=images(16), target_error=1e-12)

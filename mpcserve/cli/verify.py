@@ -200,6 +200,8 @@ def _headroom(plan: Plan, peaks: Mapping[int, int]) -> list[dict[str, Any]]:
     for i in plan.instructions:
         if i.id not in peaks or i.op in ("weight", "constant", "sign"):
             continue
+        if i.value.bound == 0 and peaks[i.id] <= 1:
+            continue  # a bit, which is as near as it can be
         scale = i.value.frac_bits
         bits = i.value.bound - math.log2(max(peaks[i.id], 1))
         layer = i.layer or str(i.attrs.get("name", ""))
