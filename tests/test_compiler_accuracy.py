@@ -106,6 +106,14 @@ def test_a_target_error_of_a_model_that_sends_nothing_is_met() -> None:
     assert bill_of(compile_model(model, calibrate=x, target_error=1e-3).plan).rounds == 0
 
 
+def test_a_target_error_is_more_than_a_unit_in_the_last_place() -> None:
+    """Samples that no rounding touches say nothing of how much rounding there is."""
+    model = model_of([node("MatMul", ["x", "w"])], {"x": [1, 4]}, {"w": np.eye(4)})
+    x = rng_of(6).integers(-3, 4, (8, 4)).astype(np.float32)
+    plan = compile_model(model, calibrate=x, target_error=0.004).plan
+    assert 2.0 ** -plan.value(plan.outputs[0].id).frac_bits < 0.004
+
+
 def test_a_target_error_out_of_reach_names_layers_and_what_is_reached() -> None:
     with pytest.raises(ModelError, match=r"below 1e-12: simulated \S+e-0\d at best") as caught:
         compile_model(network(), calibrate=images(16), target_error=1e-12)
