@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from math import frexp
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,10 @@ Shape = tuple[int, ...]
 
 EPSILON = 2.0**-50
 """Relative slack of a float64 result; a dot product of n terms takes n times it."""
+
+
+LARGE = 1 << 20
+"""Elements of a matrix from which on its memory is felt."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,11 @@ def uniform(low: float, high: float, rank: int) -> Interval:
 
 
 def exactly(x: NDArray[np.floating] | NDArray[np.int64]) -> Interval:
-    """The interval of known numbers."""
-    reals = np.asarray(x, np.float64)
+    """The interval of known numbers: large matrices in float32 where that has all their bits."""
+    reals: NDArray[Any] = np.asarray(x, np.float64)
+    if reals.ndim == 2 and reals.size >= LARGE:
+        halved = reals.astype(np.float32)
+        reals = halved if np.array_equal(halved, reals) else reals
     return Interval(reals, reals)
 
 
@@ -123,15 +131,41 @@ def mul(x: Interval, y: Interval) -> Interval:
 def matmul(inner: int, x: Interval, y: Interval) -> Interval:
     """x @ y over `inner` terms, by centres and radii: tight when either side is exact."""
     a, b = _spread(x, -1, inner), _spread(y, -2, inner)
-    ac, bc = _centre(a), _centre(b)
-    centre, sizes = ac @ bc, np.abs(bc)
-    radius: Reals | float = 0.0
-    if not a.known:
-        radius = radius + _radius(a) @ sizes
-    if not b.known:
-        radius = radius + (np.abs(ac) if a.known else np.abs(ac) + _radius(a)) @ _radius(b)
-    slack = (inner + 4) * EPSILON * (np.abs(ac) @ sizes + radius)
+    terms = max(BLOCK // b.low.shape[-1], 1)
+    parts = [_block(a, b, slice(k, k + terms)) for k in range(0, inner, terms)]
+    centre, radius, size = (sum(values[1:], values[0]) for values in zip(*parts, strict=True))
+    slack = (inner + 4) * EPSILON * (size + radius)
     return Interval(centre - radius - slack, centre + radius + slack)
+
+
+BLOCK = 1 << 20
+"""Elements of a large matrix that are worked on at once: no copy of the whole is made."""
+
+
+def _block(a: Interval, b: Interval, terms: slice) -> tuple[Reals, Reals, Reals]:
+    """Centre and radius of what some terms add to a product, and the size of what was added."""
+    a = Interval(*_both(a, a.low[..., terms], a.high[..., terms]))
+    b = Interval(*_both(b, b.low[..., terms, :], b.high[..., terms, :]))
+    ac, bc = _centre(a), _centre(b)
+    size, sizes = np.abs(ac), np.abs(bc)
+    centre, added = ac @ bc, size @ sizes
+    radius = np.zeros_like(centre)
+    if not a.known:
+        radius += _radius(a) @ sizes
+    if not b.known:
+        radius += (size if a.known else size + _radius(a)) @ _radius(b)
+    return centre, radius, added
+
+
+def _both(x: Interval, low: Reals, high: Reals) -> tuple[Reals, Reals]:
+    """Parts of an interval in float64; of known numbers one array."""
+    low = low.astype(np.float64, copy=False)
+    return low, low if x.known else high.astype(np.float64, copy=False)
+
+
+def widest(x: Interval) -> Interval:
+    """The same in float64: what holds for matrices that `exactly` has halved."""
+    return x if x.low.dtype == np.float64 else Interval(*_both(x, x.low, x.high))
 
 
 def reshape(x: Interval, old: Shape, new: Shape) -> Interval:

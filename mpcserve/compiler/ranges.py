@@ -32,7 +32,15 @@ Rule = Callable[[Step, Sequence[Step]], Interval]
 
 def interval_of(step: Step, operands: Sequence[Step]) -> Interval:
     """What the operands' intervals prove of the step's value, before what is stated or sampled."""
+    if step.op != "matmul":
+        operands = [x if x.op != "weight" else _widened(x) for x in operands]
     return RULES[step.op](step, operands)
+
+
+def _widened(weight: Step) -> Step:
+    """The weight with an interval in float64."""
+    held = iv.widest(weight.interval)
+    return weight if held is weight.interval else replace(weight, interval=held)
 
 
 def settle(step: Step, operands: Sequence[Step]) -> Step:

@@ -30,9 +30,9 @@ MANY_ELEMENTS = 1 << 13
 """From here on, what a comparison deals weighs more than a round."""
 
 
-MUCH_WIDER, MANY_TERMS = 8, 32
-"""Bits that a reader asks of a sum beyond its own, and elements that are added: where both are
-more, the sum is extended and not all that it adds."""
+MUCH_WIDER, MANY_TERMS, MANY_SUMMED = 8, 32, 1 << 15
+"""Bits that a reader asks of sums beyond their own, elements added in each, and in all: where all
+are more, the sums are extended and not what they add."""
 
 
 def extended(draft: Draft, ring: int = RING_BITS) -> Draft:
@@ -124,7 +124,7 @@ class _Needs:
         if step.op != "sum" or width < step.bound + 2 + MUCH_WIDER:
             return False
         terms = prod(self.draft.steps[step.inputs[0]].shape)
-        return terms >= max(MANY_ELEMENTS, MANY_TERMS * prod(step.shape))
+        return terms >= max(MANY_SUMMED, MANY_TERMS * prod(step.shape))
 
     def _cheaper_before(self, id: int, width: int) -> bool:
         """Whether extending what `id` is made of touches fewer elements than extending `id`.

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Hashable
 
+import numpy as np
+
 from mpcserve.compiler.draft import Draft, Step
 from mpcserve.plan.table import written
 
@@ -25,7 +27,9 @@ def deduplicate(draft: Draft) -> Draft:
 def _key(draft: Draft, step: Step, same: dict[int, int]) -> Hashable:
     inputs = tuple(same.get(j, j) for j in step.inputs)
     if step.op == "weight":
-        content = hashlib.sha256(draft.arrays[step.attrs["name"]].tobytes()).digest()
+        content = hashlib.sha256(
+            np.ascontiguousarray(draft.arrays[step.attrs["name"]]).data
+        ).digest()
         return step.op, step.shape, step.frac_bits, content
     attrs = json.dumps({k: written(v) for k, v in step.attrs.items()}, sort_keys=True)
     return step.op, inputs, attrs, step.shape, step.frac_bits
