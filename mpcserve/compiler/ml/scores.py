@@ -42,9 +42,14 @@ def _softmax_zero(w: Writer, scores: str) -> str:
 
 
 def probit(w: Writer, p: str) -> str:
-    """√2·erf⁻¹(2p − 1), by the approximation that onnxruntime uses."""
+    """√2·erf⁻¹(2p − 1), by the approximation that onnxruntime uses.
+
+    It ends in a root of what is nearly zero near p = ½, where rounding would be felt most: there a
+    polynomial in (2p − 1)² that agrees to 1e-6 takes its place.
+    """
     x = w.op("Sub", w.op("Mul", p, w.constant(2.0)), w.constant(1.0))
-    log = w.op("Log", w.op("Sub", w.constant(1.0), w.op("Mul", x, x)))
+    u = w.op("Mul", x, x)
+    log = w.op("Log", w.op("Sub", w.constant(1.0), u))
     v = w.op(
         "Add",
         w.op("Mul", log, w.constant(0.5)),
@@ -52,7 +57,24 @@ def probit(w: Writer, p: str) -> str:
     )
     square = w.op("Sub", w.op("Mul", v, v), w.op("Mul", log, w.constant(1.0 / ERF_INVERSE)))
     size = w.op("Sqrt", w.op("Sub", w.op("Sqrt", square), v))
-    return w.op("Mul", w.op("Mul", size, w.op("Sign", x)), w.constant(np.sqrt(2.0)))
+    far = w.op("Mul", size, w.op("Sign", x))
+    slope, *rest = _near_half()
+    near = w.constant(slope)
+    for c in rest:
+        near = w.op("Add", w.op("Mul", near, u), w.constant(c))
+    chosen = w.op("Where", w.op("Less", u, w.constant(NEAR_HALF)), w.op("Mul", near, x), far)
+    return w.op("Mul", chosen, w.constant(np.sqrt(2.0)))
+
+
+NEAR_HALF, DEGREE = 0.25, 4
+
+
+def _near_half() -> list[float]:
+    """erf⁻¹(x) / x as a polynomial in x² up to NEAR_HALF, highest power first."""
+    u = np.linspace(1e-4, NEAR_HALF, 400)
+    v = 2.0 / (np.pi * ERF_INVERSE) + 0.5 * np.log1p(-u)
+    size = np.sqrt(np.sqrt(v * v - np.log1p(-u) / ERF_INVERSE) - v)
+    return list(map(float, np.polyfit(u, size / np.sqrt(u), DEGREE)))
 
 
 def label_of(w: Writer, index: str, ints: Sequence[int], strings: Sequence[str | bytes]) -> str:
