@@ -249,9 +249,9 @@ def config() -> str:
 def full_size() -> str:
     """Networks of full size, one row each."""
     rows = [
-        "| model | input | parameters | largest error | of spread | top-1 | rounds | MB online | "
-        "MB dealt | s | s in float | s compiling | GB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | exporter | input | parameters | largest error | of spread | top-1 | rounds | "
+        "MB online | MB dealt | s | s in float | s compiling | GB |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     family = ""
     for r in sorted(_measured("zoo"), key=lambda r: (r["family"], r["model"], r["exporter"])):
@@ -259,16 +259,17 @@ def full_size() -> str:
             continue
         if r["family"] != family:
             family = r["family"]
-            rows.append(f"| **{family}** | | | | | | | | | | | | |")
+            rows.append(f"| **{family}** | | | | | | | | | | | | | |")
         rows.append(_full_row(r))
     return "\n".join(rows)
 
 
 def _full_row(r: Mapping[str, Any]) -> str:
     if r["reason"]:
-        return f"| {r['model']} | {r['input']} | | {r['reason']} | | | | | | | | | |"
+        return f"| {r['model']} | {r['exporter']} | {r['input']} | | {r['reason']}" + " |" * 10
     cells = [
         r["model"],
+        r["exporter"],
         r["input"],
         f"{r['parameters']:,}",
         f"{r['max_abs_error']:.2g}",
