@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from mpcserve.compiler import CompiledModel, compile_model
 from mpcserve.plan import bill_of
 from mpcserve.plan.estimate import LINES, Line, online_seconds
+from mpcserve.plan.plan import plan_from_json
 from mpcserve.protocol import Together
 
 LOOPBACK, LAN, WAN = LINES
@@ -64,13 +65,14 @@ def test_a_slow_network_gets_fewer_rounds() -> None:
 
 
 def test_the_plan_says_what_was_compared_and_chosen() -> None:
-    notes = compile_model(pool_model([2, 2], [2, 2], [0, 0, 0, 0]), line=WAN).plan.notes
-    chosen = [n for n in notes if n.startswith("chosen for wan")]
-    others = [n for n in notes if n.startswith("alternative")]
-    assert len(chosen) == 1
-    assert others
-    for note in (*chosen, *others):
-        assert all(f"{line.name} " in note for line in LINES)
+    plan = compile_model(pool_model([2, 2], [2, 2], [0, 0, 0, 0]), line=WAN).plan
+    (chosen,) = [a for a in plan.alternatives if a.chosen]
+    others = [a for a in plan.alternatives if not a.chosen]
+    assert others and any(n.startswith(f"chosen for wan: {chosen.how}") for n in plan.notes)
+    assert chosen.rounds == bill_of(plan).rounds
+    assert all(list(a.seconds) == [line.name for line in LINES] for a in plan.alternatives)
+    assert all(a.seconds["wan"] >= chosen.seconds["wan"] for a in others)
+    assert plan_from_json(plan.to_json()) == plan
 
 
 def test_an_estimate_grows_with_round_trips_and_shrinks_with_bandwidth() -> None:

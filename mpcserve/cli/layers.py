@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mpcserve.cli.output import shape_text, table
-from mpcserve.plan import Instruction, Plan, bill_of, cost_of
+from mpcserve.plan import Alternative, Instruction, Plan, bill_of, cost_of
 from mpcserve.plan.estimate import LINES, Line, online_seconds
 from mpcserve.units import human_bytes, human_seconds
 
@@ -120,10 +120,33 @@ def print_notes(plan: Plan) -> None:
     """Estimated seconds on every named network, what runs on the client, what else is to say."""
     times = (f"{line.name} {human_seconds(online_seconds(plan, line))}" for line in LINES)
     click.echo(f"estimated online: {', '.join(times)}")
+    if len(plan.alternatives) > 1:
+        _print_alternatives(plan.alternatives)
     for line in plan.on_client():
         click.echo(line)
     for note in plan.notes:
         click.echo(f"note: {note}")
+
+
+def _print_alternatives(ways: Sequence[Alternative]) -> None:
+    """What was compared, and what each would take on every named network."""
+    lines = list(ways[0].seconds)
+    click.echo()
+    table(
+        ("", "alternatives", "rounds", "online", "dealt", *lines),
+        (
+            (
+                "→" if a.chosen else "",
+                a.how,
+                a.rounds,
+                human_bytes(a.online_bytes),
+                human_bytes(a.dealt_bytes),
+                *(human_seconds(a.seconds[line]) for line in lines),
+            )
+            for a in ways
+        ),
+        left=2,
+    )
 
 
 def line_of(network: str) -> Line:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +253,9 @@ def _print_json(plan: Plan, **more: Any) -> None:
             **bill_json(plan),
             "estimated_seconds": {line.name: online_seconds(plan, line) for line in LINES},
             "notes": plan.notes,
+            "alternatives": [
+                asdict(replace(a, seconds=dict(a.seconds))) for a in plan.alternatives
+            ],
             **more,
         }
     )

@@ -44,7 +44,7 @@ from mpcserve.compiler.strategy import (
     WHOLE,
     Strategy,
     Way,
-    describe,
+    compared,
     fastest,
 )
 from mpcserve.compiler.widths import assign_widths, extended
@@ -117,9 +117,13 @@ def planned(task: Task, precision: Precision) -> Made:
     made = _alternatives(task, precision)
     plans = [m.plan for m in made]
     best = fastest(plans, task.line)
-    compared = describe([m.strategy for m in made], plans, best, task.line)
     verify_plan(plans[best])
-    return replace(made[best], notes=(*made[best].notes, *compared))
+    ways = compared([m.strategy for m in made], plans, best, task.line)
+    reason = f"chosen for {task.line.name}" if task.line else "chosen for the fewest bytes"
+    advice = "" if task.line else "; --network chooses by time"
+    note = f"{reason}: {made[best].strategy}{advice}"
+    plan = replace(plans[best], alternatives=ways)
+    return replace(made[best], plan=plan, notes=(*made[best].notes, note))
 
 
 def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:

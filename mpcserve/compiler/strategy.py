@@ -8,11 +8,12 @@ fewer bits dealt, or whole in a round or two less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from mpcserve.plan import Plan, bill_of
+from mpcserve.plan import Alternative, Plan, bill_of
 from mpcserve.plan.estimate import LINES, Line, online_seconds
-from mpcserve.units import human_bytes, human_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +61,15 @@ def fastest(plans: list[Plan], line: Line | None) -> int:
     return best
 
 
-def describe(
-    strategies: list[Strategy], plans: list[Plan], chosen: int, line: Line | None
-) -> list[str]:
-    """A note for each alternative: rounds, bytes and estimated seconds on every named network."""
-    notes = []
+def compared(
+    strategies: Sequence[Strategy], plans: Sequence[Plan], chosen: int, line: Line | None
+) -> tuple[Alternative, ...]:
+    """What each costs, and its estimated seconds on every named network."""
     lines = LINES if line is None or line in LINES else (*LINES, line)
-    reason = f"for {line.name}" if line else "for the fewest bytes; --network chooses by time"
+    found = []
     for k, (strategy, plan) in enumerate(zip(strategies, plans, strict=True)):
         bill = bill_of(plan)
-        times = ", ".join(f"{at.name} {human_seconds(online_seconds(plan, at))}" for at in lines)
-        mark = f"chosen {reason}" if k == chosen else "alternative"
-        notes.append(
-            f"{mark}: {strategy}: {bill.rounds} rounds, {human_bytes(bill.online_bytes)} online,"
-            f" {human_bytes(bill.dealt_bytes)} dealt; estimated {times}"
-        )
-    return notes
+        seconds = {at.name: float(f"{online_seconds(plan, at):.3g}") for at in lines}
+        costs = bill.rounds, bill.online_bytes, bill.dealt_bytes
+        found.append(Alternative(str(strategy), *costs, MappingProxyType(seconds), k == chosen))
+    return tuple(found)

@@ -2,13 +2,14 @@
 
 from mpcserve.plan.bill import Bill, bill_of, cost_of
 from mpcserve.plan.ops import Cost
-from mpcserve.plan.plan import InputSpec, Instruction, OutputSpec, Plan, Value
+from mpcserve.plan.plan import Alternative, InputSpec, Instruction, OutputSpec, Plan, Value
 from mpcserve.plan.schedule import Schedule, schedule_of
 from mpcserve.plan.store import load_plan, save_plan
 from mpcserve.plan.text import plan_text
 from mpcserve.plan.verify import verify_plan
 
 __all__ = [
+    "Alternative",
     "Bill",
     "Cost",
     "InputSpec",

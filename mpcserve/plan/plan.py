@@ -145,6 +145,21 @@ Output = NDArray[Any] | list[dict[str | int, float]]
 """An array, or a map from each class to its share for every row."""
 
 
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A way to evaluate the model that was compared. Bytes of one evaluation, online both ways.
+
+    `seconds`: estimated online, by network.
+    """
+
+    how: str
+    rounds: int
+    online_bytes: int
+    dealt_bytes: int
+    seconds: Mapping[str, float]
+    chosen: bool
+
+
 @dataclass(frozen=True)
 class Plan:
     """The whole public program. `batch` is the leading dimension fixed at compile time."""
@@ -157,6 +172,7 @@ class Plan:
     opset: int = 0
     model_digest: str = ""
     notes: tuple[str, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
     client: ClientProgram = field(default_factory=ClientProgram)
 
     def __getitem__(self, id: int) -> Instruction:
@@ -248,6 +264,10 @@ class Plan:
             "opset": self.opset,
             "model_digest": self.model_digest,
             "notes": list(self.notes),
+            "alternatives": [
+                [a.how, a.rounds, a.online_bytes, a.dealt_bytes, dict(a.seconds), a.chosen]
+                for a in self.alternatives
+            ],
             "inputs": [
                 [i.name, i.id, i.dtype, list(i.shape), i.low, i.high, i.known, i.classes]
                 for i in self.inputs
@@ -316,5 +336,16 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
         opset=int(data["opset"]),
         model_digest=str(data["model_digest"]),
         notes=tuple(map(str, data["notes"])),
+        alternatives=tuple(
+            Alternative(
+                str(how),
+                int(rounds),
+                int(online),
+                int(dealt),
+                MappingProxyType({str(k): float(v) for k, v in seconds.items()}),
+                bool(chosen),
+            )
+            for how, rounds, online, dealt, seconds, chosen in data["alternatives"]
+        ),
         client=program_from_json(data["client"]),
     )

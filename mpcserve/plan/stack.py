@@ -68,6 +68,7 @@ def stack(plan: Plan, slots: int) -> Stacked:
         opset=plan.opset,
         model_digest=plan.model_digest,
         notes=plan.notes,
+        alternatives=plan.alternatives,
     )
     return Stacked(stacked, tuple(build.of), tuple(build.done_by))
 
