@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import erf, inf
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from mpcserve.compiler import ends as ends_of
 from mpcserve.compiler import fourier, roots, smooth, softmax
 from mpcserve.compiler.builder import Builder
 from mpcserve.compiler.problems import Unsupported
@@ -337,7 +339,7 @@ def test_a_coarse_comparison_is_right_away_from_its_end(end: float, reach: float
     ends = []
 
     def bit(b: Builder, v: Any) -> Any:
-        ends.append(smooth.below(b, v, end))
+        ends.append(ends_of.below(b, v, end))
         one = b.constant(np.ones(v.shape))
         assert ends[-1].bit is not None
         return b.select(ends[-1].bit, one, when=1)
@@ -415,3 +417,25 @@ def test_what_a_server_receives_of_a_smooth_function_is_uniform(function: Any, m
 
 def is_pole(function: Any) -> bool:
     return function in (roots.reciprocal, roots.inverse_root, roots.logarithm)
+
+
+STATED = re.compile(
+    r"(many )?on \[(−?[\d.]+), (−?[\d.]+)\]: (\d+) rounds?, (\d+) bits each way, (\d+) dealt"
+)
+FUNCTIONS = [
+    *(smooth.sigmoid, smooth.tanh, smooth.erf, smooth.gelu, smooth.swish, smooth.softplus),
+    *(smooth.mish, smooth.elu, smooth.exp, smooth.sine),
+    *(roots.reciprocal, roots.inverse_root, roots.root, roots.logarithm),
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_a_docstring_states_what_a_function_costs(function: Any) -> None:
+    count = 1 << 14
+    stated = STATED.findall(function.__doc__)
+    assert stated
+    for many, low, high, *costs in stated:
+        ends = (float(low.replace("−", "-")), float(high))
+        made = compiled(function, [(count,)], [ends], many=0 if many else inf)
+        online, dealt = (8 * n for n in made.per_element(count))
+        assert list(map(int, costs)) == [made.bill.rounds, online / 2, dealt]

@@ -171,7 +171,12 @@ def _size(b: Builder, x: Ref, below: Ref) -> Ref:
 
 
 def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
-    """1 / x. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6; 4 more for x of either sign."""
+    """1 / x. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6; 4 more for x of either sign.
+
+    Cost:
+        on [1, 2]: 1 round, 21 bits each way, 330 dealt
+        on [0.01, 100]: 6 rounds, 132 bits each way, 1750 dealt
+    """
     if b.one_side(x)[1] <= 0:
         return b.scale(reciprocal(b, b.scale(x, -1), to), -1)
     if of_either_sign(b, x):
@@ -236,6 +241,9 @@ def inverse_root(
     """scale / √x for x > 0, and for x below `least` about scale / √least.
 
     Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6.
+
+    Cost:
+        on [0.01, 100]: 6 rounds, 151 bits each way, 1547 dealt
     """
     to = b.frac_bits if to is None else to
     mantissa, exponent = frexp(scale)
@@ -248,7 +256,11 @@ def inverse_root(
 
 
 def root(b: Builder, x: Ref, to: int | None = None) -> Ref:
-    """√x for x ≥ 0. Error: 1e-5 relative and 2 ulp; 2^−7 below 4 ulp. Rounds: 2 to 7."""
+    """√x for x ≥ 0. Error: 1e-5 relative and 2 ulp; 2^−7 below 4 ulp. Rounds: 2 to 7.
+
+    Cost:
+        on [0.01, 100]: 6 rounds, 222 bits each way, 1936 dealt
+    """
     x = with_frac_bits(b, x, max(x.frac_bits, b.frac_bits))
     found = scaled(b, x, "its radicand")
     # √x = (x·√factor) · 1/√(x·factor): x is scaled while the waves are made.
@@ -263,7 +275,12 @@ def root(b: Builder, x: Ref, to: int | None = None) -> Ref:
 
 
 def logarithm(b: Builder, x: Ref) -> Ref:
-    """log x for x > 0. Error: 4e-5. Rounds: 1 to 5."""
+    """log x for x > 0. Error: 4e-5. Rounds: 1 to 5.
+
+    Cost:
+        on [1, 2]: 1 round, 18 bits each way, 300 dealt
+        on [0.01, 100]: 5 rounds, 121 bits each way, 1384 dealt
+    """
     found = scaled(b, x, "its argument")
     unit = found.unit(b)
     held, (low, high) = b.interval(unit), _positive_range(b, x, "its argument")

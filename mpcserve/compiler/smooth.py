@@ -11,9 +11,8 @@ the cost inside, 64 for the cost with saturation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, floor, log, log2, pi, prod
+from math import ceil, log, log2, pi, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from mpcserve.compiler.curves import (
     swish_curve,
     tanh_gelu_curve,
 )
+from mpcserve.compiler.ends import End, above, below, level, replaced
 from mpcserve.compiler.fourier import Curve, Fit
 from mpcserve.compiler.functions import times, with_frac_bits
 from mpcserve.compiler.problems import TooWide, Unsupported
@@ -41,15 +41,6 @@ FINEST_ERROR = 2.0**-20
 """Waves of 24 bits allow no less."""
 
 MOST_WAVE_BITS, FEWEST_WAVE_BITS, GUARD_BITS = 24, 12, 3
-
-ONE_CHUNK = 250
-"""A comparison of integers up to here is one round and one bit."""
-
-COARSEST = 16
-"""A comparison with an end is at least as fine as a 16th of that end."""
-
-NEARLY = 1.25
-"""A range that goes beyond an end by no more than this is fitted as a whole, not compared."""
 
 TAIL_ERRORS = 2
 """By how much a function may still differ from its asymptote where that takes over, over the error
@@ -114,70 +105,6 @@ def _turned(b: Builder, x: Ref, fit: Fit) -> tuple[Ref, int]:
     change = fourier.period_fits(fit.period_log2, x.frac_bits)
     x = b.scale(with_frac_bits(b, x, x.frac_bits + change), fit.factor)
     return x, fit.period_log2 + x.frac_bits
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """One end of a range: `bit` is set beyond it (None: x is never there); fit up to `reach`."""
-
-    bit: Ref | None
-    reach: float
-
-
-def below(
-    b: Builder, x: Ref, end: float, nearly: float = NEARLY, grain: float | None = None
-) -> End:
-    """The bit [x < about `end`]: set only below `end`, and always below `reach`.
-
-    `grain`: of the comparison; by default a part of `end`. Cost: a comparison of the high bits of x
-    alone.
-    """
-    held = b.interval(x)
-    if held.least >= end - (nearly - 1) * abs(end):
-        return End(None, held.least)
-    wide = ceil(log2((held.magnitude + abs(end)) / ONE_CHUNK))
-    grain = max(abs(end), 2.0**-x.frac_bits) / COARSEST if grain is None else grain
-    bits = min(max(-min(wide, floor(log2(grain))), 0), x.frac_bits)
-    step = 2.0**-bits
-    # The shift errs by less than 1.5 steps.
-    threshold = floor(end / step - 0.5)
-    coarse = b.offset(b.shift(x, x.frac_bits - bits), -threshold * step)
-    return End(b.sign(coarse), max((threshold - 1.5) * step, held.least))
-
-
-def above(b: Builder, x: Ref, end: float, grain: float | None = None) -> End:
-    """As `below`, of the upper end."""
-    found = below(b, b.scale(x, -1), -end, grain=grain)
-    return End(found.bit, -found.reach)
-
-
-def replaced(b: Builder, y: Ref, ends: list[tuple[End, Callable[[], Ref]]]) -> Ref:
-    """y, and beyond each end the value given there. Cost: one select, where there are ends.
-
-    A select writes as many bits as its readers need; so y is selected too, unless that takes more
-    values to choose from: else it would be widened on its own.
-    """
-    beyond = [(end.bit, value()) for end, value in ends if end.bit is not None]
-    if not beyond:
-        return y
-    within = b.xor([bit for bit, _ in beyond], flip=1)
-    some = [(bit, value) for bit, value in beyond if b.interval(value).magnitude > 0]
-    if len(some) < len(beyond):
-        chosen = b.choose([within, *(bit for bit, _ in some)], [y, *(value for _, value in some)])
-        return b.within(chosen, *_hull(b, [y, *(value for _, value in beyond)]))
-    gaps = [b.sub(value, y) for _, value in beyond]
-    return b.add(y, b.choose([bit for bit, _ in beyond], gaps))
-
-
-def _hull(b: Builder, xs: list[Ref]) -> tuple[float, float]:
-    held = [b.interval(x) for x in xs]
-    return min(h.least for h in held), max(h.most for h in held)
-
-
-def level(b: Builder, like: Ref, value: float) -> Ref:
-    """A public number in the shape and at the scale of `like`."""
-    one = b.constant(np.full((1,) * len(like.shape), value), like.frac_bits)
-    return b.expand(one, like.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,28 +263,58 @@ def _tail(a: Activation, error: float, side: int) -> float:
 
 
 def sigmoid(b: Builder, x: Ref) -> Ref:
-    """1 / (1 + e^−x) for every x. Error: 5e-5. Rounds: 1 within ±13; else 2, or 3 beyond ±100."""
+    """1 / (1 + e^−x). Domain: every x. Error: 5e-5; 2e-4 of many elements.
+
+    Cost:
+        on [−8, 8]: 1 round, 17 bits each way, 880 dealt
+        on [−64, 64]: 2 rounds, 40 bits each way, 1784 dealt
+        many on [−64, 64]: 3 rounds, 44 bits each way, 890 dealt
+    """
     return activation(b, x, Activation(sigmoid_curve, level=1.0))
 
 
 def tanh(b: Builder, x: Ref) -> Ref:
-    """tanh x for every x. Error: 5e-5. Rounds: 1 within ±7; else 2, or 3 beyond ±50."""
+    """tanh x. Domain: every x. Error: 5e-5; 2e-4 of many elements.
+
+    Cost:
+        on [−5, 5]: 1 round, 18 bits each way, 1302 dealt
+        on [−64, 64]: 3 rounds, 46 bits each way, 1414 dealt
+        many on [−64, 64]: 3 rounds, 50 bits each way, 1024 dealt
+    """
     return activation(b, x, Activation(np.tanh, left=-1.0, level=1.0))
 
 
 def erf(b: Builder, x: Ref) -> Ref:
-    """The error function for every x. Error: 5e-5. Rounds: 1 within ±3.8; else 2, or 3."""
+    """The error function. Domain: every x. Error: 5e-5; 2e-4 of many elements.
+
+    Cost:
+        on [−3, 3]: 1 round, 18 bits each way, 538 dealt
+        on [−64, 64]: 3 rounds, 46 bits each way, 868 dealt
+        many on [−64, 64]: 3 rounds, 50 bits each way, 662 dealt
+    """
     return activation(b, x, Activation(erf_curve, left=-1.0, level=1.0))
 
 
 def gelu(b: Builder, x: Ref, by_tanh: bool = False) -> Ref:
-    """x·Φ(x), or its approximation by tanh, for every x. Error: 7e-5. Rounds: 1, else 2 or 3."""
+    """x·Φ(x), or its approximation by tanh. Domain: every x. Error: 7e-5; 2e-4 of many elements.
+
+    Cost:
+        on [−4, 4]: 1 round, 20 bits each way, 574 dealt
+        on [−64, 64]: 3 rounds, 55 bits each way, 929 dealt
+        many on [−64, 64]: 3 rounds, 59 bits each way, 717 dealt
+    """
     curve = tanh_gelu_curve if by_tanh else gelu_curve
     return activation(b, x, Activation(curve, slope=0.5, right=1.0))
 
 
 def swish(b: Builder, x: Ref, gain: float = 1.0) -> Ref:
-    """x·sigmoid(gain·x) for every x; SiLU for gain 1. Error: 7e-5. Rounds: 1, else 2 or 3."""
+    """x·sigmoid(gain·x); SiLU for gain 1. Domain: every x. Error: 7e-5; 2e-4 of many elements.
+
+    Cost:
+        on [−8, 8]: 1 round, 20 bits each way, 906 dealt
+        on [−64, 64]: 2 rounds, 51 bits each way, 2651 dealt
+        many on [−64, 64]: 3 rounds, 74 bits each way, 942 dealt
+    """
     if gain == 0:
         return b.shift(with_frac_bits(b, x, b.frac_bits), 1, 0)
     if gain < 0:
@@ -367,19 +324,34 @@ def swish(b: Builder, x: Ref, gain: float = 1.0) -> Ref:
 
 
 def softplus(b: Builder, x: Ref) -> Ref:
-    """log(1 + e^x) for every x. Error: 7e-5. Rounds: 1, else 2 or 3."""
+    """log(1 + e^x). Domain: every x. Error: 7e-5; 2e-4 of many elements.
+
+    Cost:
+        on [−8, 8]: 1 round, 21 bits each way, 838 dealt
+        on [−64, 64]: 2 rounds, 51 bits each way, 1851 dealt
+        many on [−64, 64]: 3 rounds, 55 bits each way, 939 dealt
+    """
     return activation(b, x, Activation(softplus_curve, slope=0.5, right=1.0))
 
 
 def mish(b: Builder, x: Ref) -> Ref:
-    """x·tanh(log(1 + e^x)) for every x. Error: 7e-5. Rounds: 1, else 2 or 3."""
+    """x·tanh(log(1 + e^x)). Domain: every x. Error: 7e-5; 2e-4 of many elements.
+
+    Cost:
+        on [−8, 8]: 1 round, 21 bits each way, 1200 dealt
+        on [−64, 64]: 3 rounds, 53 bits each way, 2415 dealt
+        many on [−64, 64]: 3 rounds, 59 bits each way, 1503 dealt
+    """
     return activation(b, x, Activation(mish_curve, slope=0.5, right=1.0))
 
 
 def elu(b: Builder, x: Ref, alpha: float = 1.0, scale: float = 1.0, gain: float = 1.0) -> Ref:
-    """gain·x above zero, gain·alpha·(e^(x / scale) − 1) below. Error: 5e-5. Rounds: 3.
+    """gain·x above zero, gain·alpha·(e^(x / scale) − 1) below. Error: 5e-5.
 
     ELU has scale 1 and gain 1, SELU a gain, CELU scale = alpha.
+
+    Cost:
+        on [−64, 64]: 3 rounds, 60 bits each way, 1365 dealt
     """
     x = with_frac_bits(b, x, b.frac_bits)
     straight = x if gain == 1 else times(b, x, gain)
@@ -417,6 +389,11 @@ def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -
 
     Error: 2e-5 up to a top of 0, 4e-5 up to 4; above, 2e-3 of e^x at most and 5e-5 of it near the
     top. Rounds: 1 on [−16, 0], 2 or 3 farther below; above a top of `direct` 4 and more.
+
+    Cost:
+        on [−16, 0]: 1 round, 22 bits each way, 1414 dealt
+        on [−100, 0]: 2 rounds, 47 bits each way, 1494 dealt
+        on [−5, 3]: 1 round, 27 bits each way, 910 dealt
     """
     to = b.frac_bits if to is None else to
     x = with_frac_bits(b, x, max(x.frac_bits, b.frac_bits))
@@ -460,7 +437,10 @@ ANGLE_BITS = 22
 def sine(b: Builder, x: Ref, cosine: bool = False, to: int | None = None) -> Ref:
     """sin x or cos x for every x: a whole turn becomes 2^22, and the ring takes it modulo that.
 
-    Error: 3e-5. Rounds: 1.
+    Error: 3e-5.
+
+    Cost:
+        on [−1000, 1000]: 1 round, 18 bits each way, 84 dealt
     """
     per_unit = 2.0 ** (ANGLE_BITS - x.frac_bits) / (2 * pi)
     bits = b.bound(x)

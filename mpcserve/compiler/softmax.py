@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mpcserve.compiler.builder import Builder, Ref
+from mpcserve.compiler.ends import ONE_CHUNK
 from mpcserve.compiler.functions import aligned, with_frac_bits
 from mpcserve.compiler.masking import Layout, Mask, Rows, layout_of, no_mask
 from mpcserve.compiler.roots import divide, logarithm, reciprocal
-from mpcserve.compiler.smooth import ONE_CHUNK, SMALL_TOP, exp
+from mpcserve.compiler.smooth import SMALL_TOP, exp
 
 NARROW = 16.5
 """Ranges up to here need no maximum."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mpcserve.compiler import fourier
 from mpcserve.compiler.booleans import less, negative
 from mpcserve.compiler.builder import Builder, Ref
+from mpcserve.compiler.ends import level
 from mpcserve.compiler.fourier import Curve
 from mpcserve.compiler.functions import absolute, clip, times, with_frac_bits
 from mpcserve.compiler.problems import Unsupported
@@ -26,7 +27,6 @@ from mpcserve.compiler.smooth import (
     GUARD_BITS,
     MOST_WAVE_BITS,
     exp,
-    level,
     sine,
     spectral,
     stated,
