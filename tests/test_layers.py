@@ -50,6 +50,7 @@ ONLY_IN = {
     "rich": {"cli"},
     "yaml": {"config"},
     "sqlite3": {"serving"},
+    "ctypes": {"serving"},
     "cryptography": {"config", "randomness", "serving", "transport"},
     "socket": {"serving", "transport", "cli"},
     "ssl": {"serving", "transport", "cli"},
@@ -63,7 +64,7 @@ ONLY_IN = {
 
 NEVER_IMPORTED = {
     *("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "random", "imp"),
-    *("telnetlib", "ctypes", "tests", "models", "benchmarks"),
+    *("telnetlib", "tests", "models", "benchmarks"),
 }
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "globals", "breakpoint", "input"}
 

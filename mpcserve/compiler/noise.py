@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import exp, log, prod
+from math import exp, inf, log, prod
 
 import numpy as np
 
@@ -99,8 +99,11 @@ def _single(draft: Draft) -> list[int]:
 def _correct(gain: list[float], tried: Mapping[int, float | None]) -> None:
     """Gains as tried, and all between by a factor that lies between, geometrically."""
     ids = list(tried)
+    # A gain may be beyond all floats, or below: then the trial says nothing of its neighbours.
     factors = {
-        k: log(value / gain[id]) for k, id in enumerate(ids) if (value := tried[id]) and gain[id]
+        k: log(ratio)
+        for k, id in enumerate(ids)
+        if (value := tried[id]) and gain[id] and 0 < (ratio := value / gain[id]) < inf
     }
     if factors:
         between = np.interp(range(len(ids)), list(factors), list(factors.values()))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 
@@ -35,6 +39,7 @@ def run_party(
 
     `on_ready` is called when kernels are compiled and peers connected. Raises: ConfigError.
     """
+    _share_one_heap()
     start_log(role, config.log_level)
     warm_up()
     gc.freeze()  # a hundred thousand objects of the imports stay: do not search them for garbage
@@ -52,3 +57,18 @@ def run_party(
     finally:
         server.close()
     log.info("stopped")
+
+
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
+
+
+def _share_one_heap() -> None:
+    """Have glibc keep one heap for all threads, unless MALLOC_ARENA_MAX says otherwise.
+
+    What one thread received and another one used up would leave holes that no third thread fills.
+    Other C libraries have one heap anyway.
+    """
+    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)

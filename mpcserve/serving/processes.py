@@ -6,7 +6,6 @@ its standard input, whose other end only this process holds.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -27,10 +26,6 @@ Listen = Callable[[str, str], None]
 
 KEPT_LINES = 20
 """Of each server's stderr, to say why it ended."""
-
-ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""For glibc, which else keeps a heap for each thread: what one thread received and another one used
-up leaves holes that no third thread fills."""
 
 
 class ServerProcess:
@@ -59,7 +54,6 @@ class ServerProcess:
             text=True,
             errors="replace",
             cwd=Path(mpcserve.__file__).parent.parent,
-            env={**ONE_HEAP, **os.environ},
             start_new_session=True,
         )
         streams = (self.process.stdout, self.process.stderr)
