@@ -51,7 +51,7 @@ def dense_relu_plan(name: str = "dense", batch: int = 2, features: int = 6, unit
                 Value((batch, units), 24, FRAC, FRAC + 8),
                 when=0,
                 nonnegative=True,
-                width=20,
+                widths=[20],
             ),
         ),
         inputs=(InputSpec("x", 0, "float32", (batch, features), -8.0, 8.0, "proved"),),

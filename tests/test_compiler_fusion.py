@@ -112,6 +112,12 @@ WRITTEN: dict[str, tuple[str, list[tuple[str, list[str], str]], dict[str, Any]]]
         [("Exp", ["x"], "e"), ("Add", ["e", "one"], "f"), ("Log", ["f"], "y")],
         HALF,
     ),
+    "sigmoid": (
+        "Sigmoid",
+        [("Neg", ["x"], "m"), ("Exp", ["m"], "e"), ("Add", ["e", "one"], "f"),
+         ("Reciprocal", ["f"], "y")],
+        HALF,
+    ),
     "HardSwish": (
         "HardSwish",
         [("Add", ["x", "three"], "a"), ("Clip", ["a", "zero", "six"], "b"),

@@ -99,3 +99,24 @@ def test_a_class_may_be_looked_up_in_a_constant_array(cast: bool) -> None:
     x = rng_of(3).normal(size=(4, 3)).astype(np.float32)
     (got,), _ = Together(compiled.plan, compiled.weights).infer([x])
     np.testing.assert_array_equal(got, plain(model, x)[0])
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_the_class_of_a_secret_index_has_the_shape_that_onnxruntime_gives_it(keepdims: int) -> None:
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["i"], axis=1, keepdims=keepdims),
+        helper.make_node("ArrayFeatureExtractor", ["classes", "i"], ["y"], domain=ML),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "labels",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.INT64, None)],
+        [onnx.numpy_helper.from_array(np.array([5, 7, 9]), "classes")],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(ML, 3)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    compiled = compile_model(model, **SCALE)
+    x = np.array([[1, 3, 2], [4, 0, 1]], np.float32)
+    (got,), _ = Together(compiled.plan, compiled.weights).infer([x])
+    np.testing.assert_array_equal(got, plain(model, x)[0], strict=True)

@@ -16,7 +16,7 @@ from mpcserve.compiler.draft import Seen
 from mpcserve.compiler.dtypes import is_integer, natural_range
 from mpcserve.compiler.graph import Graph, to_onnx
 from mpcserve.compiler.lower import Ranges, Reach
-from mpcserve.compiler.running import runner
+from mpcserve.compiler.running import ran, runner
 from mpcserve.compiler.samples import Given, Samples, samples_of
 from mpcserve.errors import InputError
 
@@ -118,7 +118,7 @@ def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
     run, names = runner(model), [o.name for o in model.graph.output]
     found: dict[str, list[Seen]] = {}
     for feed in samples.feeds(graph.inputs):
-        values = [*feed.items(), *zip(names, run.run(names, feed), strict=True)]
+        values = [*feed.items(), *zip(names, ran(run, names, feed), strict=True)]
         for name, value in values:
             if not isinstance(value, np.ndarray):
                 continue  # a list of tensors: lowering says that there are none

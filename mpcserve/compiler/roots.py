@@ -170,6 +170,11 @@ def _size(b: Builder, x: Ref, below: Ref) -> Ref:
     return b.within(size, 0.0, b.interval(x).magnitude)
 
 
+def _with_fraction(b: Builder, x: Ref) -> Ref:
+    """x; whole numbers at the plan's scale, where they are far from its smallest ones."""
+    return x if x.frac_bits else with_frac_bits(b, x, b.frac_bits)
+
+
 def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
     """1 / x. Error: 1e-5 relative and 1 ulp. Rounds: 1 to 6; 4 more for x of either sign.
 
@@ -177,6 +182,7 @@ def reciprocal(b: Builder, x: Ref, to: int | None = None) -> Ref:
         on [1, 2]: 1 round, 21 bits each way, 330 dealt
         on [0.01, 100]: 6 rounds, 132 bits each way, 1750 dealt
     """
+    x = _with_fraction(b, x)
     if b.one_side(x)[1] <= 0:
         return b.scale(reciprocal(b, b.scale(x, -1), to), -1)
     if of_either_sign(b, x):
@@ -199,6 +205,7 @@ def divide(
     intervals cannot see. `spread`: brings what is computed per divisor to the shape of x, where
     that is not by broadcasting.
     """
+    y = _with_fraction(b, y)
     if b.one_side(y)[1] <= 0:
         return b.scale(divide(b, x, b.scale(y, -1), ratio, spread), -1)
     if of_either_sign(b, y):
@@ -247,6 +254,7 @@ def inverse_root(
     """
     to = b.frac_bits if to is None else to
     mantissa, exponent = frexp(scale)
+    x = _with_fraction(b, x)
     found = scaled(b, x, "its radicand", least=least)
     finer = b.frac_bits + PART_BITS
     r = _of_unit(b, found, inverse_root_curve, min(max(to, finer), finer + FINEST_BITS), mantissa)
@@ -281,6 +289,7 @@ def logarithm(b: Builder, x: Ref) -> Ref:
         on [1, 2]: 1 round, 18 bits each way, 300 dealt
         on [0.01, 100]: 5 rounds, 121 bits each way, 1384 dealt
     """
+    x = _with_fraction(b, x)
     found = scaled(b, x, "its argument")
     unit = found.unit(b)
     held, (low, high) = b.interval(unit), _positive_range(b, x, "its argument")

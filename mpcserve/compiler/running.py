@@ -61,6 +61,17 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
             ) from None
 
 
+def ran(run: Runner, names: Any, feed: Any) -> Any:
+    """The named outputs. Raises: ModelError where the model itself fails on what it is fed."""
+    try:
+        return run.run(names, feed)
+    except Exception as e:  # as in `session`
+        reason = str(e).splitlines()[0].split(" : ")[-1] if str(e) else type(e).__name__
+        raise ModelError(
+            f"the model fails on a sample: {reason}", "try the samples in onnxruntime"
+        ) from None
+
+
 @cache
 def newest_opset() -> int:
     """The newest opset that onnx writes and onnxruntime reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def array_feature_extractor(b: Builder, x: Operand, index: Ref, /) -> Ref:
     """The class of a secret index: names are public, numbers are found by comparisons."""
     if isinstance(x, Ref):
         raise Unsupported("chooses columns of a secret by a secret index")
-    return b.reshape(looked_up(b, index, np.asarray(x).ravel().tolist()), (1, *index.shape))
+    return b.reshape(looked_up(b, index, np.asarray(x).ravel().tolist()), (1, prod(index.shape)))
 
 
 @lowers("LabelEncoder", since=1, domain=ML)

@@ -74,7 +74,7 @@ SHAPERS = frozenset(
 )
 """One of these is in every function that is looked for."""
 
-ROOTS = frozenset({"Mul", "Div", "Add", "Log", "Neg", "Sub"})
+ROOTS = frozenset({"Mul", "Div", "Add", "Log", "Neg", "Reciprocal", "Sub"})
 
 
 @dataclass(frozen=True, slots=True)
