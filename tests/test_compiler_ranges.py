@@ -14,6 +14,7 @@ from mpcserve.compiler import interval as iv
 from mpcserve.compiler.interval import Interval, bound_of
 from mpcserve.errors import InputError, ModelError
 from mpcserve.plan import Plan
+from mpcserve.protocol import Together
 from tests.onnx_cases import model_of, node, rng_of
 from tests.plan_interpreter import Interpreter
 
@@ -303,3 +304,20 @@ def test_a_reshape_of_space_leaves_channels_compact() -> None:
     low = np.zeros((1, 64, 1, 1))
     found = iv.reshape(iv.Interval(low, low), (1, 64, 112, 112), (1, 8, 8, 112 * 112))
     assert found.low.shape == (1, 8, 8, 1)
+
+
+def test_what_a_nan_of_the_samples_chose_is_no_range() -> None:
+    """Below zero √x · [x > 0] is NaN in floating point, so that labels are 0; here they are 2."""
+    nodes = [
+        node("Sqrt", ["x"], ["r"]),
+        node("Greater", ["x", "zero"], ["b"]),
+        node("Cast", ["b"], ["m"], to=int(onnx.TensorProto.FLOAT)),
+        node("Mul", ["r", "m"], ["p"]),
+        node("ArgMax", ["p"], ["i"], axis=1, keepdims=0),
+        node("Cast", ["i"], to=int(onnx.TensorProto.FLOAT)),
+    ]
+    model = model_of(nodes, {"x": [1, 3]}, {"zero": np.float32(0)})
+    x = np.array([[-0.5, 0.25, 2.0], [-1.0, 0.5, 3.0]], np.float32)
+    compiled = compile_model(model, calibrate=x)
+    (label,), _ = Together(compiled.plan, compiled.weights).infer([x[:1]])
+    assert label == [2]

@@ -113,24 +113,45 @@ def _declared(graph: Graph, declared: Declared | None) -> tuple[dict[str, Reach]
 
 
 def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
-    """What every numeric tensor of the graph holds over all samples, by onnxruntime."""
+    """What every numeric tensor of the graph holds over all samples, by onnxruntime.
+
+    NaN, of a logarithm that is masked behind, say, is left out, and so is what was chosen by it.
+    """
     model = to_onnx(graph, every_value=True)
     run, names = runner(model), [o.name for o in model.graph.output]
     found: dict[str, list[Seen]] = {}
+    misled: set[str] = set()
     for feed in samples.feeds(graph.inputs):
-        values = [*feed.items(), *zip(names, ran(run, names, feed), strict=True)]
-        for name, value in values:
+        values = {**feed, **dict(zip(names, ran(run, names, feed), strict=True))}
+        misled |= _chosen_by_nan(graph, values)
+        for name, value in values.items():
             if not isinstance(value, np.ndarray):
                 continue  # a list of tensors: lowering says that there are none
-            if np.issubdtype(value.dtype, np.number) and value.size:
+            if np.issubdtype(value.dtype, np.number) and not np.isnan(value).all():
                 found.setdefault(name, []).append(_seen(value))
-    return {name: _joined(parts) for name, parts in found.items()}
+    return {name: _joined(parts) for name, parts in found.items() if name not in misled}
+
+
+def _chosen_by_nan(graph: Graph, values: Mapping[str, Any]) -> set[str]:
+    """Whole numbers and bits made of NaN, of which fixed point has none, and what they make."""
+    kinds = {k: v.dtype.kind for k, v in values.items() if isinstance(v, np.ndarray)}
+    of_nan = {k for k, kind in kinds.items() if kind == "f" and np.isnan(values[k]).any()}
+    chosen: set[str] = set()
+    for node in graph.nodes if of_nan else ():
+        if not chosen.isdisjoint(node.inputs):
+            chosen.update(node.outputs)
+        elif not of_nan.isdisjoint(node.inputs):
+            chosen.update(o for o in node.outputs if kinds.get(o, "f") != "f")
+    return chosen
 
 
 def _seen(value: Array) -> Seen:
+    """Of an array that holds at least one number."""
     flat = value.ravel()
     if flat.dtype != np.float32:
         flat = flat.astype(np.float64)
+    if np.isnan(flat.min()):
+        flat = flat[~np.isnan(flat)]
     low, high = float(flat.min()), float(flat.max())
     if max(-low, high) > LARGE:
         flat = flat.astype(np.float64)
