@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from mpcserve.compiler import compile_model
+from mpcserve.plan import bill_of
 from tests.onnx_cases import NEWEST, Array, agree, model_of, node, ops_of, rng_of
 
 pytestmark = pytest.mark.slow
@@ -120,6 +121,36 @@ def test_clip_with_crossed_ends_gives_the_upper_one() -> None:
     given = {"a": np.float32(2), "b": np.float32(-1)}
     model = model_of([node("Clip", ["x", "a", "b"])], {"x": SHAPE}, given)
     agree(model, [sample(rng, *SHAPE)], ulps=0, rng=rng)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 6.0), (-1.5, 2.25), (0.5, 0.5), (-7.875, -7.75)])
+def test_a_clip_is_exact_at_its_ends_and_the_steps_beside_them(ends: tuple[float, float]) -> None:
+    at = np.float32([[e + k * 2.0**-16 for e in (*ends, -8, 7.9) for k in (-2, -1, 0, 1, 2)]])
+    at = at.clip(-8, 8)
+    given = {k: np.float32(v) for k, v in zip("ab", ends, strict=True)}
+    model = model_of([node("Clip", ["x", "a", "b"])], {"x": at.shape}, given)
+    agree(model, [at], ulps=0, rng=rng_of(14))
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs", "rounds", "online", "dealt"),
+    [
+        # Both ways together. One select of 20 bits where there were two of 21.
+        ("Relu", {}, 3, 7.0, 22.75),
+        ("Clip", {}, 3, 8.75, 45.5),
+        ("HardSigmoid", {"alpha": 0.25}, 3, 8.25, 36.5),
+        ("HardSwish", {}, 4, 18.0, 53.25),
+        ("Shrink", {"lambd": 1.0, "bias": 0.5}, 3, 9.0, 46.0),
+    ],
+)
+def test_two_comparisons_take_the_rounds_and_the_select_of_one(
+    op: str, attrs: dict[str, Any], rounds: int, online: float, dealt: float
+) -> None:
+    ends = {"a": np.float32(0), "b": np.float32(6)} if op == "Clip" else {}
+    model = model_of([node(op, ["x", *ends], **attrs)], {"x": (1000,)}, ends)
+    bill = bill_of(compile_model(model, input_range=(-8.0, 8.0)).plan)
+    sent = bill.bytes["alice->bob"] + bill.bytes["bob->alice"]
+    assert (bill.rounds, sent / 1000, bill.dealt_bytes / 1000) == (rounds, online, dealt)
 
 
 def test_clip_after_relu_compares_with_the_upper_end_only() -> None:

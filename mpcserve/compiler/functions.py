@@ -134,7 +134,10 @@ def minimum(b: Builder, x: Operand, y: Operand) -> Ref:
 
 
 def clip(b: Builder, x: Ref, low: float | None, high: float | None) -> Ref:
-    """min(max(x, low), high) for public ends; the two comparisons run side by side."""
+    """min(max(x, low), high) for public ends.
+
+    Cost: a comparison per end, side by side, and one select: 3 rounds.
+    """
     held = b.interval(x)
     low = None if low is None or low <= held.least else low
     high = None if high is None or high >= held.most else high
@@ -144,15 +147,24 @@ def clip(b: Builder, x: Ref, low: float | None, high: float | None) -> Ref:
         low = high  # ONNX: the upper end wins.
     if low is None and high is None:
         return x
-    if low is None:
-        assert high is not None
-        clipped = b.sub(x, relu(b, b.offset(x, -high)))
-    else:
-        clipped = b.offset(relu(b, b.offset(x, -low)), low)
-        if high is not None:
-            clipped = b.sub(clipped, relu(b, b.offset(x, -high)))
+    clipped = _clipped(b, x, low, high)
     ends = (-np.inf if low is None else low, np.inf if high is None else high)
     return b.within(clipped, np.clip(held.low, *ends), np.clip(held.high, *ends))
+
+
+def _clipped(b: Builder, x: Ref, low: float | None, high: float | None) -> Ref:
+    """As `clip`, with ends on the grid of x that its range goes beyond."""
+    if low is None:
+        assert high is not None
+        return b.sub(x, relu(b, b.offset(x, -high)))
+    over = b.offset(x, -low)
+    if high is None:
+        return b.offset(relu(b, over), low)
+    above, beyond = b.flip(b.sign(over)), b.flip(b.sign(b.offset(x, -high)))
+    most = b.expand(b.constant(np.full((1,) * len(x.shape), high - low), x.frac_bits), x.shape)
+    within = b.xor([above, beyond])
+    raised = b.choose([within, beyond], [over, most], nonnegative=True)
+    return b.offset(b.within(raised, 0.0, high - low), low)
 
 
 def absolute(b: Builder, x: Ref) -> Ref:

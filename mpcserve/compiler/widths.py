@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mpcserve.compiler.chunks import CHUNK_BITS, sign_chunks
+from mpcserve.compiler.builder import REARRANGES
 from mpcserve.compiler.draft import Draft, Step
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
@@ -190,7 +191,11 @@ def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple
     if step.op in PRODUCTS:
         return [(j, ring_of(step, width)) for j in step.inputs]
     if step.op == "select":
-        pairs = zip(step.inputs[::2], step.inputs[1::2], _read_widths(step, steps), strict=True)
+        read_bits = _read_widths(step, steps)
+        for k, j in enumerate(step.inputs[1::2]):
+            if _public(steps, j):  # as wide as one likes, and then nothing is dealt to widen it
+                read_bits[k] = width
+        pairs = zip(step.inputs[::2], step.inputs[1::2], read_bits, strict=True)
         return [need for bit, x, read in pairs for need in ((bit, 1), (x, read))]
     if step.op in ("sign", "extend"):
         (read,) = _read_widths(step, steps)
@@ -199,6 +204,13 @@ def operand_needs(step: Step, width: int, steps: tuple[Step, ...]) -> list[tuple
         return [(j, 1) for j in step.inputs]
     spare = step.attrs["bits"] if step.op == "shift" else 0
     return [(j, width + spare) for j in step.inputs]
+
+
+def _public(steps: tuple[Step, ...], id: int) -> bool:
+    """Whether the plan shows the value: a constant, rearranged."""
+    while steps[id].op in REARRANGES:
+        id = steps[id].inputs[0]
+    return steps[id].op == "constant"
 
 
 def _own_width(step: Step, steps: tuple[Step, ...]) -> int:
@@ -244,7 +256,10 @@ def _instruction(
         single = chunk if prod(step.shape) >= many else MAX_CHUNK
         attrs["chunks"], attrs["groups"] = sign_chunks(read, chunk, single)
     elif step.op == "select":
-        attrs["widths"] = _read_widths(step, draft.steps)
+        least = _read_widths(step, draft.steps)
+        # Bits that are there anyway need not be dealt.
+        pairs = zip(least, step.inputs[1::2], strict=True)
+        attrs["widths"] = [max(read, min(width, widths[j])) for read, j in pairs]
     elif step.op == "extend":
         (attrs["width"],) = _read_widths(step, draft.steps)
     return Instruction(id, step.op, step.inputs, value, MappingProxyType(attrs), step.layer)
