@@ -20,8 +20,8 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from mpcserve.compiler.chunks import CHUNK_BITS, sign_chunks
 from mpcserve.compiler.builder import REARRANGES
+from mpcserve.compiler.chunks import CHUNK_BITS, sign_chunks
 from mpcserve.compiler.draft import Draft, Step
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
