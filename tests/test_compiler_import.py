@@ -362,3 +362,12 @@ def test_lists_of_tensors_are_refused_by_name_whatever_the_samples() -> None:
         compile_model(model, calibrate=np.ones((2, 6), np.float32))
     assert len(refused.value.problems) == 2
     assert all("sequences and optionals" in p for p in refused.value.problems)
+
+
+def test_a_secret_quotient_of_whole_numbers_is_refused() -> None:
+    """A product with 1 / 3 would be rounded, where the quotient is cut off."""
+    nodes = [node("Div", ["x", "three"])]
+    kind = onnx.TensorProto.INT64
+    model = model_of(nodes, {"x": [1, 4]}, {"three": np.array(3)}, kind=kind)
+    with pytest.raises(ModelError, match="drops the remainder"):
+        compile_model(model, input_range=(-100, 100))

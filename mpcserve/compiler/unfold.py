@@ -283,6 +283,9 @@ class Unfolding:
             full = [i for i in node.input if 0 not in (self.shape(i) or ())]
             del node.input[:]
             node.input.extend(full)
+        if node.op_type == "Div" and not node.domain and self._dtype(node).kind in "iu":
+            way = "cast to float, divide, and take the Floor of what is positive"
+            raise Unsupported("divides secret whole numbers, which drops the remainder", way)
         outputs = list(node.output)
         for name, kind in self._inferred(node).items():
             self.types[name] = _held_type(kind)
