@@ -12,12 +12,13 @@ import pytest
 from mpcserve.compiler import compile_model
 from mpcserve.compiler.check import import_model
 from mpcserve.compiler.graph import Graph, to_onnx
-from mpcserve.compiler.passes import PASSES
+from mpcserve.compiler.passes import PASSES, rewritten
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.identities import remove_identities
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 from mpcserve.compiler.passes.select_early import select_early
 from mpcserve.compiler.registry import registry
+from mpcserve.protocol import Together
 from tests.onnx_cases import agree, model_of, node, ops_of, plain, rng_of
 
 SHAPE = (1, 3, 6, 6)
@@ -363,3 +364,47 @@ def test_what_is_read_whole_elsewhere_is_not_selected_early() -> None:
     ]
     model = model_of(nodes, {"x": SHAPE}, {"k": np.array(1)}, outputs=["y", "z"])
     assert passed(model, select_early) == ["Relu", "Gather", "Neg"]
+
+
+def _largest_of(*nodes: Any, **constants: Any) -> Any:
+    """ArgMax of "p" along the last axis of three numbers."""
+    every = [*nodes, node("ArgMax", ["p"], ["y"], axis=-1, keepdims=0)]
+    return model_of(every, {"x": (2, 3)}, {k: np.array(v) for k, v in constants.items()})
+
+
+SHARES = [
+    node("Sigmoid", ["x"], ["s"]),
+    node("ReduceSum", ["s", "last"], ["total"]),
+    node("Add", ["total", "tiny"], ["more"]),
+    node("Div", ["s", "more"], ["d"]),
+    node("Mul", ["d", "three"], ["p"]),
+]
+
+
+def test_the_largest_share_is_that_of_the_largest_score() -> None:
+    made = compile_model(
+        _largest_of(*SHARES, last=[1], tiny=0.5, three=3.0), input_range=(-100.0, 100.0)
+    )
+    assert "spectral" not in ops_of(made.plan)
+    x = np.array([[-90.0, -70.0, -80.0], [60.0, 70.0, 80.0]], np.float32)
+    (got,), _ = Together(made.plan, made.weights).infer([x])
+    assert got.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Mul", ["x", "minus"], ["p"])],
+        [node("Relu", ["x"], ["p"])],
+        [node("Softmax", ["x"], ["p"], axis=0)],
+        [node("ReduceSum", ["x", "last"], ["total"]), node("Div", ["x", "total"], ["p"])],
+        [node("Add", ["x", "own"], ["p"])],
+    ],
+    ids=lambda nodes: nodes[-1].op_type,
+)
+def test_what_may_change_the_order_stays_before_an_argmax(nodes: Any) -> None:
+    model = _largest_of(*nodes, minus=-1.0, last=[1], own=[0.0, 5.0, 0.0])
+    graph = import_model(model, 1, registry()).graph
+    assert graph is not None
+    (largest,) = [n for n in rewritten(graph).nodes if n.op == "ArgMax"]
+    assert largest.inputs[0] == "p"

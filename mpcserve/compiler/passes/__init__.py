@@ -13,6 +13,7 @@ from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
 from mpcserve.compiler.passes.fuse_shares import fuse_shares
 from mpcserve.compiler.passes.fuse_softmax import fuse_softmax
 from mpcserve.compiler.passes.identities import remove_identities
+from mpcserve.compiler.passes.largest_early import largest_early
 from mpcserve.compiler.passes.lift_masks import lift_masks
 from mpcserve.compiler.passes.relu_after_maxpool import relu_after_maxpool
 from mpcserve.compiler.passes.select_early import select_early
@@ -25,6 +26,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     fuse_normalizations,  # so do LayerNorm, RMSNorm and L2-normalisation
     fuse_softmax,  # and softmax, so that no exponential is too large
     fuse_shares,  # x − log Σ e^x, and its exponential, become LogSoftmax and Softmax
+    largest_early,  # the largest share is that of the largest score
     lift_masks,  # what is public of a secret mask
     fuse_attention,  # masks become structure, softmax · values one node
     fold_affine,  # scalings, offsets, normalisations and means go into neighbouring weights
