@@ -17,6 +17,7 @@ from mpcserve.compiler.graph import Graph, Node, Shape
 Floats = NDArray[np.float64]
 
 CONVS = ("Conv", "ConvTranspose")
+LINEAR = (*CONVS, "Gemm", "MatMul")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def affine_of(node: Node, graph: Graph) -> Affine | None:
 
 def linear_of(node: Node, graph: Graph) -> Linear | None:
     """The node with its constants; None if it is not linear with constant weights."""
-    if node.op not in (*CONVS, "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
+    if node.op not in LINEAR or node.domain not in ("", "ai.onnx"):
         return None
     weights = _floats(graph, node.inputs[1])
     bias: Floats | None = np.zeros(())
@@ -108,7 +109,9 @@ def linear_of(node: Node, graph: Graph) -> Linear | None:
     if node.attrs.get("transA", 0):
         return None
     weights = weights.T if node.attrs.get("transB", 0) else weights
-    return Linear(node, node.attrs.get("alpha", 1.0) * weights, node.attrs.get("beta", 1.0) * bias)
+    if (alpha := node.attrs.get("alpha", 1.0)) != 1.0:
+        weights = alpha * weights
+    return Linear(node, weights, node.attrs.get("beta", 1.0) * bias)
 
 
 def after_linear(linear: Linear, affine: Affine) -> Linear | None:

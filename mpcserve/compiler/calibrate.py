@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Seen
 from mpcserve.compiler.dtypes import is_integer, natural_range
-from mpcserve.compiler.graph import Graph, to_onnx
+from mpcserve.compiler.graph import Graph, large_constants, to_onnx
 from mpcserve.compiler.lower import Ranges, Reach
 from mpcserve.compiler.running import ran, runner
 from mpcserve.compiler.samples import Given, Samples, samples_of
@@ -117,8 +117,9 @@ def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
 
     NaN, of a logarithm that is masked behind, say, is left out, and so is what was chosen by it.
     """
-    model = to_onnx(graph, every_value=True)
-    run, names = runner(model), [o.name for o in model.graph.output]
+    apart = large_constants(graph)
+    model = to_onnx(graph, every_value=True, apart=apart)
+    run, names = runner(model, apart), [o.name for o in model.graph.output]
     found: dict[str, list[Seen]] = {}
     misled: set[str] = set()
     for feed in samples.feeds(graph.inputs):

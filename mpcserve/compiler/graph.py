@@ -7,7 +7,7 @@ that any pass can be checked, and ranges can be measured, by running onnxruntime
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,8 +94,26 @@ class Graph:
         return replace(self, nodes=tuple(nodes), constants=kept)
 
 
-def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
-    """Write the graph as a model; with `every_value`, all intermediate tensors are outputs."""
+APART_BYTES = 1 << 20
+"""A constant of so many bytes is worth the trouble of not writing it."""
+
+
+def large_constants(graph: Graph, but: Collection[str] = ()) -> dict[str, NDArray[Any]]:
+    """Those that a model need not hold to be run in this process, `but` some."""
+    return {
+        name: np.ascontiguousarray(value)
+        for name, value in graph.constants.items()
+        if value.nbytes >= APART_BYTES and value.dtype.kind == "f" and name not in but
+    }
+
+
+def to_onnx(
+    graph: Graph, every_value: bool = False, apart: Collection[str] = ()
+) -> onnx.ModelProto:
+    """Write the graph as a model; with `every_value`, all intermediate tensors are outputs.
+
+    Of constants that are kept `apart`, only name and type are written.
+    """
     written = [w for n in graph.nodes for w in n.written()]
     outputs = [helper.make_tensor_value_info(o.name, _kind(o), o.shape) for o in graph.outputs]
     if every_value:
@@ -109,12 +127,23 @@ def to_onnx(graph: Graph, every_value: bool = False) -> onnx.ModelProto:
         )
         for n in written
     ]
-    constants = [numpy_helper.from_array(np.asarray(v), k) for k, v in graph.constants.items()]
+    constants = [
+        _unwritten(k, v) if k in apart else numpy_helper.from_array(np.asarray(v), k)
+        for k, v in graph.constants.items()
+    ]
     proto = helper.make_graph(nodes, graph.name, inputs, outputs, constants)
     opsets = [helper.make_opsetid("", graph.opset)]
     opsets += [helper.make_opsetid(*version) for version in graph.versions.items()]
     ir_version = max(helper.find_min_ir_version_for(opsets, ignore_unknown=True), 8)
     return helper.make_model(proto, opset_imports=opsets, ir_version=ir_version)
+
+
+def _unwritten(name: str, value: NDArray[Any]) -> onnx.TensorProto:
+    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+    tensor = onnx.TensorProto(name=name, dims=value.shape, data_type=kind)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=name)
+    return tensor
 
 
 def static_shape(kind: onnx.TypeProto) -> Shape | None:

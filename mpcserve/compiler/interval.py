@@ -71,11 +71,9 @@ def uniform(low: float, high: float, rank: int) -> Interval:
 
 
 def exactly(x: NDArray[np.floating] | NDArray[np.int64]) -> Interval:
-    """The interval of known numbers: large matrices in float32 where that has all their bits."""
-    reals: NDArray[Any] = np.asarray(x, np.float64)
-    if reals.ndim == 2 and reals.size >= LARGE:
-        halved = reals.astype(np.float32)
-        reals = halved if np.array_equal(halved, reals) else reals
+    """The interval of known numbers: large matrices stay in float32 if they are."""
+    large = x.ndim == 2 and x.size >= LARGE and x.dtype == np.float32
+    reals: NDArray[Any] = x if large else np.asarray(x, np.float64)
     return Interval(reals, reals)
 
 
@@ -138,8 +136,9 @@ def matmul(inner: int, x: Interval, y: Interval) -> Interval:
     return Interval(centre - radius - slack, centre + radius + slack)
 
 
-BLOCK = 1 << 20
-"""Elements of a large matrix that are worked on at once: no copy of the whole is made."""
+BLOCK = 1 << 18
+"""Elements of a large matrix that are worked on at once: no copy of the whole is made, and the
+parts stay in the processor's cache."""
 
 
 def _block(a: Interval, b: Interval, terms: slice) -> tuple[Reals, Reals, Reals]:

@@ -34,6 +34,7 @@ from mpcserve.compiler.precision import (
     tune_weights,
 )
 from mpcserve.compiler.problems import raise_all
+from mpcserve.compiler.ranges import in_ulps
 from mpcserve.compiler.registry import Registry
 from mpcserve.compiler.sensitivity import Felt, felt_in
 from mpcserve.compiler.strategy import (
@@ -129,15 +130,9 @@ def planned(task: Task, precision: Precision) -> Made:
 def encoded_weights(plan: Plan, draft: Draft) -> Mapping[str, NDArray[np.int64]]:
     """Each weight as integers at its value's fraction bits."""
     return {
-        name: _integers(draft.arrays[name], plan.value(id).frac_bits)
+        name: in_ulps(draft.arrays[name], plan.value(id).frac_bits).astype(np.int64)
         for name, id in plan.weights.items()
     }
-
-
-def _integers(values: NDArray[np.floating], frac_bits: int) -> NDArray[np.int64]:
-    scaled = np.asarray(np.multiply(values, 2.0**frac_bits, dtype=np.float64))
-    integers: NDArray[np.int64] = np.rint(scaled, out=scaled).astype(np.int64)
-    return integers
 
 
 def _alternatives(task: Task, precision: Precision) -> list[Made]:

@@ -172,7 +172,7 @@ def _way_out(frac_bits: int) -> str:
 def _exact(draft: Draft, weight: int) -> bool:
     """Whether more fraction bits would change nothing."""
     step = draft.steps[weight]
-    values = draft.arrays[step.attrs["name"]].ravel()
+    values = draft.arrays[step.attrs["name"]].ravel("K")
     # Nearly always the first few tell.
     parts = (values[:FIRST], values[FIRST:])
     return all(_whole(np.ldexp(part, step.frac_bits)) for part in parts)

@@ -91,9 +91,18 @@ def spanned(weight: Step, low: float, high: float) -> Step:
 
 def encoded(values: NDArray[np.floating], frac_bits: int) -> iv.Reals:
     """The reals that a weight becomes: rounded to `frac_bits`."""
-    scaled: iv.Reals = np.asarray(np.multiply(values, 2.0**frac_bits, dtype=np.float64))
-    np.rint(scaled, out=scaled)
-    return np.multiply(scaled, 2.0**-frac_bits, out=scaled)
+    whole = in_ulps(values, frac_bits)
+    return np.multiply(whole, whole.dtype.type(2.0**-frac_bits), out=whole)
+
+
+def in_ulps(values: NDArray[np.floating], frac_bits: int) -> iv.Reals:
+    """The whole numbers that a weight becomes, in the precision that it has.
+
+    float32 is exact here as well: from 2^24 on, all its numbers are whole.
+    """
+    dtype = np.float32 if values.dtype == np.float32 else np.float64
+    scaled: iv.Reals = np.asarray(np.multiply(values, dtype(2.0**frac_bits), dtype=dtype))
+    return np.rint(scaled, out=scaled)
 
 
 def rescaled(draft: Draft, step: Step, by: int) -> Step:

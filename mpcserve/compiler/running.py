@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from mpcserve.errors import ModelError
 
@@ -21,6 +24,10 @@ OLDEST_IR = 8
 """Older intermediate representations are read by every onnxruntime that we support."""
 
 
+Apart = Mapping[str, NDArray[Any]]
+NOTHING: Apart = MappingProxyType({})
+
+
 class Runner(Protocol):
     """What runs a float model."""
 
@@ -28,23 +35,31 @@ class Runner(Protocol):
         """The named outputs."""
 
 
-def runner(model: onnx.ModelProto) -> Runner:
+def runner(model: onnx.ModelProto, apart: Apart = NOTHING) -> Runner:
     """onnxruntime; where it lacks an operator or an opset, onnx's own slow reference."""
     try:
-        found: Runner = session(model)
+        found: Runner = session(model, apart)
     except ModelError:
         from onnx.reference import ReferenceEvaluator
 
+        for tensor in model.graph.initializer:
+            if tensor.name in apart:
+                tensor.CopyFrom(numpy_helper.from_array(apart[tensor.name], tensor.name))
         found = ReferenceEvaluator(model)
     return found
 
 
-def session(model: onnx.ModelProto) -> ort.InferenceSession:
-    """onnxruntime on a model as it is, on its own. Raises: ModelError when it cannot load it."""
+def session(model: onnx.ModelProto, apart: Apart = NOTHING) -> ort.InferenceSession:
+    """onnxruntime on a model as it is, on its own. Raises: ModelError when it cannot load it.
+
+    `apart`: constants that the model only names; they are not copied, so keep them.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    values = [ort.OrtValue.ortvalue_from_numpy(v) for v in apart.values()]
+    options.add_external_initializers(list(apart), values)
     size = sum(len(t.raw_data) for t in model.graph.initializer)
     with tempfile.TemporaryDirectory(prefix="mpcserve-") as folder:
         source: str | bytes

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpcserve.compiler.graph import Graph, Node, Shape, to_onnx
+from mpcserve.compiler.graph import Graph, Node, Shape, large_constants, to_onnx
 from mpcserve.compiler.lower import Ranges
 from mpcserve.compiler.running import runner
 
@@ -96,13 +96,15 @@ class _Trial:
             self._types |= {_added(node): dtype, node.inputs[1]: dtype}
             nodes.append(replace(node, outputs=(plain,)))
             nodes.append(Node("Add", (plain, _added(node)), (result,), {}, f"{node.name}/added"))
-        model = to_onnx(graph.with_nodes(nodes, zeros))
+        disturbed = graph.with_nodes(nodes, zeros)
+        self._apart = large_constants(disturbed, self._types)
+        model = to_onnx(disturbed, apart=self._apart)
         for tensor in model.graph.initializer:
             # An initialiser that is an input as well may be fed, in any shape where none is said.
             if tensor.name in self._types:
                 kind = onnx.helper.make_tensor_type_proto(tensor.data_type, None)
                 model.graph.input.append(onnx.ValueInfoProto(name=tensor.name, type=kind))
-        self._run = runner(model)
+        self._run = runner(model, self._apart)
         self._outputs = [o.name for o in graph.outputs]
         self._clean = self._run.run(self._outputs, self._feed)
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from mpcserve.compiler.affine import (
     CONVS,
+    LINEAR,
     Affine,
     Linear,
     affine_of,
@@ -92,8 +93,7 @@ def _onto_affine(node: Node, graph: Graph, alone: Any) -> _Rewrite | None:
 
 
 def _onto_linear(node: Node, graph: Graph, alone: Any) -> _Rewrite | None:
-    linear = linear_of(node, graph)
-    if linear is None:
+    if node.op not in LINEAR:
         return None
     path: list[Node] = []
     source = alone(node.inputs[0])
@@ -103,7 +103,8 @@ def _onto_linear(node: Node, graph: Graph, alone: Any) -> _Rewrite | None:
     if source is None:
         return None
     found = _affine_before(source, graph, alone) or _mean_before(source, graph)
-    if found is None:
+    linear = None if found is None else linear_of(node, graph)
+    if found is None or linear is None:
         return None
     result, operand = (graph.shapes.get(n) for n in (source.outputs[0], node.inputs[0]))
     if result is None or operand is None:
