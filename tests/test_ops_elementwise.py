@@ -153,6 +153,36 @@ def test_two_comparisons_take_the_rounds_and_the_select_of_one(
     assert (bill.rounds, sent / 1000, bill.dealt_bytes / 1000) == (rounds, online, dealt)
 
 
+RUNS = {
+    "ReLU6 as Relu and Min": ([("Relu", []), ("Min", ["six"])], (0.0, 6.0)),
+    "hard sigmoid as Min and Max": ([("Min", ["one"]), ("Max", ["zero"])], (0.0, 1.0)),
+    "crossed, the last one wins": ([("Max", ["six"]), ("Min", ["one"])], (1.0, 1.0)),
+    "three": ([("Clip", ["zero", "six"]), ("Max", ["one"]), ("Clip", ["", "six"])], (1.0, 6.0)),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_clips_one_after_the_other_are_one(run: str) -> None:
+    steps, ends = RUNS[run]
+    names = ["x", *(f"h{k}" for k in range(len(steps) - 1)), "y"]
+    nodes = [node(op, [names[k], *more], [names[k + 1]]) for k, (op, more) in enumerate(steps)]
+    given = {"zero": np.float32(0), "one": np.float32(1), "six": np.float32(6)}
+    rng = rng_of(16)
+    compiled = agree(model_of(nodes, {"x": SHAPE}, given), [2 * sample(rng, *SHAPE)], ulps=0)
+    bill = bill_of(compiled.plan)
+    assert bill.rounds <= 3
+    assert ops_of(compiled.plan).count("select") <= 1
+    given = {"a": np.float32(ends[0]), "b": np.float32(ends[1])}
+    alone = model_of([node("Clip", ["x", "a", "b"])], {"x": SHAPE}, given)
+    assert bill == bill_of(compile_model(alone, input_range=(-8.0, 8.0), ring=64).plan)
+
+
+def test_a_clip_whose_operand_others_read_stays() -> None:
+    nodes = [node("Relu", ["x"], ["h"]), node("Min", ["h", "six"], ["m"]), node("Sub", ["h", "m"])]
+    model = model_of(nodes, {"x": SHAPE}, {"six": np.float32(6)})
+    agree(model, [2 * sample(rng_of(17), *SHAPE)], ulps=0)
+
+
 def test_clip_after_relu_compares_with_the_upper_end_only() -> None:
     rng = rng_of(11)
     model = model_of(

@@ -11,7 +11,7 @@ from mpcserve.compiler.booleans import negative
 from mpcserve.compiler.builder import Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned, secret, times, values_of
 from mpcserve.compiler.problems import Unsupported
-from mpcserve.compiler.registry import lowers
+from mpcserve.compiler.registry import lowers, lowers_fused
 from mpcserve.compiler.roots import divide
 
 
@@ -139,6 +139,12 @@ def clip(b: Builder, x: Ref, low: Operand | None = None, high: Operand | None = 
         for e, name in ((low, "min"), (high, "max"))
     ]
     return f.clip(b, x, *ends)
+
+
+@lowers_fused("Clip")
+def clip_run(b: Builder, x: Ref, /, *, low: float, high: float) -> Ref:
+    """x between what several nodes, one after the other, limit it to."""
+    return f.clip(b, x, None if np.isinf(low) else low, None if np.isinf(high) else high)
 
 
 @lowers("LeakyRelu", since=6)

@@ -9,6 +9,7 @@ from mpcserve.compiler.lookup import note_uses
 from mpcserve.compiler.passes.fold_affine import fold_affine
 from mpcserve.compiler.passes.fuse_activations import fuse_activations
 from mpcserve.compiler.passes.fuse_attention import fuse_attention
+from mpcserve.compiler.passes.fuse_clips import fuse_clips
 from mpcserve.compiler.passes.fuse_normalizations import fuse_normalizations
 from mpcserve.compiler.passes.fuse_shares import fuse_shares
 from mpcserve.compiler.passes.fuse_softmax import fuse_softmax
@@ -23,6 +24,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     select_early,  # of what is computed for all positions and read at one, that one
     remove_identities,  # Identity, Dropout, casts between floats: nothing to do
     fuse_activations,  # GELU, SiLU, Mish, softplus as they are written out become one node
+    fuse_clips,  # so do a Relu and its upper end: two comparisons side by side
     fuse_normalizations,  # so do LayerNorm, RMSNorm and L2-normalisation
     fuse_softmax,  # and softmax, so that no exponential is too large
     fuse_shares,  # x − log Σ e^x, and its exponential, become LogSoftmax and Softmax
