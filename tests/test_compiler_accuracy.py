@@ -200,3 +200,33 @@ def test_a_deep_network_without_samples_is_told_how_to_try_it() -> None:
     with pytest.raises(ModelError, match="does not fit 64 bits") as caught:
         compile_model(model)
     assert "random:16" in caught.value.hint
+
+
+def test_a_model_that_fails_on_its_samples_is_told_so() -> None:
+    nodes = [
+        node("ArgMax", ["x"], ["i"], axis=1),
+        node("Add", ["i", "far"], ["j"]),
+        node("Gather", ["table", "j"]),
+    ]
+    constants = {"far": np.array([99]), "table": np.ones(3)}
+    model = model_of(nodes, {"x": [1, 3]}, constants)
+    with pytest.raises(ModelError, match="the model fails on a sample"):
+        compile_model(model, calibrate=np.ones((2, 3), np.float32))
+
+
+@pytest.mark.parametrize("op", ["Div", "Reciprocal", "Sqrt", "Log"])
+def test_a_count_of_few_is_a_fine_divisor(op: str) -> None:
+    """Whole numbers have no fraction bits, yet none is near zero: one neighbour of one, say."""
+    nodes = [
+        node("Greater", ["x", "zero"], ["g"]),
+        node("Cast", ["g"], ["c"], to=int(onnx.TensorProto.FLOAT)),
+        node("ReduceSum", ["c", "axis"], ["s"], keepdims=1),
+        node(op, ["c", "s"] if op == "Div" else ["s"]),
+    ]
+    constants = {"zero": np.float32(0), "axis": np.array([1])}
+    model = model_of(nodes, {"x": [1, 2]}, constants)
+    x = np.array([[1, -1], [-1, 1], [1, 1]], np.float32)
+    compiled = compile_model(model, calibrate=x)
+    for row in x:
+        (got,), _ = simulate(compiled.plan, compiled.weights, [row[None]])
+        np.testing.assert_allclose(got, plain(model, row[None])[0], atol=1e-3)
