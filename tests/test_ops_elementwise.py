@@ -177,6 +177,26 @@ def test_clips_one_after_the_other_are_one(run: str) -> None:
     assert bill == bill_of(compile_model(alone, input_range=(-8.0, 8.0), ring=64).plan)
 
 
+@pytest.mark.parametrize("op", ["Less", "LessOrEqual", "Greater", "GreaterOrEqual"])
+@pytest.mark.parametrize("compared", [["x", "one"], ["one", "x"]])
+@pytest.mark.parametrize("branches", [["x", "one"], ["one", "x"]])
+def test_a_choice_between_a_value_and_what_it_is_compared_with_is_a_clip(
+    op: str, compared: list[str], branches: list[str]
+) -> None:
+    nodes = [node(op, compared, ["c"]), node("Where", ["c", *branches], ["h"])]
+    nodes.append(node("Clip", ["h", "low", "high"]))
+    given = {"one": np.float32(1), "low": np.float32(-2), "high": np.float32(3)}
+    compiled = agree(model_of(nodes, {"x": SHAPE}, given), [sample(rng_of(18), *SHAPE)], ulps=0)
+    assert bill_of(compiled.plan).rounds == 3
+    assert ops_of(compiled.plan).count("select") == 1
+
+
+def test_other_choices_stay() -> None:
+    nodes = [node("Less", ["x", "one"], ["c"]), node("Where", ["c", "six", "x"])]
+    given = {"one": np.float32(1), "six": np.float32(6)}
+    agree(model_of(nodes, {"x": SHAPE}, given), [sample(rng_of(19), *SHAPE)], ulps=0)
+
+
 def test_a_clip_whose_operand_others_read_stays() -> None:
     nodes = [node("Relu", ["x"], ["h"]), node("Min", ["h", "six"], ["m"]), node("Sub", ["h", "m"])]
     model = model_of(nodes, {"x": SHAPE}, {"six": np.float32(6)})
