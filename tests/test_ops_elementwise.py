@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from mpcserve.compiler import compile_model
+from mpcserve.errors import ModelError
 from mpcserve.plan import bill_of
 from tests.onnx_cases import NEWEST, Array, agree, model_of, node, ops_of, rng_of
 
@@ -195,6 +196,15 @@ def test_other_choices_stay() -> None:
     nodes = [node("Less", ["x", "one"], ["c"]), node("Where", ["c", "six", "x"])]
     given = {"one": np.float32(1), "six": np.float32(6)}
     agree(model_of(nodes, {"x": SHAPE}, given), [sample(rng_of(19), *SHAPE)], ulps=0)
+
+
+def test_a_choice_between_words_is_refused_and_not_read_as_numbers() -> None:
+    nodes = [node("Less", ["x", "one"], ["c"]), node("Where", ["c", "young", "old"])]
+    words = {k: np.array([k], object) for k in ("young", "old")}
+    model = model_of(nodes, {"x": SHAPE}, {"one": np.float32(1)} | words)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.STRING
+    with pytest.raises(ModelError):
+        compile_model(model, input_range=(-8.0, 8.0))
 
 
 def test_a_clip_whose_operand_others_read_stays() -> None:

@@ -83,8 +83,10 @@ def _chosen(node: Node, inside: Inside) -> _Limits | None:
     if compare is None or not compare.op.startswith(("Less", "Greater")):
         return None
     compared = _with_number(compare, compare.inputs, inside)
+    if compared is None or compared[0] not in node.inputs[1:]:
+        return None
     branches = _with_number(node, node.inputs[1:], inside)
-    if compared is None or branches is None or compared[:2] != branches[:2]:
+    if branches is None or compared[:2] != branches[:2]:
         return None
     x, end, x_first = compared
     if_below = compare.op.startswith("Less") == x_first
