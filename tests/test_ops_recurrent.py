@@ -67,10 +67,11 @@ def test_directions_share_their_rounds(op: str) -> None:
     assert one.rounds <= {"LSTM": 7, "GRU": 8, "RNN": 4}[op] * TIME
 
 
-def stacked(op: str, layers: int, **attrs: Any) -> Any:
-    """Layers on one another, from x to the last one's states."""
+def stacked(op: str, layers: int, turned: bool = False, **attrs: Any) -> Any:
+    """Layers on one another, from x to the last one's states; the axis of directions squeezed, or
+    `turned` to the end and reshaped away as torch's newer exporter does."""
     rng, size = rng_of(layers), GATES[op] * HIDDEN
-    constants: dict[str, Array] = {"one": np.array([1])}
+    constants: dict[str, Array] = {"one": np.array([1]), "flat": np.array([0, 0, -1])}
     nodes, x = [], "x"
     for k in range(layers):
         width = HIDDEN if k else INPUTS
@@ -82,14 +83,21 @@ def stacked(op: str, layers: int, **attrs: Any) -> Any:
         given = [x, f"w{k}", f"r{k}", f"b{k}"]
         nodes.append(node(op, given, [f"y{k}", f"h{k}"], hidden_size=HIDDEN, **attrs))
         x = f"x{k + 1}"
-        nodes.append(node("Squeeze", [f"y{k}", "one"], [x]))
-    return model_of(nodes[:-1], {"x": (TIME, BATCH, INPUTS)}, constants, [f"h{layers - 1}"])
+        if turned:
+            nodes.append(node("Transpose", [f"y{k}"], [f"t{k}"], perm=[0, 2, 1, 3]))
+            nodes.append(node("Reshape", [f"t{k}", "flat"], [x]))
+        else:
+            nodes.append(node("Squeeze", [f"y{k}", "one"], [x]))
+    return model_of(
+        nodes[: -2 if turned else -1], {"x": (TIME, BATCH, INPUTS)}, constants, [f"h{layers - 1}"]
+    )
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("op", GATES)
-def test_layers_on_one_another_advance_together(op: str) -> None:
+def test_layers_on_one_another_advance_together(op: str, turned: bool) -> None:
     attrs = {"linear_before_reset": 1} if op == "GRU" else {}
-    one, three = (agrees(stacked(op, count, **attrs)) for count in (1, 3))
+    one, three = (agrees(stacked(op, count, turned, **attrs)) for count in (1, 3))
     step = -(-one.rounds // TIME)
     assert three.rounds <= one.rounds + 2 * step + 2
 

@@ -181,11 +181,13 @@ class Builder(Values):
         return x if new == x.shape else self._local("reshape", [x], new, shape=list(new))
 
     def transpose(self, x: Ref, perm: Sequence[int]) -> Ref:
-        """Axes permuted as by numpy.transpose."""
+        """Axes permuted as by numpy.transpose: a reshape where only axes of length 1 move."""
         perm = [int(p) for p in perm]
-        if perm == sorted(perm):
-            return x
-        return self._local("transpose", [x], tuple(x.shape[p] for p in perm), perm=perm)
+        shape = tuple(x.shape[p] for p in perm)
+        long = [p for p in perm if x.shape[p] > 1]
+        if long == sorted(long):
+            return self.reshape(x, shape)
+        return self._local("transpose", [x], shape, perm=perm)
 
     def slice(self, x: Ref, axis: int, start: int, stop: int, step: int = 1) -> Ref:
         """x[start:stop:step] along one axis; 0 ≤ start ≤ stop, step ≥ 1."""
