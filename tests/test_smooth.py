@@ -201,7 +201,8 @@ def test_what_may_be_zero_leaves_no_bound_there(function: Any) -> None:
 
 
 def test_an_inverse_root_of_less_than_the_least_is_about_that_of_the_least() -> None:
-    x = on_grid(np.concatenate([np.arange(64) * ULP, np.geomspace(2**-6, 100, 64)]))
+    parts = [np.arange(64) * ULP, np.full(4096, 2**-6), np.geomspace(2**-6, 100, 64)]
+    x = on_grid(np.concatenate(parts))
     made = compiled(lambda b, v: roots.inverse_root(b, v, least=2**-6), [x.shape], [(0, 100)])
     made.check_bounds(x)
     y, large = made.run(x), x >= 2**-6

@@ -37,6 +37,10 @@ STEPS = 16
 UNIT_LOW, UNIT_HIGH = 15.0 / STEPS, 4 * 18.0 / STEPS
 """What [1, 4] becomes when thresholds are coarse."""
 
+SURELY_ABOVE = 17.5 / STEPS
+"""A shift errs by less than 1.5 steps: no value from here on is taken to be below a threshold that
+lies a step lower."""
+
 UNIT_BITS = 20
 """Fraction bits of a value in [1, 4]."""
 
@@ -126,10 +130,13 @@ def scaled(b: Builder, x: Ref, what: str, power: int = 2, least: float = 0.0) ->
     Cost: 1 to 3 rounds, where comparisons are needed.
     """
     low, high = _positive_range(b, x, what, least)
-    base = 2.0 ** (power * floor(log2(low / UNIT_LOW) / power))
+    may_be_low = b.one_side(x)[0] < low
+    coarse = log2(STEPS / low) < x.frac_bits - 1
+    lowest = SURELY_ABOVE if may_be_low and coarse else UNIT_LOW
+    base = 2.0 ** (power * floor(log2(low / lowest) / power))
     count = max(ceil(log2(high / (base * UNIT_HIGH)) / 2), 0)
     bits = tuple(_at_least(b, x, base * 4.0 ** (j + 1)) for j in range(count))
-    if b.one_side(x)[0] >= low:
+    if not may_be_low:
         return Scaled(x, base, bits)
     return Scaled(x, base, bits, b.xor([_at_least(b, x, base, before=1)], flip=1))
 
