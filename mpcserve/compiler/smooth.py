@@ -5,8 +5,8 @@ of it, a function is one round. Otherwise two coarse comparisons, which need onl
 x, run beside the waves; one select then puts the asymptote in place of what lies beyond. Where a
 comparison may be off by its coarseness, both answers are right.
 
-Costs are per element at 16 fraction bits: rounds, bits each way, bits dealt. `range`: |x| ≤ 4 for
-the cost inside, 64 for the cost with saturation.
+Costs are per element at 16 fraction bits: rounds, bits each way, bits dealt. `many` stands for
+elements of which fewer bytes dealt are worth more rounds (see `Builder.halve_from`).
 """
 
 from __future__ import annotations
