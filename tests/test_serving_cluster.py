@@ -17,6 +17,7 @@ import mpcserve
 from mpcserve.errors import PeerError, PeerLost
 from mpcserve.plan import bill_of
 from mpcserve.serving.cluster import LocalCluster
+from tests.cli_support import await_gone, needs_proc
 from tests.serving_support import as_model, dense_relu, dense_relu_plan, dense_weights, some_rows
 
 pytestmark = pytest.mark.slow
@@ -97,7 +98,7 @@ def test_a_taken_port_is_said_at_once(cluster: LocalCluster) -> None:
             cluster._servers["alice"] = running
 
 
-@pytest.mark.slow
+@needs_proc
 def test_no_server_outlives_a_killed_parent(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
@@ -117,18 +118,7 @@ def test_no_server_outlives_a_killed_parent(tmp_path: Path) -> None:
     )
     pids = [int(word) for word in ended.stdout.split()]
     assert len(pids) == 3, ended.stderr
-    deadline = time.monotonic() + 20
-    while any(map(_runs, pids)):
-        assert time.monotonic() < deadline, "a server is still there"
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")  # an orphan that nobody reaps is a zombie, and has ended
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+    await_gone(pids)
 
 
 def test_a_server_imports_neither_onnx_nor_the_compiler() -> None:
