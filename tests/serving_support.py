@@ -123,12 +123,20 @@ class Trio:
         return self._clients[-1]
 
     def sever(self, role: str) -> None:
-        """Break every connection of a server without a goodbye; it makes no new ones."""
+        """Break every connection of a server without a goodbye; it makes no new ones.
+
+        What it has said before, it has said: its writers may still be at it.
+        """
         server = self.servers[role]
         server._stopping = True
         server.links._closed.set()
         links = [*server.links._links.values(), *(server.listener.links if server.listener else ())]
         for link in links:
+            end = time.monotonic() + 1
+            while link.sender._more or link.sender._rest or link.sender._turn.locked():
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.001)
             with contextlib.suppress(OSError):
                 link._made_of.sock.shutdown(socket.SHUT_RDWR)
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mpcserve.errors import PeerLost, PeerTimeout
-from mpcserve.transport import Channel, TlsFiles
+from mpcserve.errors import PeerLost, PeerTimeout, Refused
+from mpcserve.serving.client import Both
+from mpcserve.transport import Channel, Link, TlsFiles
 from tests.transport_support import WAIT, Authority, Network, new_id
 
 
@@ -41,20 +42,26 @@ def rounds(channel: Channel, count: int, size: int = 1000) -> None:
         assert bytes(channel.receive(size, "a round", WAIT)) == bytes([k % 256]) * size
 
 
-def test_rounds_are_exchanged_by_the_threads_that_wait(network: Network) -> None:
-    alice, bob = network.pair()
-    stream = new_id()
-    readers = set()
+def readers_of(*links: Link) -> set[str]:
+    """Names of the threads that have read one of these links, from now on."""
+    names = set()
 
     def watched(take: Callable[[memoryview], None]) -> Callable[[memoryview], None]:
         def noted(got: memoryview) -> None:
-            readers.add(threading.current_thread().name)
+            names.add(threading.current_thread().name)
             take(got)
 
         return noted
 
-    for link in (alice, bob):
+    for link in links:
         link.reading._take = watched(link.reading._take)
+    return names
+
+
+def test_rounds_are_exchanged_by_the_threads_that_wait(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    readers = readers_of(alice, bob)
     ends = [alice.channel(stream), bob.channel(stream)]
 
     def run(end: Channel) -> None:
@@ -68,6 +75,60 @@ def test_rounds_are_exchanged_by_the_threads_that_wait(network: Network) -> None
     for t in threads:
         t.join(WAIT)
     assert {"evaluation-0", "evaluation-1"} <= readers
+
+
+def test_a_reader_that_waits_already_gives_way(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    channel, other = bob.channel(stream), alice.channel(stream)
+    time.sleep(0.05)  # the reader waits for bytes, as it does between requests
+    readers = readers_of(bob)
+
+    def answer() -> None:
+        other.send_message({"ready": 1})
+        other.send(bytes(10))
+
+    later = threading.Timer(0.1, answer)
+    later.start()
+    with channel.attended(standby=5.0):
+        assert channel.receive_message("a message", WAIT) == {"ready": 1}
+        assert channel.receive(10, "data", WAIT) == bytes(10)
+    later.join()
+    assert readers == {threading.current_thread().name}
+
+
+def test_a_thread_that_waits_again_takes_over_from_the_reader(network: Network) -> None:
+    """It has been busy for so long that the reader reads: it does not wait for it."""
+    alice, bob = network.pair()
+    stream = new_id()
+    channel, other = bob.channel(stream), alice.channel(stream)
+    with channel.attended():
+        time.sleep(0.1)
+        readers = readers_of(bob)
+        later = threading.Timer(0.1, other.send, (bytes(10),))
+        later.start()
+        assert channel.receive(10, "data", WAIT) == bytes(10)
+        later.join()
+    assert readers == {threading.current_thread().name}
+
+
+def test_of_two_asked_at_once_the_first_to_fail_is_heard(network: Network) -> None:
+    """Whichever of them is waited for."""
+    for failing in (0, 1):
+        links = [network.pair() for _ in range(2)]
+        stream = new_id()
+        both = Both([ours.channel(stream) for _, ours in links])
+        theirs = [link.channel(stream) for link, _ in links]
+        both.send(b"?")
+        later = threading.Timer(0.1, theirs[failing].fail, (Refused("no", "ask another"),))
+        later.start()
+        began = time.monotonic()
+        with pytest.raises(Refused, match="no"):
+            both.ask(lambda channel, seconds: channel.receive(1, "an answer", seconds), WAIT)
+        assert time.monotonic() - began < WAIT / 2
+        later.join()
+        with pytest.raises(Refused, match="no"):  # and the other server is told
+            theirs[1 - failing].receive(2, "more", WAIT)
 
 
 def test_other_streams_are_served_while_the_attending_thread_computes(network: Network) -> None:

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.config import Config, load_config
-from mpcserve.errors import ConfigError, PeerLost, Refused, WireError
+from mpcserve.errors import ConfigError, Refused, WireError
 from mpcserve.plan.bill import SEED_BYTES, bill_of
 from mpcserve.plan.plan import Output, Plan
 from mpcserve.plan.store import load_plan, plan_bytes, plan_from_bytes
@@ -29,9 +29,8 @@ from mpcserve.serving.deployment import ID_BYTES
 from mpcserve.serving.inputs import Array, OnRange, batches, check_inputs, join_outputs, presented
 from mpcserve.serving.keys import key_files
 from mpcserve.serving.links import Wiring
-from mpcserve.serving.log import named_error
 from mpcserve.serving.report import Meter, client_report, merged, sum_of
-from mpcserve.serving.request import MAX_PLAN_BYTES, Message, failing, receive_message
+from mpcserve.serving.request import MAX_PLAN_BYTES, Deadline, Message, failing, receive_message
 from mpcserve.transport import Channel, Hooks, Link, NetworkProfile
 from mpcserve.wire import Buffer
 
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
     from mpcserve.compiler import CompiledModel
 
 SERVERS = ("alice", "bob")
+STANDBY_S = 0.02
+"""While it waits for one server, what the other sends may wait so long."""
 T = TypeVar("T")
 
 
@@ -98,10 +99,10 @@ class Client:
             )
             both.send(data)
             timeout = self._config.deadlines.request
-            seeds = both.ask(lambda c: _seeds(c, "masks", KEY_BYTES, "to accept", timeout))
+            seeds = both.ask(lambda c, s: _seeds(c, "masks", KEY_BYTES, "to accept", s), timeout)
             for _, masked in share_weights(plan, values, *seeds):
                 both.send(bytes(masked))
-            both.ask(lambda c: receive_message(c, "deployed", "to put it in use", timeout))
+            both.ask(lambda c, s: receive_message(c, "deployed", "to put it in use", s), timeout)
         with self._lock:
             self._plans.clear()
         return name
@@ -167,7 +168,7 @@ class Client:
         with self._request(self._any_owner()) as both:
             both.send_message({"type": "stats"})
             timeout = self._config.deadlines.round
-            replies = both.ask(lambda c: c.receive_message("its numbers", timeout))
+            replies = both.ask(lambda c, s: c.receive_message("its numbers", s), timeout)
         return dict(zip(SERVERS, replies, strict=True))
 
     def wait_for_bundles(self, timeout: float) -> bool:
@@ -199,15 +200,16 @@ class Client:
             request = {"type": "infer", "model": name, "digest": plan.digest, "profile": profile}
             both.send_message(request)
             length = SEED_BYTES * len(plan.inputs)
-            seeds = both.ask(lambda c: _seeds(c, "ready", length, "a bundle", timeout))
+            seeds = both.ask(lambda c, s: _seeds(c, "ready", length, "a bundle", s), timeout)
             ready = time.perf_counter()
             for k, x in enumerate(rows):
                 a, b = (s[k * SEED_BYTES : (k + 1) * SEED_BYTES] for s in seeds)
                 for part in share_input(plan, k, x, a, b):
                     both.send(part, fresh=True)
-            answers = both.ask(lambda c: _answer(c, size, timeout))
-            outputs = reveal(plan, answers[0][0], answers[1][0])
+            shares = both.ask(lambda c, s: c.receive(size, "the result", s), timeout)
+            outputs = reveal(plan, *shares)
             ended = time.perf_counter()
+            alice, bob = both.ask(lambda c, s: c.receive_message("the report", s), timeout)
         mine = merged(
             {"online_seconds": ended - ready, "total_seconds": ended - began},
             *(
@@ -216,7 +218,7 @@ class Client:
             ),
         )
         try:
-            return outputs, client_report(plan, name, answers[0][1], answers[1][1], mine)
+            return outputs, client_report(plan, name, alice, bob, mine)
         except (KeyError, TypeError, ValueError) as e:
             raise WireError(
                 f"a server's report is not as expected: {type(e).__name__}",
@@ -273,7 +275,9 @@ class Client:
         id = secrets.token_bytes(ID_BYTES)
         links = [self._link(role, server) for server in SERVERS]
         both = Both([link.channel(id) for link in links])
-        with failing(*both.channels):
+        with failing(*both.channels), ExitStack() as attending:
+            for channel in both.channels:
+                attending.enter_context(channel.attended(STANDBY_S))
             yield both
         for channel in both.channels:
             channel.close()
@@ -297,10 +301,12 @@ class Client:
 
 
 class Both:
-    """One request's two channels, to alice and to bob."""
+    """One request's two channels, to alice and to bob: where one fails, so does the other."""
 
     def __init__(self, channels: Sequence[Channel]) -> None:
         self.channels = tuple(channels)
+        alice, bob = self.channels
+        alice.on_failure, bob.on_failure = bob.fail, alice.fail
 
     def send_message(self, message: dict[str, Any]) -> None:
         """The same message to both."""
@@ -312,42 +318,18 @@ class Both:
         for channel in self.channels:
             channel.send(data, fresh)
 
-    def ask(self, receive: Callable[[Channel], T]) -> list[T]:
-        """What `receive` returns for each; the first to fail ends the wait for the other."""
-        mine, other = self.channels
-        results: list[T] = []
-        errors: list[Exception] = []
+    def ask(self, receive: Callable[[Channel, float], T], timeout: float) -> list[T]:
+        """What `receive` returns for each, within so many seconds for both.
 
-        def ask_other() -> None:
-            try:
-                results.append(receive(other))
-            except Exception as e:
-                errors.append(e)
-                mine.fail(named_error(e))
-
-        thread = threading.Thread(target=ask_other, name="mpcserve-client", daemon=True)
-        thread.start()
-        try:
-            result = receive(mine)
-        except BaseException as e:  # Ctrl-C too: leaving waits for the other thread
-            first = errors[0] if errors and isinstance(e, Exception) else e
-            other.fail(named_error(e) if isinstance(e, Exception) else PeerLost("interrupted"))
-            thread.join()
-            raise first from None
-        thread.join()
-        if errors:
-            raise errors[0]
-        return [result, results[0]]
+        The thread that asks reads from both: the first to fail ends the wait for the other.
+        """
+        deadline = Deadline(timeout)
+        return [receive(channel, deadline.left()) for channel in self.channels]
 
 
 def _seeds(channel: Channel, kind: str, length: int, what: str, timeout: float) -> bytes:
     receive_message(channel, kind, what, timeout)
     return bytes(channel.receive(length, "seeds of masks", timeout))
-
-
-def _answer(channel: Channel, size: int, timeout: float) -> tuple[memoryview, dict[str, Any]]:
-    result = channel.receive(size, "the result", timeout)
-    return result, channel.receive_message("the report", timeout)
 
 
 def _plan_and_weights(

@@ -129,10 +129,11 @@ def evaluate(
 def receive_inputs(plan: Plan, client: Channel, timeout: Callable[[], float]) -> list[memoryview]:
     """Packed Δx of every input of the plan."""
     inputs = []
-    for spec in plan.inputs:
-        value = plan.value(spec.id)
-        size = packed_bytes(value.size, value.width)
-        inputs.append(client.receive(size, f"input {spec.name!r} ({size} bytes)", timeout()))
+    with client.attended():
+        for spec in plan.inputs:
+            value = plan.value(spec.id)
+            size = packed_bytes(value.size, value.width)
+            inputs.append(client.receive(size, f"input {spec.name!r} ({size} bytes)", timeout()))
     return inputs
 
 

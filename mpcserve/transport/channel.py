@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, WireError
+from mpcserve.transport.reading import STANDBY_S
 from mpcserve.transport.sender import LARGEST_BYTES, SMALL_BYTES, Outbox
 from mpcserve.wire import Buffer
 
@@ -106,6 +107,10 @@ class Inbox:
         """Whether the target is not full, and nothing but DATA has come."""
         return bool(self._target) and not self._items and self._end is None
 
+    def is_bare(self) -> bool:
+        """Whether nothing has come that was not taken, nor the end."""
+        return not self._items and self._end is None
+
     def take(self, target: memoryview, deadline: float) -> int | dict[str, object]:
         """How much of `target` is full at the deadline, or sooner: all; a message if one is next.
 
@@ -186,6 +191,7 @@ class Inbox:
 class Channel:
     """One stream of a link: `Link.channel` or the `on_stream` callback gives one.
 
+    `on_failure` is told when the peer failed the stream or the link ended, by any thread.
     One thread may send while another receives; messages and DATA arrive in the order in which they
     were sent, and must be taken in that order. A context manager: it closes the stream on leaving,
     and fails it when left by an MpcError.
@@ -199,6 +205,7 @@ class Channel:
         self.out = out
         self.waiting_since: float | None = None  # opened by the peer, claimed by nobody here yet
         self.known_to_peer = False
+        self.on_failure: Callable[[MpcError], object] = lambda error: None
         self._sending = threading.Lock()
         self._crediting = threading.Lock()
         self._credited = 0
@@ -259,11 +266,14 @@ class Channel:
         )
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
-        """While this lasts this thread reads and writes the socket itself: none is woken for it."""
+    def attended(self, standby: float = STANDBY_S) -> Iterator[None]:
+        """While this lasts this thread reads and writes the socket itself: none is woken for it.
+
+        `standby`: seconds for which nobody may read, while this thread does other things.
+        """
         self.out.inline = LARGEST_BYTES
         try:
-            with self.link.reading.attended(self):
+            with self.link.reading.attended(self, standby):
                 yield
         finally:
             self.out.inline = SMALL_BYTES
@@ -277,6 +287,7 @@ class Channel:
         """The next message. Raises: as `receive`; WireError if DATA is next."""
         started = time.monotonic()
         try:
+            self.link.reading.wait_for(self, self.inbox.is_bare, started + timeout)
             got = self.inbox.take_message(started + timeout)
         except PeerLost as error:
             raise self._lost(error, what, started) from None

@@ -221,6 +221,7 @@ class Link:
             self._reason = reason
         for channel in self._streams.all():
             self._end_stream_for(channel, reason, told)
+            channel.on_failure(_again(reason))
         self.sender.finish(parting, flush)
         if self._established and not expected:
             self._hooks.report(_again(reason))
@@ -273,6 +274,7 @@ class Link:
         """Read what still comes, so that closing does not reset the connection too early."""
         with contextlib.suppress(OSError):
             view = memoryview(bytearray(READ_BYTES))
+            self._made_of.sock.settimeout(self._tick)
             while not self._is_over(time.monotonic()):
                 with contextlib.suppress(TimeoutError):
                     if not self._made_of.sock.recv_into(view):
@@ -324,6 +326,7 @@ class Link:
             sock.shutdown(socket.SHUT_RDWR)  # wakes a writer that waits for the peer
         self.sender.join(_JOIN_S)
         self.sender.close()
+        self.reading.close()
         sock.close()
         reason = self._reason
         assert reason is not None
@@ -416,6 +419,7 @@ class Link:
             told = _maker(event.error(self.name))
             channel.inbox.end(told, drop=True, told=True)
             self.sender.end_stream(channel.out, b"", told, flush=False)
+            channel.on_failure(told())
         else:
             closed = PeerLost(f"{self.name} closed the stream", "see the log of that party")
             self._end_stream_for(channel, closed)

@@ -11,6 +11,7 @@ than the line allows, no thread is added, and what is counted is what the wire w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
 import socket
@@ -108,27 +109,54 @@ class Line:
 
 
 class Intake:
-    """What a socket brings, at the time at which it would come over such a network."""
+    """What a socket brings, at the time at which it would come over such a network.
+
+    One thread reads at a time; any may interrupt it.
+    """
 
     def __init__(self, sock: socket.socket, profile: NetworkProfile, size: int):
         """`size`: bytes taken at once."""
         self._sock = sock
+        self._sock.settimeout(0)
         self._view = memoryview(bytearray(size))
         self._line = None if profile.is_real else Line(profile)
         self._ended = False
+        self._bell, self._ring = socket.socketpair()
+        for end in (self._bell, self._ring):
+            end.settimeout(0)
+        self._comes, self._comes_or_rings = select.poll(), select.poll()
+        for poll in (self._comes, self._comes_or_rings):
+            poll.register(sock, select.POLLIN)
+        self._comes_or_rings.register(self._bell, select.POLLIN)
 
-    def read(self, seconds: float) -> memoryview | None:
+    def close(self) -> None:
+        """Close what `interrupt` needs; the socket is its owner's."""
+        self._bell.close()
+        self._ring.close()
+
+    def interrupt(self) -> None:
+        """A `read` that can be interrupted returns at once: the one in progress or the next."""
+        with contextlib.suppress(OSError):  # it is ringing already; or closed
+            self._ring.send(b"!")
+
+    def read(self, seconds: float, interruptible: bool = False) -> memoryview | None:
         """Bytes, valid until the next call; none at the end; None if none came in `seconds`.
 
         Raises: OSError.
         """
         if self._line is not None:
             return self._read_late(self._line, seconds)
-        if self._sock.gettimeout() != seconds:
-            self._sock.settimeout(seconds)
+        poll = self._comes_or_rings if interruptible else self._comes
+        came = poll.poll(math.ceil(seconds * 1e3))
+        if interruptible and any(file == self._bell.fileno() for file, _ in came):
+            self._bell.recv(64)
+            return None
+        return self._taken() if came else None
+
+    def _taken(self) -> memoryview | None:
         try:
             return self._view[: self._sock.recv_into(self._view)]
-        except TimeoutError:
+        except BlockingIOError:
             return None
 
     def _read_late(self, line: Line, seconds: float) -> memoryview | None:

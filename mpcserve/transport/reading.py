@@ -2,8 +2,9 @@
 
 Waking the reader, which wakes whoever waits, costs a round of a small layer more than its
 arithmetic. So a stream may be *attended*. While it is the only one, its thread reads for itself
-when it waits, and the reader thread stands by. It reads again for as long as that thread is busy
-with something else, when several streams are attended, and when there is an error to tell.
+when it waits, and the reader thread stands by: it gives way where it waits already. It reads again
+for as long as that thread is busy with something else, when several streams are attended, and when
+there is an error to tell.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 
 from mpcserve.transport.network import Intake
 
-_STANDBY_S = 0.002  # for so long nobody may read while the attending thread computes
+STANDBY_S = 0.002
+"""For so long nobody may read, unless more is asked for, while the attending thread computes."""
+
 _LARGE = 32 << 10  # where this much has come at once, more is on its way
 
 
@@ -37,13 +40,14 @@ class Reading:
         self._trouble: Exception | None = None  # met by another thread: the reader's to raise
         self._ended = False
         self._flowing = False
+        self._standby = STANDBY_S
 
     def read(self) -> bool | None:
         """For the reader thread. True after bytes, False at the end, None after a tick without any.
 
         Raises: OSError, and whatever `take` raises, also in a thread that read in its place.
         """
-        alone = self._flowing or self._needed.wait(_STANDBY_S)
+        alone = self._flowing or self._needed.wait(self._standby)
         if not alone and self._turn.locked():
             return None
         if not self._turn.acquire(timeout=self._tick):
@@ -51,15 +55,20 @@ class Reading:
         try:
             if self._trouble is not None:
                 raise self._trouble
-            return self._once(self._tick if self._needed.is_set() else _STANDBY_S)
+            seconds = self._tick if self._needed.is_set() else STANDBY_S
+            return self._once(seconds, interruptible=True)
         finally:
             self._turn.release()
 
     @contextmanager
-    def attended(self, stream: object) -> Iterator[None]:
-        """While this lasts, `wait_for` reads for the stream."""
+    def attended(self, stream: object, standby: float = STANDBY_S) -> Iterator[None]:
+        """While this lasts, `wait_for` reads for the stream.
+
+        `standby`: seconds for which nobody may read, while the attending thread does other things.
+        """
         with self._lock:
             self._attended.append(stream)
+            self._standby = standby
             self._settle()
         try:
             yield
@@ -68,12 +77,16 @@ class Reading:
                 self._attended.remove(stream)
                 self._settle()
 
+    def close(self) -> None:
+        """Nobody reads any more."""
+        self._intake.close()
+
     def wait_for(self, stream: object, wants: Callable[[], bool], deadline: float) -> None:
         """Read in this thread as long as the stream `wants` something, up to the deadline.
 
         Returns at once where the stream is not the one attended, or where another thread reads.
         """
-        if self._attended != [stream] or not self._turn.acquire(blocking=False):
+        if self._attended != [stream] or not self._take_over():
             return
         try:
             while wants() and not self._ended and self._trouble is None:
@@ -87,10 +100,19 @@ class Reading:
         finally:
             self._turn.release()
 
-    def _once(self, seconds: float) -> bool | None:
+    def _take_over(self) -> bool:
+        """Whether it is this thread that reads: the reader gives way where nothing is coming."""
+        if self._turn.acquire(blocking=False):
+            return True
+        if self._flowing:
+            return False
+        self._intake.interrupt()
+        return self._turn.acquire(timeout=STANDBY_S)
+
+    def _once(self, seconds: float, interruptible: bool = False) -> bool | None:
         if self._ended:
             return False
-        got = self._intake.read(seconds)
+        got = self._intake.read(seconds, interruptible)
         self._flowing = got is not None and len(got) >= _LARGE
         if got is None:
             return None
@@ -104,5 +126,6 @@ class Reading:
     def _settle(self) -> None:
         if len(self._attended) == 1 and self._trouble is None and not self._ended:
             self._needed.clear()
+            self._intake.interrupt()
         else:
             self._needed.set()
