@@ -15,7 +15,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from mpcserve.kernels.jit import kernel
-from mpcserve.kernels.places import Place, inline, on, part, place_of
+from mpcserve.kernels.places import Place, inline, on, part, place_of, spread
 from mpcserve.ring import Words
 
 _U0 = np.uint64(0)
@@ -105,7 +105,13 @@ def bytes_of(x: Words) -> Bytes:
 @kernel("void(uint64[::1], uint64[::1])", "void(uint64[::1], uint32[::1])")
 def unslice_bit(plane: Words, out: Words) -> None:
     """out[e] = bit e of the plane, as a word. Shapes: plane [ceil(N / 64)], out [N]."""
-    for e in range(out.size):
+    T = out.dtype.type
+    whole = out.size >> 6
+    for w in range(whole):
+        spread(plane[w], place_of(out, w << 6))
+    for e in range(whole << 6):
+        out[e] = T(out[e] & T(1))
+    for e in range(whole << 6, out.size):
         out[e] = (plane[e >> 6] >> np.uint64(e & 63)) & _U1
 
 

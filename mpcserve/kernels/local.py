@@ -7,16 +7,20 @@ the arithmetic in the word's own type, where numba would widen it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mpcserve.kernels.jit import kernel
 from mpcserve.kernels.packing import Bytes, pack_from
-from mpcserve.kernels.places import on, part, place_of
+from mpcserve.kernels.places import Place, on, part, place_of, spread
 from mpcserve.ring import Words
 
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _BLOCK = 512
 """Elements a block: all that a pass reads and writes of them stays in the first-level cache."""
+SELECT_ROOM = _BLOCK
+"""Words that `select_share` needs for itself."""
 
 
 def _signatures(template: str) -> tuple[str, str]:
@@ -142,34 +146,30 @@ def extend_share(
 
 @part
 def _select(
-    delta: Words, half: Words, bit: Words, beta: Words, cross: Words, carry: Words, top: Words,
-    beta_top: Words, at: int, size: int, width: int, offset: np.uint64, flip: np.uint64,
-    leader: bool, out_width: int, out: Words,
+    delta: Place, half: Place, taken: Place, beta: Place, cross: Place, carry: Place, top: Place,
+    beta_top: Place, size: int, width: int, offset: np.uint64, leader: bool, out_width: int,
+    old: Place, out: Place, D: Any, V: Any,
 ) -> None:  # fmt: skip
-    """out[at : at + size] += share of b·x; see `select_share`."""
-    D, V = delta.dtype.type, out.dtype.type
+    """out[:size] ← old + share of b·x; see `select_share`. `taken`: all ones where δ' is set."""
     mask, high, o = D(_ALL >> np.uint64(64 - width)), D(width - 1), D(offset)
     shift, wide = (V(width), V(_ALL)) if out_width > width else (V(0), V(0))
-    zero, one = V(0), V(1)
-    keep = V(1) if leader else V(0)
-    x, lam, to = place_of(delta, at), place_of(half, at), place_of(out, at)
-    b, bx = place_of(beta, at), place_of(cross, at)
-    c, t, bt = place_of(carry, at), place_of(top, at), place_of(beta_top, at)
+    out_mask, one = V(_ALL >> np.uint64(64 - out_width)), V(1)
+    keep = V(_ALL) if leader else V(0)
     for k in range(size):
-        d = D(D(x[k] + o) & mask)
-        low = V(V(D(d >> high)) - one)  # all ones where Δ'_msb = 0
-        p = V(V(d) - V(o))
-        share, crossed = V(V(keep * p) - V(D(lam[k] & mask))), V(V(b[k] * p) - bx[k])
-        share = V(share + V(V(V(c[k] + V(t[k] & low)) << shift) & wide))
-        crossed = V(crossed + V(V(V(bt[k] & low) << shift) & wide))
-        e = at + k
-        taken = V(zero - V(V((bit[e >> 6] >> np.uint64(e & 63)) & np.uint64(1)) ^ V(flip)))
-        to[k] = V(to[k] + V(V(share & taken) + V(V(crossed ^ taken) - taken)))
+        d = D(D(delta[k] + o) & mask)
+        low = V(V(V(D(d >> high)) - one) & wide)  # all ones where Δ'_msb = 0
+        p, s = V(V(d) - V(o)), taken[k]
+        share = V(V(p & keep) - V(D(half[k] & mask)))
+        share = V(share + V(V(V(carry[k] & wide) + V(top[k] & low)) << shift))
+        crossed = V(V(beta[k] * p) - cross[k])
+        crossed = V(crossed + V(V(beta_top[k] & low) << shift))
+        chosen = V(V(share & s) + V(V(crossed ^ s) - s))
+        out[k] = V(V(old[k] + chosen) & out_mask)
 
 
 _SELECT = (
     "void(W[::1], W[::1], uint64[::1], V[::1], V[::1], V[::1], V[::1], V[::1], int64, int64,"
-    " int64, uint64, boolean, V[::1], int64, boolean, boolean, boolean, V[::1], uint8[::1])"
+    " int64, uint64, boolean, V[::1], int64, boolean, V[::1], V[::1], uint8[::1])"
 )
 
 
@@ -188,39 +188,36 @@ def select_share(
     width: int,
     offset: np.uint64,
     when: bool,
-    lam: Words,
+    old: Words,
     out_width: int,
     leader: bool,
-    first: bool,
-    last: bool,
+    room: Words,
     out: Words,
     space: Bytes,
 ) -> None:
-    """out[start:stop] ← mask share + share of b·x (mod 2^out_width), for b = [secret bit = `when`].
+    """out[start:stop] ← old + share of b·x (mod 2^out_width), for b = [secret bit = `when`].
 
     The bit is open as δ = bit ⊕ β, so b = δ' + (1 − 2δ')·β with δ' = δ for when = 1, else ¬δ. With
     x = P − Λ_h as in `extend_share`:  b·x = δ'·(P − Λ_h) + (1 − 2δ')·(β·P − βΛ_h), where
     Λ_1 = λ − carry·2^width and Λ_0 = Λ_1 − λ_msb·2^width. Of several pairs, which are summed, the
-    `first` brings the mask and the `last` is packed; start is a multiple of 64.
+    first has the mask's share as `old`; `out` may be it. Packed if `space` is given.
 
-    Shapes: bit [ceil(N / 64)], all others [N]. half, beta, cross: shares of λ, β and β·λ; carry,
-    top and beta_top, of the carry, λ_msb and β·λ_msb, count only if out_width > width.
+    Shapes: bit [ceil(N / 64)], room [SELECT_ROOM], all others [N]; start is a multiple of 64. half,
+    beta, cross: shares of λ, β and β·λ; carry, top and beta_top, of the carry, λ_msb and β·λ_msb,
+    count only if out_width > width.
     """
-    V = out.dtype.type
-    mask = V(_ALL >> np.uint64(64 - out_width))
-    flip = np.uint64(0) if when else np.uint64(1)
+    flip = _ALL if not when else np.uint64(0)
     packed = start
+    taken = place_of(room, 0)
     for at in range(start, stop, _BLOCK):
         size = min(_BLOCK, stop - at)
-        to, fresh = place_of(out, at), place_of(lam, at)
-        if first:
-            for k in range(size):
-                to[k] = fresh[k]
-        _select(delta, half, bit, beta, cross, carry, top, beta_top, at, size, width, offset,
-                flip, leader, out_width, out)  # fmt: skip
-        if last:
-            for k in range(size):
-                to[k] = V(to[k] & mask)
+        for w in range((size + 63) >> 6):
+            spread(bit[(at >> 6) + w] ^ flip, on(taken, w << 6))
+        _select(place_of(delta, at), place_of(half, at), taken, place_of(beta, at),
+                place_of(cross, at), place_of(carry, at), place_of(top, at),
+                place_of(beta_top, at), size, width, offset, leader, out_width,
+                place_of(old, at), place_of(out, at), delta.dtype.type, out.dtype.type)  # fmt: skip
+        if space.size:
             packed = _pack_done(out, packed, at + size, start, out_width, space)
 
 

@@ -164,13 +164,18 @@ def unpack(data: Buffer, count: int, width: int) -> Words:
     return out
 
 
-def add_packed(mine: Words, data: Buffer, width: int) -> None:
-    """mine ← mine + the values packed in `data` (mod 2^width): two masked shares join into Δ."""
+def joined(mine: Words, data: Buffer, width: int) -> Words:
+    """mine + the values packed in `data` (mod 2^width): two masked shares join into Δ.
+
+    Overwrites `mine`, or `data` where it holds whole words and is writable; returns which it was.
+    """
     raw = _raw(data, mine.size, width)
-    if width in (HALF_BITS, WORD_BITS):
-        np.add(mine, raw.view(mine.dtype), out=mine)
-    else:
+    if width not in (HALF_BITS, WORD_BITS):
         _unpack(raw, width, True, mine)
+        return mine
+    theirs = raw.view(mine.dtype)
+    fits = raw.flags.writeable and theirs.flags.aligned
+    return np.asarray(np.add(mine, theirs, out=theirs if fits else None))
 
 
 def sum_of(mine: Buffer, other: Buffer, count: int, width: int) -> Words:
@@ -178,9 +183,7 @@ def sum_of(mine: Buffer, other: Buffer, count: int, width: int) -> Words:
     if width in (HALF_BITS, WORD_BITS):
         word = word_type(width)
         return np.asarray(np.add(*(_raw(d, count, width).view(word) for d in (mine, other))))
-    words = unpack(mine, count, width)
-    add_packed(words, other, width)
-    return words
+    return joined(unpack(mine, count, width), other, width)
 
 
 def _raw(data: Buffer, count: int, width: int) -> Bytes:

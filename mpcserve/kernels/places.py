@@ -70,3 +70,23 @@ def store_word(typingctx, place, n, word):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(place, types.int64, types.uint64), codegen
+
+
+@inline
+def spread(typingctx, word, place):  # type: ignore[no-untyped-def]
+    """place[i] ← all ones if bit i of the word is set, else 0, for i < 64."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        size = args[1].type.pointee.width
+        eight = ir.VectorType(ir.IntType(size), 8)
+        to = builder.bitcast(args[1], eight.as_pointer())
+        for byte in range(8):
+            bits = builder.trunc(
+                builder.lshr(args[0], ir.Constant(ir.IntType(64), 8 * byte)), ir.IntType(8)
+            )
+            lanes = builder.sext(builder.bitcast(bits, ir.VectorType(ir.IntType(1), 8)), eight)
+            at = builder.gep(to, [ir.Constant(ir.IntType(64), byte)])
+            builder.store(lanes, at, align=size // 8)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, place), codegen

@@ -38,7 +38,10 @@ def open_share(out: Words, width: int, fill: Callable[[slice], None]) -> Steps[W
 
 
 def open_packed(out: Words, width: int, pieces: Iterator[memoryview]) -> Steps[Words]:
-    """The same where out is computed, and packed, by those who make the pieces."""
+    """The same where out is computed, and packed, by those who make the pieces.
+
+    Words that fill their memory need no packing: pieces may then be parts of `out` itself, which is
+    not written to any more.
+    """
     received = yield Round(pieces, (out.size * width + 7) // 8)
-    packing.add_packed(out, received, width)
-    return out
+    return packing.joined(out, received, width)

@@ -40,6 +40,7 @@ class Reading:
         self._trouble: Exception | None = None  # met by another thread: the reader's to raise
         self._ended = False
         self._flowing = False
+        self._claimed = False  # the attending thread is about to read
         self._standby = STANDBY_S
 
     def read(self) -> bool | None:
@@ -47,8 +48,8 @@ class Reading:
 
         Raises: OSError, and whatever `take` raises, also in a thread that read in its place.
         """
-        alone = self._flowing or self._needed.wait(self._standby)
-        if not alone and self._turn.locked():
+        alone = (self._flowing and not self._claimed) or self._needed.wait(self._standby)
+        if not alone and (self._claimed or self._turn.locked()):
             return None
         if not self._turn.acquire(timeout=self._tick):
             return None
@@ -84,9 +85,9 @@ class Reading:
     def wait_for(self, stream: object, wants: Callable[[], bool], deadline: float) -> None:
         """Read in this thread as long as the stream `wants` something, up to the deadline.
 
-        Returns at once where the stream is not the one attended, or where another thread reads.
+        Returns at once where the stream is not the only one attended.
         """
-        if self._attended != [stream] or not self._take_over():
+        if self._attended != [stream] or not self._take_over(deadline):
             return
         try:
             while wants() and not self._ended and self._trouble is None:
@@ -100,14 +101,16 @@ class Reading:
         finally:
             self._turn.release()
 
-    def _take_over(self) -> bool:
-        """Whether it is this thread that reads: the reader gives way where nothing is coming."""
-        if self._turn.acquire(blocking=False):
-            return True
-        if self._flowing:
-            return False
-        self._intake.interrupt()
-        return self._turn.acquire(timeout=STANDBY_S)
+    def _take_over(self, deadline: float) -> bool:
+        """Let this thread read: the reader gives way, and does not come between."""
+        self._claimed = True
+        try:
+            if self._turn.acquire(blocking=False):
+                return True
+            self._intake.interrupt()
+            return self._turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        finally:
+            self._claimed = False
 
     def _once(self, seconds: float, interruptible: bool = False) -> bool | None:
         if self._ended:

@@ -24,7 +24,7 @@ from mpcserve.kernels.tasks import Run, one_by_one
 from mpcserve.plan.plan import Instruction
 from mpcserve.protocol.opening import open_packed, open_share, tiles
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
-from mpcserve.ring import Words, as_words, word_type
+from mpcserve.ring import HALF_BITS, WORD_BITS, Words, as_words, word_type
 
 
 class ExtendMaterial(NamedTuple):
@@ -159,15 +159,18 @@ def evaluate_select(
     run: Run = one_by_one,
 ) -> Steps[Words]:
     """1 round of n bits each way, however many pairs."""
-    n, last = i.value.width, len(material.pairs) - 1
+    n = i.value.width
     out = np.empty(i.value.size, word_type(n))
     flats = [
         np.ascontiguousarray(x).reshape(-1).astype(pair.half.dtype, copy=False)
         for x, pair in zip(deltas[1::2], material.pairs, strict=True)
     ]
+    whole = n in (HALF_BITS, WORD_BITS)
 
     def piece(part: slice) -> memoryview:
-        space = packing.packed_space(part.stop - part.start, n)
+        unused = np.empty(0, np.uint8)
+        space = unused if whole else packing.packed_space(part.stop - part.start, n)
+        room, last = np.empty(local.SELECT_ROOM, out.dtype), len(flats) - 1
         for number, (x, bit, pair, width) in enumerate(
             zip(flats, deltas[::2], material.pairs, i.attrs["widths"], strict=True)
         ):
@@ -181,15 +184,14 @@ def evaluate_select(
                 width,
                 _offset(i, width),
                 bool(i.attrs["when"]),
-                material.lam,
+                out if number else material.lam,
                 n,
                 side == "alice",
-                number == 0,
-                number == last,
+                room,
                 out,
-                space,
+                space if number == last else unused,
             )
-        return packing.packed_bytes(space)
+        return memoryview(bits.bytes_of(out[part]).data) if whole else packing.packed_bytes(space)
 
     pieces = run(partial(piece, part) for part in tiles(out.size))
     return (yield from open_packed(out, n, pieces)).reshape(i.value.shape)
