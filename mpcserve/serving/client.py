@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from mpcserve.compiler import CompiledModel
 
 SERVERS = ("alice", "bob")
-STANDBY_S = 0.02
-"""While it waits for one server, what the other sends may wait so long."""
 T = TypeVar("T")
 
 
@@ -277,7 +275,7 @@ class Client:
         both = Both([link.channel(id) for link in links])
         with failing(*both.channels), ExitStack() as attending:
             for channel in both.channels:
-                attending.enter_context(channel.attended(STANDBY_S))
+                attending.enter_context(channel.attended())
             yield both
         for channel in both.channels:
             channel.close()

@@ -26,6 +26,7 @@ from mpcserve.serving.profile import Profile
 from mpcserve.serving.report import merged
 from mpcserve.serving.request import Deadline, receive_message
 from mpcserve.transport import Channel
+from mpcserve.transport.reading import BRIEF_S, STANDBY_S
 from mpcserve.wire import Buffer
 
 Side = Literal["alice", "bob"]
@@ -118,12 +119,21 @@ def evaluate(
         lambda r: live.rounds[r],
         lambda: deadline.left(round_timeout if prepared.whole else math.inf),
         lambda: check_same_inputs(peer, mine, deadline.left(round_timeout)),
+        standby_of(prepared),
     )
     client.send(result)
     wall, cpu = timer.seconds()
     took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
     profiles = {"profile": profile.switches()} if profile else {}
     return merged(prepared.facts(), took, profiles)
+
+
+def standby_of(prepared: Preparation) -> float:
+    """How long an evaluation may leave its link unread: briefly if it may wait for randomness.
+
+    What is dealt for another request comes by the same link.
+    """
+    return STANDBY_S if prepared.whole else BRIEF_S
 
 
 def receive_inputs(plan: Plan, client: Channel, timeout: Callable[[], float]) -> list[memoryview]:
@@ -167,16 +177,18 @@ def drive(
     name: Callable[[int], str],
     timeout: Callable[[], float],
     agree: Callable[[], None],
+    standby: float,
 ) -> tuple[T, int]:
     """Run a generator of rounds over a channel: its result and how many rounds it took.
 
     `agree` is called once, when the first round is posted; what it raises ends the evaluation. This
-    thread reads what it waits for; while it computes, the link's reader does.
+    thread reads what it waits for; when it has done something else for `standby` seconds, the
+    link's reader does.
     """
     reply: memoryview | None = None
     rounds = 0
     try:
-        with peer.attended():
+        with peer.attended(standby):
             while True:
                 step = next(steps) if reply is None else steps.send(reply)
                 _post(step, peer, name(rounds))
@@ -198,3 +210,4 @@ def _post(step: Round, peer: Channel, name: str) -> None:
             peer.send(piece, fresh=True)
         except PeerError as e:
             raise type(e)(f"{e.message} ({name})", e.hint) from None
+        peer.glance()  # for other streams too: computing a piece takes milliseconds

@@ -17,7 +17,7 @@ from typing import Any
 
 from mpcserve.errors import MpcError, PeerTimeout, Refused
 from mpcserve.plan.stack import can_stack
-from mpcserve.serving.evaluation import Live, drive, evaluate, receive_inputs
+from mpcserve.serving.evaluation import Live, drive, evaluate, receive_inputs, standby_of
 from mpcserve.serving.log import log, named_error
 from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.report import merged, portion
@@ -113,6 +113,7 @@ def evaluate_members(
         lambda r: live.rounds[r],
         lambda: deadline.left(round_timeout if prepared.whole else float("inf")),
         lambda: None,
+        standby_of(prepared),
     )
     for member, result in zip(members, results, strict=True):
         if result is not None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -252,8 +252,8 @@ class Channel:
             self.grant_credit()
             if full:
                 return target
-            self.link.reading.wait_for(self, self.inbox.is_short, started + timeout)
-            got = self.inbox.take(target, started + timeout)
+            with self._reading(self.inbox.is_short, started + timeout):
+                got = self.inbox.take(target, started + timeout)
         except PeerLost as error:
             raise self._lost(error, what, started) from None
         if got == n:
@@ -278,6 +278,10 @@ class Channel:
         finally:
             self.out.inline = SMALL_BYTES
 
+    def glance(self) -> None:
+        """Of an attended stream: read what has come, between two pieces of other work."""
+        self.link.reading.glance(self)
+
     def send_message(self, message: Mapping[str, object]) -> None:
         """Send a JSON object, after all DATA sent before. Raises: as `send`."""
         with self._sending:
@@ -287,8 +291,8 @@ class Channel:
         """The next message. Raises: as `receive`; WireError if DATA is next."""
         started = time.monotonic()
         try:
-            self.link.reading.wait_for(self, self.inbox.is_bare, started + timeout)
-            got = self.inbox.take_message(started + timeout)
+            with self._reading(self.inbox.is_bare, started + timeout):
+                got = self.inbox.take_message(started + timeout)
         except PeerLost as error:
             raise self._lost(error, what, started) from None
         if isinstance(got, dict):
@@ -334,6 +338,13 @@ class Channel:
                 return
             self._credited = consumed
         self.link.sender.urge(self.link.session.credit(self.stream, consumed))
+
+    def _reading(
+        self, wants: Callable[[], bool], deadline: float
+    ) -> AbstractContextManager[object]:
+        """Read while the inbox `wants` something; if it still does, the link's reader reads."""
+        self.link.reading.wait_for(self, wants, deadline)
+        return self.link.reading.relied_on() if wants() else nullcontext()
 
     def _send(self, header: bytes, payload: Buffer) -> None:
         self.known_to_peer = True

@@ -2,9 +2,9 @@
 
 Waking the reader, which wakes whoever waits, costs a round of a small layer more than its
 arithmetic. So a stream may be *attended*. While it is the only one, its thread reads for itself
-when it waits, and the reader thread stands by: it gives way where it waits already. It reads again
-for as long as that thread is busy with something else, when several streams are attended, and when
-there is an error to tell.
+when it waits, and glances at the socket between two pieces of its work. The reader thread gives
+way where it waits already, and stands by: it reads again when that thread is busy with something
+else for long, when several streams are attended, and when there is an error to tell.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from contextlib import contextmanager
 
 from mpcserve.transport.network import Intake
 
-STANDBY_S = 0.002
-"""For so long nobody may read, unless more is asked for, while the attending thread computes."""
+STANDBY_S = 0.05
+"""For so long nobody may read while an attending thread computes: it glances in between. A reader
+that woke up more often would cost, where all cores compute, more than what it reads."""
+
+BRIEF_S = 0.002
+"""The same while an attending thread may wait for what other streams bring."""
 
 _LARGE = 32 << 10  # where this much has come at once, more is on its way
 
@@ -33,37 +37,40 @@ class Reading:
         self._take = take
         self._tick = tick
         self._turn = threading.Lock()  # the right to read
-        self._lock = threading.Lock()  # of `_attended`
+        self._lock = threading.Lock()  # of `_attended` and `_relying`
         self._attended: list[object] = []
+        self._relying = 0  # threads that wait for what another reads
         self._needed = threading.Event()  # the reader thread does not stand by
         self._needed.set()
         self._trouble: Exception | None = None  # met by another thread: the reader's to raise
         self._ended = False
         self._flowing = False
-        self._claimed = False  # the attending thread is about to read
-        self._standby = STANDBY_S
+        self._standby = BRIEF_S
+        self._claim = threading.Lock()  # the right to be the next to read
 
     def read(self) -> bool | None:
         """For the reader thread. True after bytes, False at the end, None after a tick without any.
 
         Raises: OSError, and whatever `take` raises, also in a thread that read in its place.
         """
-        alone = (self._flowing and not self._claimed) or self._needed.wait(self._standby)
-        if not alone and (self._claimed or self._turn.locked()):
+        alone = self._flowing or self._needed.wait(self._standby)
+        if not alone and self._turn.locked():
             return None
+        with self._claim:
+            pass  # whoever was told that it is next is next
         if not self._turn.acquire(timeout=self._tick):
             return None
         try:
             if self._trouble is not None:
                 raise self._trouble
-            seconds = self._tick if self._needed.is_set() else STANDBY_S
+            seconds = self._tick if self._needed.is_set() else self._standby
             return self._once(seconds, interruptible=True)
         finally:
             self._turn.release()
 
     @contextmanager
-    def attended(self, stream: object, standby: float = STANDBY_S) -> Iterator[None]:
-        """While this lasts, `wait_for` reads for the stream.
+    def attended(self, stream: object, standby: float) -> Iterator[None]:
+        """While this lasts, `wait_for` and `glance` read for the stream.
 
         `standby`: seconds for which nobody may read, while the attending thread does other things.
         """
@@ -85,17 +92,41 @@ class Reading:
     def wait_for(self, stream: object, wants: Callable[[], bool], deadline: float) -> None:
         """Read in this thread as long as the stream `wants` something, up to the deadline.
 
-        Returns at once where the stream is not the only one attended.
+        Returns at once where the stream is not the only one attended: rely on the reader then.
         """
-        if self._attended != [stream] or not self._take_over(deadline):
-            return
+        if self._attended == [stream] and self._take_over(deadline):
+            with self._having_turn():
+                while wants() and not self._ended and self._trouble is None:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        return
+                    self._once(min(left, self._tick))
+
+    @contextmanager
+    def relied_on(self) -> Iterator[None]:
+        """While this lasts the reader thread does not stand by."""
+        with self._lock:
+            self._relying += 1
+            self._settle()
         try:
-            while wants() and not self._ended and self._trouble is None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return
-                self._once(min(left, self._tick))
-        except Exception as error:  # the link's end is its reader's business
+            yield
+        finally:
+            with self._lock:
+                self._relying -= 1
+                self._settle()
+
+    def glance(self, stream: object) -> None:
+        """Read what has come, where the stream is the only one attended; wait for nothing."""
+        if self._attended == [stream] and self._turn.acquire(blocking=False):
+            with self._having_turn():
+                self._once(0.0)
+
+    @contextmanager
+    def _having_turn(self) -> Iterator[None]:
+        """A thread other than the reader reads: what goes wrong is left to the reader."""
+        try:
+            yield
+        except Exception as error:
             self._trouble = error
             self._needed.set()
         finally:
@@ -103,14 +134,11 @@ class Reading:
 
     def _take_over(self, deadline: float) -> bool:
         """Let this thread read: the reader gives way, and does not come between."""
-        self._claimed = True
-        try:
-            if self._turn.acquire(blocking=False):
-                return True
+        if self._turn.acquire(blocking=False):
+            return True
+        with self._claim:
             self._intake.interrupt()
             return self._turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
-        finally:
-            self._claimed = False
 
     def _once(self, seconds: float, interruptible: bool = False) -> bool | None:
         if self._ended:
@@ -127,7 +155,8 @@ class Reading:
         return True
 
     def _settle(self) -> None:
-        if len(self._attended) == 1 and self._trouble is None and not self._ended:
+        idle = self._trouble is None and not self._ended and not self._relying
+        if idle and len(self._attended) == 1:
             self._needed.clear()
             self._intake.interrupt()
         else:
