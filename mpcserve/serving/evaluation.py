@@ -121,7 +121,8 @@ def evaluate(
         lambda: check_same_inputs(peer, mine, deadline.left(round_timeout)),
         standby_of(prepared),
     )
-    client.send(result)
+    with client.attended():
+        client.send(result)
     wall, cpu = timer.seconds()
     took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
     profiles = {"profile": profile.switches()} if profile else {}

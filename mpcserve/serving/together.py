@@ -117,7 +117,7 @@ def evaluate_members(
     )
     for member, result in zip(members, results, strict=True):
         if result is not None:
-            with member.leaving():
+            with member.leaving(), member.here.channel.attended():
                 member.here.channel.send(result)
     wall, cpu = timer.seconds()
     took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
