@@ -174,25 +174,6 @@ def test_check_tells_what_only_needs_a_range_from_what_is_unsupported() -> None:
     assert [r.status for r in check_model(model, calibrate=samples)][1] == "supported"
 
 
-def test_a_network_in_which_errors_grow_gets_more_fraction_bits() -> None:
-    """Each pair of layers magnifies what tells inputs apart fourfold and takes away the rest."""
-    rng = rng_of(6)
-    x, nodes, constants = "x", [], {}
-    for k in range(8):
-        q, _ = np.linalg.qr(rng.standard_normal((16, 16)))
-        constants[f"w{k}"] = (4 * q).astype(np.float32)
-        nodes.append(node("MatMul", [x, f"w{k}"], [f"h{k}"]))
-        nodes.append(node("Clip", [f"h{k}", "low", "high"], [f"c{k}"]))
-        x = f"c{k}"
-    constants |= {"low": np.float32(-1), "high": np.float32(1)}
-    model = model_of(nodes, {"x": [1, 16]}, constants, outputs=(x,))
-    rows = rng.standard_normal((16, 16)).astype(np.float32)
-    plan = compile_model(model, calibrate=rows).plan
-    assert plan.value(plan.outputs[0].id).frac_bits > 16
-    short = compile_model(model, calibrate=rows, ring=64).plan
-    assert short.value(short.outputs[0].id).frac_bits == 16
-
-
 def test_a_deep_network_without_samples_is_told_how_to_try_it() -> None:
     nodes = [node("MatMul", ["x" if k == 0 else f"h{k}", "w"], [f"h{k + 1}"]) for k in range(8)]
     weights = {"w": np.full((32, 32), 2.0, np.float32)}

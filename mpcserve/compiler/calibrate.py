@@ -24,7 +24,7 @@ Array = NDArray[Any]
 Declared = tuple[float, float] | Mapping[str, tuple[float, float]]
 """The range of every input, or of those that are named."""
 
-TRIED = 8
+TRIED = 16
 """Samples that later stages run: a few tell how errors spread."""
 
 FEW = 16
@@ -120,6 +120,7 @@ def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
     apart = large_constants(graph)
     model = to_onnx(graph, every_value=True, apart=apart)
     run, names = runner(model, apart), [o.name for o in model.graph.output]
+    clipped = {node.outputs[0] for node in graph.nodes if node.op == "Clip"}
     found: dict[str, list[Seen]] = {}
     misled: set[str] = set()
     for feed in samples.feeds(graph.inputs):
@@ -129,7 +130,7 @@ def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
             if not isinstance(value, np.ndarray):
                 continue  # a list of tensors: lowering says that there are none
             if np.issubdtype(value.dtype, np.number) and not np.isnan(value).all():
-                found.setdefault(name, []).append(_seen(value))
+                found.setdefault(name, []).append(_seen(value, name in clipped))
     return {name: _joined(parts) for name, parts in found.items() if name not in misled}
 
 
@@ -146,8 +147,8 @@ def _chosen_by_nan(graph: Graph, values: Mapping[str, Any]) -> set[str]:
     return chosen
 
 
-def _seen(value: Array) -> Seen:
-    """Of an array that holds at least one number."""
+def _seen(value: Array, clipped: bool) -> Seen:
+    """Of an array that holds at least one number. `clipped`: what lies at an end stays there."""
     flat = value.ravel()
     if flat.dtype != np.float32:
         flat = flat.astype(np.float64)
@@ -156,8 +157,14 @@ def _seen(value: Array) -> Seen:
     low, high = float(flat.min()), float(flat.max())
     if max(-low, high) > LARGE:
         flat = flat.astype(np.float64)
-    active = np.count_nonzero(flat) / flat.size
-    return Seen(low, high, float(flat @ flat) / flat.size, active)
+    idle = _idle(flat, *((low, high) if clipped else (0.0, 0.0)))
+    return Seen(low, high, float(flat @ flat) / flat.size, 1 - idle / flat.size)
+
+
+def _idle(flat: Array, low: float, high: float) -> int:
+    """Elements that a change of what they are made of leaves as they are."""
+    zeros = flat.size - int(np.count_nonzero(flat))
+    return zeros + sum(int(np.count_nonzero(flat == end)) for end in {low, high} - {0.0})
 
 
 def _joined(parts: list[Seen]) -> Seen:

@@ -33,7 +33,8 @@ def weakest(known: Sequence[str]) -> str:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What samples showed of a tensor: the hull of its elements, margin included; their mean square
-    and the share of them that is not zero. `nearest` to zero, where all are on one side of it."""
+    and the share of them that is neither zero nor at an end of a Clip. `nearest` to zero, where all
+    are on one side of it."""
 
     low: float
     high: float
@@ -47,8 +48,8 @@ class Step:
     """One instruction without a width.
 
     `stated`: a range that mathematics gives, `sampled`: one that samples give; both are intersected
-    with what interval arithmetic finds. `power`, `active`: mean square and share of nonzero
-    elements in samples. `is_bit`: the value is 0 or 1, shared mod 2. `nearest`: see
+    with what interval arithmetic finds. `power`, `active`: mean square and share of elements
+    that are free to move, in samples. `is_bit`: the value is 0 or 1, shared mod 2. `nearest`: see
     `Seen`.
     """
 

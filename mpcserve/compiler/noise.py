@@ -32,6 +32,9 @@ SHIFTED = 3 / 12
 ACTIVE = 0.5
 """Share of a select's elements that are let through, where no samples tell."""
 
+LEAST_ACTIVE = 1 / 32
+"""No fewer are taken to be let through: other inputs may move what samples left as it is."""
+
 LEAST_POWER = 2.0**-24
 """An output's mean square is taken to be no less: one of nothing but zeros allows no error."""
 
@@ -158,7 +161,7 @@ def _combined(draft: Draft, step: Step, xs: list[float]) -> float:
     if step.op in PRODUCTS:
         return inner(step, draft.steps) * xs[0] * xs[1] + sum(xs[2:])
     if step.op == "select":
-        return _let_through(step) * sum(xs[1::2])
+        return _let_through(step, draft.steps) * sum(xs[1::2])
     if step.op == "sum":
         return xs[0] * prod(draft.steps[step.inputs[0]].shape) / prod(step.shape)
     if step.op == "combine":
@@ -174,10 +177,18 @@ def _squares(step: Step) -> float:
     return float(np.square(factors).sum() / factors.shape[1])
 
 
-def _let_through(step: Step) -> float:
-    """Share of the elements of each operand that a select passes on."""
-    count = len(step.inputs) // 2
-    return step.active if step.active is not None and count == 1 else ACTIVE / count
+def _let_through(step: Step, steps: tuple[Step, ...]) -> float:
+    """Share of the elements of each operand that a select passes on, constants left aside."""
+    count = max(sum(_constant(steps[j]) is None for j in step.inputs[1::2]), 1)
+    if step.active is not None and count == 1:
+        return max(step.active, LEAST_ACTIVE)
+    return ACTIVE / count
+
+
+def _constant(step: Step) -> float | None:
+    """The one number that a value holds, if that is all it holds."""
+    held = step.interval
+    return held.least if held.least == held.most else None
 
 
 def _factor(draft: Draft, step: Step) -> float:
@@ -219,7 +230,8 @@ class _Gains:
         if step.op in PRODUCTS and position < 2:
             return gain * factor_of(self.draft, id, operand, self.power)
         if step.op == "select":
-            return gain * _let_through(step) if position % 2 else self._decides(step, position)
+            is_bit = position % 2 == 0
+            return self._decides(step, position) if is_bit else gain * _let_through(step, steps)
         if step.is_bit:
             return gain
         if step.op == "tally":
@@ -238,17 +250,16 @@ class _Gains:
     def _decides(self, step: Step, position: int) -> float:
         """Gain of a bit: of a comparison that chooses among other values, as of an output.
 
-        A bit that lets through what it compares does so continuously: an error in it is no more
-        than the error of the value.
+        A bit that lets through what it compares does so continuously, and so does one that chooses
+        between values that are equal where it changes: an error in it is no more than the error of
+        the value.
         """
-        steps = self.draft.steps
-        bit, chosen = steps[step.inputs[position]], step.inputs[position + 1]
-        if bit.op == "sign" and bit.inputs[0] == chosen:
+        bit, chosen = step.inputs[position], step.inputs[position + 1]
+        compared = _compared(self.draft.steps, bit)
+        if chosen in compared:
             return 0.0
-        compared = _compared(steps, step.inputs[position])
-        if chosen in compared or not compared:
-            return 0.0
-        return max(self.allowed(j) for j in compared)
+        jumps = (j for j in compared if not _continuous(step, j, self.draft.steps))
+        return max(map(self.allowed, jumps), default=0.0)
 
     def allowed(self, id: int) -> float:
         """Gain of an output: one over its squared tolerance."""
@@ -279,6 +290,35 @@ def _compared(steps: tuple[Step, ...], bit: int) -> list[int]:
     if step.op == "sign":
         return [step.inputs[0]]
     return [j for b in step.inputs for j in _compared(steps, b)]
+
+
+def _continuous(step: Step, compared: int, steps: tuple[Step, ...]) -> bool:
+    """Whether what a select chooses by the sign of a value is the same on both sides of zero.
+
+    So it is at the ends of a Clip, whose bits exclude each other.
+    """
+    pairs = zip(step.inputs[::2], step.inputs[1::2], strict=True)
+    values = [_at_zero(compared, x, steps) for bit, x in pairs if compared in _compared(steps, bit)]
+    if len(values) == 1:
+        return values[0] == 0.0
+    return len(values) == 2 and values[0] is not None and values[0] == values[1]
+
+
+def _at_zero(compared: int, x: int, steps: tuple[Step, ...]) -> float | None:
+    """x where a compared value is zero: a constant, or the same but for public offsets."""
+    if (constant := _constant(steps[x])) is not None:
+        return constant
+    (first, before), (second, by) = _offset(compared, steps), _offset(x, steps)
+    return by - before if first == second else None
+
+
+def _offset(id: int, steps: tuple[Step, ...]) -> tuple[int, float]:
+    """(value, number to add to it) that make up a value."""
+    total = 0.0
+    while steps[id].op == "offset":
+        total += float(np.ldexp(float(steps[id].attrs["value"]), -steps[id].frac_bits))
+        id = steps[id].inputs[0]
+    return id, total
 
 
 def _extremum(step: Step, steps: tuple[Step, ...]) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import shake_256
+from itertools import cycle
 from math import prod, sqrt
 from statistics import fmean
 from typing import Any
@@ -24,6 +25,7 @@ from mpcserve.compiler.lower import Ranges
 from mpcserve.compiler.running import runner
 
 Array = NDArray[Any]
+Feed = Mapping[str, Array]
 Change = tuple[float, ...]
 """Mean squared change of each output per unit of variance."""
 
@@ -46,44 +48,43 @@ INPUT_STEP = 2.0**-12
 WORK = 1 << 35
 """Multiply-adds to spend; where that is not enough for all layers, some are left out."""
 
-REPEATS = 8
-"""Trials of each layer, where there is work left: of few weights, one tells little."""
+REPEATS = 16
+"""Trials of each layer, where there is work left: of few weights, one tells little. Each is on the
+next sample: what one saturates, and hides errors by, another lets through."""
 
 FEWEST = 2
 """Layers that are tried in any case: the first and the last."""
 
 
 def felt_in(graph: Graph, ranges: Ranges) -> Felt:
-    """Tried on one batch of the samples; nothing without samples or real outputs."""
+    """Tried on the samples in turn; nothing without samples or real outputs."""
     layers = _chosen(graph)
     real = all(np.issubdtype(np.dtype(o.dtype), np.floating) for o in graph.outputs)
     if not (real and ranges.feeds and layers):
         return Felt()
-    feed = ranges.feeds[0]
-    trial = _Trial(graph, feed, layers)
+    trial = _Trial(graph, ranges.feeds, layers)
     times = min(max(WORK // (2 * len(layers) * _work(graph)), 1), REPEATS)
     weights, results = {}, {}
     for node in layers:
         value = graph.constants[node.inputs[1]]
         errors = _errors(node.inputs[1], value.shape, float(np.square(value).mean()), times)
-        weights[node.name] = _mean(trial.change(node.inputs[1], value + e, e) for e in errors)
+        weights[node.name] = trial.change(node.inputs[1], errors, value)
         result = node.outputs[0]
         seen = ranges.values.get(result)
         errors = _errors(result, graph.shapes[result], seen.power if seen else 1.0, times)
-        results[node.name] = _mean(trial.change(_added(node), e, e) for e in errors)
-    steps = {k: _rounding(x) for k, x in feed.items() if x.dtype.kind == "f"}
-    inputs = {
-        k: trial.change(k, feed[k] + error, error) for k, error in steps.items() if error.any()
-    }
-    return Felt(inputs, weights, results)
+        results[node.name] = trial.change(_added(node), errors)
+    inputs = {i.name: trial.rounded(i.name, times) for i in graph.inputs}
+    return Felt({k: change for k, change in inputs.items() if change}, weights, results)
 
 
 class _Trial:
     """The graph in onnxruntime; weights of layers can be fed, and what to add to their results."""
 
-    def __init__(self, graph: Graph, feed: Mapping[str, Array], layers: Sequence[Node]) -> None:
-        self._feed = dict(feed)
-        self._types = {k: x.dtype for k, x in feed.items()}
+    def __init__(self, graph: Graph, feeds: Sequence[Feed], layers: Sequence[Node]) -> None:
+        self._feeds = feeds
+        self._turns = cycle(range(len(feeds)))
+        self._clean: dict[int, list[Array]] = {}
+        self._types = {k: x.dtype for k, x in feeds[0].items()}
         nodes: list[Node] = []
         zeros: dict[str, Array] = {}
         for node in graph.nodes:
@@ -106,16 +107,30 @@ class _Trial:
                 model.graph.input.append(onnx.ValueInfoProto(name=tensor.name, type=kind))
         self._run = runner(model, self._apart)
         self._outputs = [o.name for o in graph.outputs]
-        self._clean = self._run.run(self._outputs, self._feed)
 
-    def change(self, name: str, value: Array, error: Array) -> Change:
-        """Of the outputs when `value` is fed, per unit of the variance of `error` in it."""
-        fed = {**self._feed, name: value.astype(self._types[name])}
-        moved = self._run.run(self._outputs, fed)
+    def change(self, name: str, errors: Iterable[Array], value: Array | None = None) -> Change:
+        """Mean over `errors` in what is fed as `name`: in `value`, where it is not the sample's."""
+        return _mean(self._one(name, error, value, next(self._turns)) for error in errors)
+
+    def rounded(self, name: str, times: int) -> Change:
+        """The same for an input that is rounded; nothing where that changes no sample."""
+        turns = [next(self._turns) for _ in range(times)]
+        values = [(turn, self._feeds[turn][name]) for turn in turns]
+        errors = [(turn, x, _rounding(x)) for turn, x in values if x.dtype.kind == "f"]
+        found = [self._one(name, error, x, turn) for turn, x, error in errors if error.any()]
+        return _mean(found) if found else ()
+
+    def _one(self, name: str, error: Array, value: Array | None, turn: int) -> Change:
+        """Of the outputs on one sample, per unit of the variance of `error`."""
+        feed = self._feeds[turn]
+        if turn not in self._clean:
+            self._clean[turn] = self._run.run(self._outputs, dict(feed))
+        disturbed = error if value is None else value + error
+        moved = self._run.run(self._outputs, {**feed, name: disturbed.astype(self._types[name])})
         variance = float(np.square(error).mean())
         return tuple(
             float(np.square(m.astype(np.float64) - c).mean()) / variance
-            for m, c in zip(moved, self._clean, strict=True)
+            for m, c in zip(moved, self._clean[turn], strict=True)
         )
 
 

@@ -45,6 +45,9 @@ FRAC_BITS = range(6, 27)
 GUESSES = 3
 """From then on the levels that are left are halved."""
 
+SIMULATED = 8
+"""Samples on which plans are simulated, or one batch."""
+
 LIMITING = 5
 """Layers to name where the target is out of reach."""
 
@@ -113,9 +116,9 @@ def planned_within(target: float, task: Task, precision: Precision) -> Made:
 
     Raises: ModelError that names the layers where the error enters, if there is none.
     """
-    feeds = task.ranges.feeds
-    if not target > 0 or precision.frac_bits is not None or not feeds:
+    if not target > 0 or precision.frac_bits is not None or not task.ranges.feeds:
         raise _refused(target, precision)
+    feeds = task.ranges.feeds[: max(SIMULATED // task.about["batch"], 1)]
     exact = [_floats(task.graph, feed) for feed in feeds]
 
     def error(made: Made) -> float:

@@ -90,6 +90,9 @@ class Values:
         step = self._steps[x.id]
         if step.op in ("reshape", "transpose"):
             self.sampled(self.ref(step.inputs[0]), seen)
+        elif step.op == "offset":
+            before = self._steps[step.inputs[0]]
+            self._steps[step.inputs[0]] = replace(before, active=seen.active)
         # Samples pass through in floats; fixed point may be off by some ulps, also at zero.
         slack = 2.0 ** (ROUNDING_BITS - self.frac_bits)
         hull = iv.uniform(seen.low - slack, seen.high + slack, len(x.shape))
