@@ -9,7 +9,7 @@ elements; samples tell how large and how often active values are, ranges where t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp, inf, log, prod
 
@@ -72,7 +72,7 @@ def noise_of(draft: Draft, tolerance: float, felt: Felt | None = None) -> Noise:
     `felt`: what trials say of inputs and of some layers; layers between those are corrected by what
     lies between.
     """
-    power = tuple(_powers(draft))
+    power = powers_of(draft)
     found = _Gains(draft, power, tolerance)
     gain, steps = list(found.gain), draft.steps
 
@@ -131,16 +131,18 @@ def factor_of(draft: Draft, product: int, operand: int, power: tuple[float, ...]
     return inner(step, draft.steps) * power[y if operand == x else x]
 
 
-def _powers(draft: Draft) -> Iterator[float]:
+def powers_of(draft: Draft) -> tuple[float, ...]:
+    """Mean square of each value."""
     found: list[float] = []
     for step in draft.steps:
         found.append(_power(draft, step, found))
-        yield found[-1]
+    return tuple(found)
 
 
 def _power(draft: Draft, step: Step, known: list[float]) -> float:
     if step.op == "weight":
-        return float(np.square(draft.arrays[step.attrs["name"]]).mean(dtype=np.float64))
+        flat = draft.arrays[step.attrs["name"]].ravel("K")
+        return float(flat @ flat) / max(flat.size, 1)
     most = step.interval.magnitude**2
     if step.power is not None:
         return step.power

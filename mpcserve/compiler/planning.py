@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Draft, check_draft
+from mpcserve.compiler.finer import finer_scales
 from mpcserve.compiler.forest import has_trees
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.lower import HALVE_FROM, Ranges, Scales, lower
@@ -49,7 +50,7 @@ from mpcserve.compiler.strategy import (
     fastest,
 )
 from mpcserve.compiler.widths import assign_widths, extended
-from mpcserve.errors import ConfigError
+from mpcserve.errors import ConfigError, ModelError
 from mpcserve.plan import Plan, verify_plan
 from mpcserve.plan.estimate import Line
 from mpcserve.plan.ops import PRODUCTS
@@ -183,6 +184,8 @@ def _draft(task: Task, precision: Precision, way: Way) -> tuple[Draft, list[str]
         if not check_fit(other, usual + by):
             draft, usual = other, usual + by
     if wide:
+        if frac_bits is None and not compares:
+            draft = _with_finer(task, way, draft, Scales(usual))
         draft, notes = extended(draft), []
     else:
         result = narrowed(
@@ -207,6 +210,18 @@ def _tuned(task: Task, way: Way, scales: Scales) -> Draft:
     draft = tune_inputs(draft, scales.usual)
     check_draft(draft, "tune_inputs")
     return draft
+
+
+def _with_finer(task: Task, way: Way, draft: Draft, scales: Scales) -> Draft:
+    """With more fraction bits for small values that must be right relatively, if they fit."""
+    finer = finer_scales(task.graph, draft, task.ranges.values, scales)
+    if finer is None:
+        return draft
+    try:
+        other = _tuned(task, way, finer)
+    except ModelError:  # some bound has no room for more bits
+        return draft
+    return draft if check_fit(other, scales.usual) else other
 
 
 def _lacking(draft: Draft, felt: Felt) -> int:

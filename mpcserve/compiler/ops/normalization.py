@@ -92,10 +92,12 @@ def layer_normalization(
         return y
     axis = axis_of(axis, len(x.shape))
     # The steps are those of the first output: deduplicated.
-    found = _unscaled(b, _rows(b, x, axis), epsilon, centred=True)
+    x, times_2 = _magnified(b, x)
+    found = _unscaled(b, _rows(b, x, axis), epsilon * 4.0**times_2, centred=True)
     each = (*x.shape[:axis], *[1] * (len(x.shape) - axis))
     assert found.mean is not None
-    return y, b.reshape(found.mean, each), b.reshape(found.inverse, each)
+    mean, inverse = b.scale(found.mean, 1, times_2), b.scale(found.inverse, 1, -times_2)
+    return y, b.reshape(mean, each), b.reshape(inverse, each)
 
 
 @lowers("RMSNormalization", since=23)
@@ -140,7 +142,7 @@ def group_normalization(
 @lowers("MeanVarianceNormalization", since=9)
 def mean_variance_normalization(b: Builder, x: Ref, /, *, axes: Sequence[int] = (0, 2, 3)) -> Ref:
     """(x − mean) / deviation over axes. Error: 2e-4."""
-    rank = len(x.shape)
+    x, rank = _magnified(b, x)[0], len(x.shape)
     over = sorted(axis_of(a, rank) for a in axes)
     order = [*(a for a in range(rank) if a not in over), *over]
     moved = b.transpose(x, order)
@@ -152,7 +154,7 @@ def mean_variance_normalization(b: Builder, x: Ref, /, *, axes: Sequence[int] = 
 @lowers("LpNormalization", since=1)
 def lp_normalization(b: Builder, x: Ref, /, *, axis: int = -1, p: int = 2) -> Ref:
     """x over the sum of its absolute values, or over √ of the sum of its squares. Error: 2e-4."""
-    x = with_frac_bits(b, x, b.frac_bits)
+    x = with_frac_bits(b, _magnified(b, x)[0], b.frac_bits)
     axis = axis_of(axis, len(x.shape))
     if p == 1:
         total = b.sum(absolute(b, x), [axis])
@@ -171,6 +173,15 @@ class _Unscaled(NamedTuple):
     values: Ref
     inverse: Ref
     mean: Ref | None = None
+
+
+def _magnified(b: Builder, x: Ref) -> tuple[Ref, int]:
+    """(2^k · x at the usual scale, k) for x that has k fraction bits more: local.
+
+    Normalised, it is the same.
+    """
+    times_2 = max(x.frac_bits - b.frac_bits, 0)
+    return b.scale(x, 1, -times_2), times_2
 
 
 def _rows(b: Builder, x: Ref, axis: int) -> Ref:
@@ -232,12 +243,13 @@ def normalize(
     centred: int,
 ) -> Ref:
     """(x − mean, if centred) / √(mean square + epsilon) · scale + bias over axes. Error: 2e-4."""
+    x, times_2 = _magnified(b, x)
     rank = len(x.shape)
     order = [*(a for a in range(rank) if a not in axes), *axes]
     lead = rank - len(axes)
     moved = b.transpose(x, order)
     rows = _rows(b, moved, lead)
-    found = _unscaled(b, rows, epsilon, bool(centred))
+    found = _unscaled(b, rows, epsilon * 4.0**times_2, bool(centred))
     scale, bias = (None if v is None else _moved(b, v, rank, order) for v in (scale, bias))
     values = b.reshape(found.values, moved.shape)
     inverse = b.reshape(found.inverse, (*moved.shape[:lead], *[1] * len(axes)))
@@ -254,8 +266,9 @@ def _moved(b: Builder, x: Operand, rank: int, order: Sequence[int]) -> Operand:
 def _grouped(b: Builder, x: Ref, groups: int, scale: Operand, bias: Operand, epsilon: float) -> Ref:
     """Rows are samples and groups of channels; scale and bias are one per channel."""
     batch, channels = x.shape[:2]
+    x, times_2 = _magnified(b, x)
     rows = b.reshape(_rows(b, x, 1), (batch * groups, prod(x.shape[1:]) // groups))
-    found = _unscaled(b, rows, epsilon, centred=True)
+    found = _unscaled(b, rows, epsilon * 4.0**times_2, centred=True)
     shape = (batch, groups, channels // groups, prod(x.shape[2:]))
     scale, bias = (_shaped(b, v, (1, groups, channels // groups, 1)) for v in (scale, bias))
     values = b.reshape(found.values, shape)
