@@ -1,23 +1,27 @@
-"""Finer scales for small values whose errors grow with them.
+"""Finer scales where errors grow: of small values, and of weights.
 
 A normalisation, a quotient or a root makes values of size one of whatever it is given, and so do
 large weights: their operand must be right relatively. Where samples show that it is of size 2^-k,
 it gets up to k more fraction bits, which are as many bits in all as a value of size one has; and so
 does, as far as it is as small, what it is computed from. Values that local steps connect have one
 scale: the largest of them says how fine it may be.
+
+A weight's error is the same for all positions and inputs of a layer. Where trials show that it is
+magnified by what follows, as by attention to scores that are large, the weight gets more bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import frexp, log2
+from math import ceil, frexp, log2
 
 from mpcserve.compiler.draft import Draft, Seen
 from mpcserve.compiler.graph import Graph, Node
 from mpcserve.compiler.lower import Scales
-from mpcserve.compiler.noise import factor_of, powers_of
-from mpcserve.compiler.precision import LARGE_GAIN_BITS
+from mpcserve.compiler.noise import factor_of, noise_of_weights, powers_of
+from mpcserve.compiler.precision import LARGE_GAIN_BITS, room_of, tunable_weights, with_weight_bits
 from mpcserve.compiler.rings import families_of
+from mpcserve.compiler.sensitivity import Felt
 from mpcserve.plan.ops import PRODUCTS
 
 RELATIVE: Mapping[str, tuple[int, ...]] = {
@@ -126,3 +130,22 @@ def _carried(
                 more = log2(felt) / 2 if felt else -MOST
             spare = 0 if bits else LARGE_GAIN_BITS
             _raise(wish, room, family[j], bits + more - spare)
+
+
+MOST_OF_WEIGHTS = 6
+"""Fraction bits that a weight may have more."""
+
+
+def finer_weights(draft: Draft, tolerance: float, felt: Felt) -> Draft:
+    """With as many more bits of weights as keep what their rounding adds to the outputs' error
+    within `tolerance`, both root mean squares, and as fit."""
+    noise = noise_of_weights(draft, tolerance, felt)
+    if sum(noise.values()) <= 1:
+        return draft
+    change: dict[int, int] = {}
+    for weight, products in tunable_weights(draft):
+        wish = ceil(log2(max(noise.get(weight, 0.0) * len(noise), 1.0)) / 2)
+        by = min(wish, MOST_OF_WEIGHTS, *(room_of(draft.steps[p]) for p in products))
+        if by > 0:
+            change[weight] = by
+    return with_weight_bits(draft, change)

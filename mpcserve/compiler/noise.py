@@ -92,6 +92,31 @@ def noise_of(draft: Draft, tolerance: float, felt: Felt | None = None) -> Noise:
     return Noise(draft, power, tuple(gain))
 
 
+def noise_of_weights(draft: Draft, tolerance: float, felt: Felt) -> dict[int, float]:
+    """What rounding each weight of a layer adds to the outputs' variance, as trials tell.
+
+    Also where gains through the graph are none to add up, as those of a root's thresholds. Layers
+    between those that were tried are taken to lie between, geometrically.
+    """
+    powers, steps = powers_of(draft), draft.steps
+    rate = [_allowed(draft, powers, tolerance, o.id) for o in draft.outputs]
+    operands = ((p, j) for p in _single(draft) for j in steps[p].inputs[:2])
+    own = {j: steps[p].layer for p, j in operands if steps[j].op == "weight"}
+    tried = {
+        k: log(gain)
+        for k, layer in enumerate(own.values())
+        if layer in felt.weights
+        and 0 < (gain := sum(r * c for r, c in zip(rate, felt.weights[layer], strict=True))) < inf
+    }
+    if not tried:
+        return {}
+    gains = np.interp(range(len(own)), list(tried), list(tried.values()))
+    return {
+        w: NEAREST * exp(gain) * 4.0 ** -steps[w].frac_bits
+        for w, gain in zip(own, gains, strict=True)
+    }
+
+
 def _single(draft: Draft) -> list[int]:
     """Products that are the only one of their node."""
     products = [id for id, step in enumerate(draft.steps) if step.op in PRODUCTS]
@@ -264,9 +289,14 @@ class _Gains:
         return max(map(self.allowed, jumps), default=0.0)
 
     def allowed(self, id: int) -> float:
-        """Gain of an output: one over its squared tolerance."""
-        most = UNSEEN_POWER if self.draft.steps[id].power is None else self.power[id]
-        return 1 / (self.tolerance**2 * max(min(self.power[id], most), LEAST_POWER))
+        """Gain of an output."""
+        return _allowed(self.draft, self.power, self.tolerance, id)
+
+
+def _allowed(draft: Draft, power: tuple[float, ...], tolerance: float, id: int) -> float:
+    """Gain of an output: one over its squared tolerance."""
+    most = UNSEEN_POWER if draft.steps[id].power is None else power[id]
+    return 1 / (tolerance**2 * max(min(power[id], most), LEAST_POWER))
 
 
 def _steepest(step: Step, x: Step) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Draft, check_draft
-from mpcserve.compiler.finer import finer_scales
+from mpcserve.compiler.finer import finer_scales, finer_weights
 from mpcserve.compiler.forest import has_trees
 from mpcserve.compiler.graph import Graph
 from mpcserve.compiler.lower import HALVE_FROM, Ranges, Scales, lower
@@ -186,6 +186,7 @@ def _draft(task: Task, precision: Precision, way: Way) -> tuple[Draft, list[str]
     if wide:
         if frac_bits is None and not compares:
             draft = _with_finer(task, way, draft, Scales(usual))
+            draft = finer_weights(draft, FAIR, task.felt)
         draft, notes = extended(draft), []
     else:
         result = narrowed(

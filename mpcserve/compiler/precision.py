@@ -60,7 +60,7 @@ def tune_weights(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Dra
         step = draft.steps[id]
         exact = _exact(draft, id)
         wish = 0 if exact else _wished(draft, id, products, frac_bits) - step.frac_bits
-        room = min(_room(draft.steps[p]) for p in products)
+        room = min(room_of(draft.steps[p]) for p in products)
         by = min(wish, room) if room >= 0 else room
         least = max(-int(draft.steps[p].attrs["truncate"]) for p in products)
         fewest = _fewest(draft, id) - step.frac_bits
@@ -108,7 +108,7 @@ def tune_inputs(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Draf
         if not set(products).isdisjoint(but):
             continue
         wish = max(frexp(_gain(draft, p, path))[1] for p in products) - LARGE_GAIN_BITS
-        by = min(wish, *(_room(draft.steps[p]) for p in products))
+        by = min(wish, *(room_of(draft.steps[p]) for p in products))
         if by > 0:
             change |= dict.fromkeys(path, by)
     if not change:
@@ -197,7 +197,7 @@ def _fewest(draft: Draft, weight: int) -> int:
     return max(FEWEST_SIGNIFICANT_BITS - frexp(largest)[1], 0)
 
 
-def _room(product: Step) -> int:
+def room_of(product: Step) -> int:
     """By how many bits the truncation may grow (negative: must shrink)."""
     # One bit is kept back: rounding the weight anew may move the bound across a power of two.
     return WIDEST_BOUND - 1 - product.bound - int(product.attrs["truncate"])
