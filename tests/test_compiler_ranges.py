@@ -278,6 +278,37 @@ def test_what_does_not_fit_says_which_node_and_how_many_bits_are_missing() -> No
     assert compile_model(model, frac_bits=4, input_range=(-8, 8)).plan
 
 
+@pytest.mark.parametrize("top", [10.0, 14.0, 20.0])
+def test_samples_of_an_exponential_bound_it(top: float) -> None:
+    """A bit of margin doubles the exponent, but what is made of it only grows twofold."""
+    x = rng_of(8).uniform(-10, top, (16, 8)).astype(np.float32)
+    x[0, 0] = top
+    model = model_of([node("Exp", ["x"])], {"x": (1, 8)})
+    made = compile_model(model, calibrate=x)
+    (spec,) = made.plan.outputs
+    assert made.plan.value(spec.id).known == "calibrated"
+    parties = Together(made.plan, made.weights)
+    # What exceeds the samples by less than the margin of the result, too.
+    for row in (*x, np.full(8, top + 0.6, np.float32)):
+        (got,), _ = parties.infer([row[None]])
+        exact = np.exp(row.astype(np.float64))
+        assert np.all(np.abs(got[0] - exact) <= 1e-3 * exact + 2e-4)
+
+
+def test_an_exponential_that_does_not_fit_says_how_many_bits_are_missing() -> None:
+    model = model_of([node("Exp", ["x"])], {"x": (1, 8)})
+    with pytest.raises(ModelError) as caught:
+        compile_model(model, input_range=(0, 30))
+    # e^30 < 2^44, e^22 < 2^32.
+    assert "node 'Exp:y' (Exp)" in caught.value.message
+    assert "up to 30 does not fit 64 bits: 12 bits short" in caught.value.message
+    assert "--calibrate" in caught.value.hint
+    far = np.full((16, 8), 30.0, np.float32)
+    with pytest.raises(ModelError, match=r"up to 30\.6931 does not fit 64 bits: 13 bits") as caught:
+        compile_model(model, calibrate=far)
+    assert "samples reach that far" in caught.value.hint
+
+
 def test_an_input_range_beyond_all_widths_is_refused() -> None:
     with pytest.raises(ModelError, match="does not fit 64 bits"):
         compile_model(single(), input_range=(-1e30, 1e30))

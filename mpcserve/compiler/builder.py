@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler import interval as iv
-from mpcserve.compiler.draft import Draft, Shape, Step
+from mpcserve.compiler.draft import Draft, Seen, Shape, Step
 from mpcserve.compiler.dtypes import is_integer
 from mpcserve.compiler.fourier import Fits
 from mpcserve.compiler.interval import Interval
@@ -42,7 +42,8 @@ Operand = Ref | Array
 
 
 class Builder(Values):
-    """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered.
+    """Emits the draft. `layer`, `n_outputs` and `opset` describe the ONNX node being lowered,
+    `seen` what samples showed of its first output.
 
     `group`: of how many values a maximum may be found at once (see `strategy`). `trees`: what
     their padding may tell. `halve_from`: elements from which on an activation is made of two
@@ -65,6 +66,7 @@ class Builder(Values):
         self.opset = opset
         self.layer = ""
         self.n_outputs = 1
+        self.seen: Seen | None = None
         self._arrays: dict[str, NDArray[np.floating]] = {}
         self._inputs: list[InputSpec] = []
         self._outputs: list[OutputSpec] = []

@@ -71,6 +71,7 @@ def lower(
             b.sampled(x, ranges.values[i.name])
     for node in graph.nodes:
         b.frac_bits = scales.nodes.get(node.name, scales.usual)
+        b.seen = ranges.values.get(node.outputs[0])
         problems += _lower_node(b, node, graph, known, registry)
         for name in node.outputs:
             value = known.get(name)

@@ -12,7 +12,7 @@ elements of which fewer bytes dealt are worth more rounds (see `Builder.halve_fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log, log2, pi, prod
+from math import ceil, inf, log, log2, pi, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,10 +237,12 @@ def _without(b: Builder, bit: Ref, part: Ref | None) -> Ref:
     return bit if part is None else b.xor([bit, part])
 
 
-def stated(b: Builder, x: Ref, y: Ref, f: Curve, args: tuple[float, ...] = ()) -> Ref:
-    """y with the range that f takes on the range of x, and a few ulps."""
+def stated(
+    b: Builder, x: Ref, y: Ref, f: Curve, args: tuple[float, ...] = (), most: float = inf
+) -> Ref:
+    """y with the range that f takes on the range of x, or up to `most`, and a few ulps."""
     held, slack = b.interval(x), 8 * 2.0**-y.frac_bits
-    low, high = fourier.image(f, args, held.least, held.most)
+    low, high = fourier.image(f, args, np.minimum(held.least, most), np.minimum(held.most, most))
     return b.within(y, low - slack, high + slack)
 
 
@@ -384,8 +386,10 @@ EXTRA_BITS = 2
 """Fraction bits of intermediate values beyond those of the result."""
 
 
-def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -> Ref:
-    """e^x for x up to the top of its range, at most 22; 0 far below.
+def exp(
+    b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP, most: float = inf
+) -> Ref:
+    """e^x for x up to the top of its range, or up to `most`, at most 22; 0 far below.
 
     Error: 2e-5 up to a top of 0, 4e-5 up to 4; above, 2e-3 of e^x at most and 5e-5 of it near the
     top. Rounds: 1 on [−16, 0], 2 or 3 farther below; above a top of `direct` 4 and more.
@@ -397,13 +401,14 @@ def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -
     """
     to = b.frac_bits if to is None else to
     x = with_frac_bits(b, x, max(x.frac_bits, b.frac_bits))
-    held = b.interval(x)
-    top = max(held.most - NEGLIGIBLE, 0.0)
+    most = min(b.interval(x).most, most)
+    top = max(most - NEGLIGIBLE, 0.0)
     squarings = max(ceil(log2(top / SMALL_TOP)), 0) if top > direct else 0
     if top > LARGEST_TOP:
         raise TooWide(
-            f"the exponential of a value up to {held.most:g} does not fit 64 bits",
-            "calibrate with samples (--calibrate) or narrow --input-range",
+            f"the exponential of a value up to {most:g} does not fit 64 bits: "
+            f"{ceil((top - LARGEST_TOP) / log(2.0))} bits short",
+            _way_out(b, x),
         )
     factor = 2.0**-squarings
     scale = ceil(top * factor / log(2.0))
@@ -415,20 +420,25 @@ def exp(b: Builder, x: Ref, to: int | None = None, direct: float = DIRECT_TOP) -
     args = (factor, scale * log(2.0))
     error, bits = (2.0**-inner, inner + 2) if squarings else (2.0 ** -(inner + scale + 3), None)
     fine = min(inner + scale, MOST_WAVE_BITS + 2)
-    y = spectral(
-        b, x, exp_curve, low.reach, max(held.most, low.reach + 0.25), args, error, fine, bits
-    )
+    y = spectral(b, x, exp_curve, low.reach, max(most, low.reach + 0.25), args, error, fine, bits)
     y = replaced(b, y, [(low, lambda: level(b, y, 0.0))])
     y = b.scale(y, 1, -scale)
-    y = stated(b, x, y, exp_curve, (factor,))
+    y = stated(b, x, y, exp_curve, (factor,), most)
     for k in range(squarings):
         factor *= 2
         # The square, before it is truncated, must fit a ring with room for what reads it.
-        most = (SQUARE_BITS - ceil(top * factor / log(2.0))) // 2
-        y = with_frac_bits(b, y, min(y.frac_bits, most))
+        room = (SQUARE_BITS - ceil(top * factor / log(2.0))) // 2
+        y = with_frac_bits(b, y, min(y.frac_bits, room))
         y = b.mul(y, y, to=to if k == squarings - 1 else inner + EXTRA_BITS)
-        y = stated(b, x, y, exp_curve, (factor,))
+        y = stated(b, x, y, exp_curve, (factor,), most)
     return y if squarings else with_frac_bits(b, y, to)
+
+
+def _way_out(b: Builder, x: Ref) -> str:
+    """What there is to do about an exponential that is too large."""
+    if b.known(x) == "calibrated":
+        return "samples reach that far: calibrate with typical ones, or subtract a constant before"
+    return "calibrate with samples (--calibrate) or narrow --input-range"
 
 
 ANGLE_BITS = 22

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import inf
+from math import log as log_of
+
 import numpy as np
 
 from mpcserve.compiler import roots, smooth
@@ -101,8 +104,10 @@ def softsign(b: Builder, x: Ref, /) -> Ref:
 
 @lowers("Exp", since=6)
 def exp(b: Builder, x: Ref, /) -> Ref:
-    """e^x: 0 far below; the top of its range must be known."""
-    return smooth.exp(b, x)
+    """e^x: 0 far below; the top of its range must be known, or samples show that of e^x."""
+    wide = b.interval(x).most > smooth.LARGEST_TOP and b.known(x) == "calibrated"
+    # A bit of margin makes 24 of a value up to 12, but only 2·e^12 of its exponential.
+    return smooth.exp(b, x, most=log_of(b.seen.high) if wide and b.seen else inf)
 
 
 @lowers("Sin", since=7)
