@@ -44,7 +44,7 @@ FAMILIES = {
     "ml_trees": "trees of `ai.onnx.ml`",
     "ml_labels": "labels of `ai.onnx.ml`",
     "convolution": "convolutions",
-    "indexing": "public indices",
+    "indexing": "elements at indices",
     "resample": "resampling",
     "signal": "signals",
     "contraction": "sums of products",

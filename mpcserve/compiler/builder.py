@@ -72,6 +72,7 @@ class Builder(Values):
         self._outputs: list[OutputSpec] = []
         self._labels: dict[int, tuple[str, ...]] = {}
         self.choices: dict[int, Ref] = {}
+        self.found: dict[int, Ref] = {}
 
     # sources
 

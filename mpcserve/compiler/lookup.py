@@ -15,7 +15,7 @@ Source: one-hot selection as in CrypTen's embeddings; digits and extension are o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor, prod
 
@@ -26,6 +26,7 @@ from mpcserve.compiler.builder import Array, Builder, Ref
 from mpcserve.compiler.functions import axis_of
 from mpcserve.compiler.graph import Graph, Node
 from mpcserve.compiler.problems import Unsupported
+from mpcserve.compiler.rearrange import shaped, transposed
 from mpcserve.plan.ops import packed_bytes
 
 MOVES = frozenset(
@@ -129,28 +130,105 @@ def number_of(b: Builder, hot: Ref) -> Ref:
 def looked_up(b: Builder, table: Array | Ref, index: Ref, axis: int) -> Ref:
     """The table's entries at a secret index along an axis. Error: none beyond the table's rounding.
 
-    Cost: 1 round, 2 for a long table, and the digits' widths for the data owner to send.
+    Cost: 1 round, 2 for a long table, and the digits' widths for the data owner to send; of an
+    index that the servers computed 4 rounds, a comparison and a product for every place.
     """
     axis = axis_of(axis, len(table.shape))
     count = table.shape[axis]
-    hot = one_hot(b, index, count)
-    hot = b.reshape(hot, (prod(index.shape), hot.shape[-1]))
     order = [axis, *(a for a in range(len(table.shape)) if a != axis)]
     rest = [table.shape[a] for a in order[1:]]
-    if isinstance(table, Ref):
-        flat = b.reshape(b.transpose(table, order), (count, prod(rest)))
-        rows = b.matmul(hot, b.slice(flat, 0, 0, hot.shape[1]))
-    else:
-        values = np.asarray(table, np.float64).transpose(order).reshape(count, prod(rest))
-        rows = _rows(b, hot, values[: hot.shape[1]])
+    flat = shaped(b, transposed(b, table, order), (1, count, prod(rest)))
+    rows = read(b, flat, b.reshape(index, (1, prod(index.shape))))
     place = len(index.shape)
     y = b.reshape(rows, (*index.shape, *rest))
     back = [*range(place, place + axis), *range(place), *range(place + axis, len(y.shape))]
     return b.transpose(y, back)
 
 
+def looked_up_along(b: Builder, table: Array | Ref, index: Ref, axis: int) -> Ref:
+    """As GatherElements: an index for each element of the result. Cost: as `looked_up`."""
+    rank = len(table.shape)
+    axis = axis_of(axis, rank)
+    if len(index.shape) != rank:
+        raise Unsupported(f"indices of {len(index.shape)} axes for a tensor of {rank}")
+    for a in (a for a in range(rank) if a != axis):
+        table = cut(b, table, a, index.shape[a])
+    order = [*(a for a in range(rank) if a != axis), axis]
+    lead, along = [index.shape[a] for a in order[:-1]], index.shape[axis]
+    flat = shaped(b, transposed(b, table, order), (prod(lead), table.shape[axis], 1))
+    places = b.reshape(b.transpose(index, order), (prod(lead), along))
+    y = b.reshape(read(b, flat, places), (*lead, along))
+    return b.transpose(y, np.argsort(order).tolist())
+
+
+def looked_up_slices(b: Builder, table: Array | Ref, index: Ref, batch: int) -> Ref:
+    """As GatherND: the last axis of the index holds those of leading axes. Cost: as `looked_up`.
+
+    Where they are several, every position that they may name together is a place.
+    """
+    lead, depth = table.shape[:batch], index.shape[-1]
+    along, rest = table.shape[batch : batch + depth], table.shape[batch + depth :]
+    if depth > 1:
+        index = _joined(b, index, along)
+    places = b.reshape(index, (prod(lead), prod(index.shape) // prod(lead)))
+    flat = shaped(b, table, (prod(lead), prod(along), prod(rest)))
+    return b.reshape(read(b, flat, places), (*index.shape[:-1], *rest))
+
+
+def _joined(b: Builder, index: Ref, along: Sequence[int]) -> Ref:
+    """Indices of several axes, in the last axis, as one of all their places: local."""
+    axis = len(index.shape) - 1
+    low, high = (
+        e.max(axis=tuple(range(axis))) for e in (-b.interval(index).low, b.interval(index).high)
+    )
+    if np.any(low > 0.5) or np.any(high > np.array(along) - 0.5):
+        raise Unsupported(
+            f"reads axes of {', '.join(map(str, along))} at secret indices in "
+            f"[{ceil(-low.max())}, {floor(high.max())}]",
+            "several indices must each be shown by their range to be within their axis",
+        )
+    steps = np.array([[prod(along[k + 1 :])] for k in range(len(along))])
+    joined = b.combine(index, axis, np.arange(len(along))[:, None], steps)
+    b.within(joined, 0.0, prod(along) - 1.0)
+    return b.as_place(joined) if b.is_place(index) else joined
+
+
+def cut(b: Builder, x: Array | Ref, axis: int, stop: int) -> Array | Ref:
+    """The first elements along an axis."""
+    if isinstance(x, Ref):
+        return b.slice(x, axis, 0, stop)
+    return x.take(range(stop), axis)
+
+
+def read(b: Builder, table: Array | Ref, index: Ref) -> Ref:
+    """table[n, index[n, j]]. Shapes: [n, places, width] at [n, j] → [n, j, width]."""
+    hot = one_hot(b, index, table.shape[1])
+    table = cut(b, table, 1, hot.shape[2])
+    if isinstance(table, np.ndarray):
+        whole = table.dtype.kind in "biu"
+        if len(table) == 1:
+            rows = _rows(b, b.reshape(hot, hot.shape[1:]), np.asarray(table[0], np.float64), whole)
+            return b.reshape(rows, (*index.shape, table.shape[2]))
+        table = b.weight(table, 0 if whole else None)
+    if b.is_bit(table):
+        return b.odd(_chosen(b, hot, b.number(table)))
+    found = _chosen(b, hot, table)
+    return b.as_place(found) if b.is_place(table) else found
+
+
+def _chosen(b: Builder, hot: Ref, table: Ref) -> Ref:
+    """hot @ table, which is one of the table's rows."""
+    found, held = b.matmul(hot, table, to=table.frac_bits), b.interval(table)
+    return b.within(
+        found, held.low.min(axis=1, keepdims=True), held.high.max(axis=1, keepdims=True)
+    )
+
+
 def one_hot(b: Builder, index: Ref, count: int) -> Ref:
-    """Rows of 1 at the index and 0 elsewhere, along a new last axis, of at most `count`."""
+    """Rows of 1 at the index and 0 elsewhere, along a new last axis, of at most `count`.
+
+    A negative index counts from the end.
+    """
     hot = _hot(b, index)
     if hot is not None:
         if hot.shape[-1] > count:
@@ -160,38 +238,62 @@ def one_hot(b: Builder, index: Ref, count: int) -> Ref:
             )
         return hot
     held = b.interval(index)
+    low, high = held.least, held.most
     # A range seen in samples reaches farther than they do; ONNX says that an index is in the table.
-    outside = held.most < -0.5 or held.least > count - 0.5
+    outside = high < -0.5 - count or low > count - 0.5
     if b.known(index) != "calibrated":
-        outside = held.least < -0.5 or held.most > count - 0.5
+        outside = low < -0.5 - count or high > count - 0.5
     if index.frac_bits or outside:
         raise Unsupported(
-            f"reads a table of {count} at a secret index in [{held.least:g}, {held.most:g}]",
-            "an index is a whole number that its range shows to be within the table",
+            f"reads a table of {count} at a secret index in [{ceil(low)}, {floor(high)}]",
+            "an index is a whole number that its range shows to be within the table: calibrate it, "
+            "or declare its --input-range",
         )
-    count = min(count, floor(held.most + 0.5) + 1)
-    if prod(index.shape) * count > MOST_COMPARED:
+    first, last = max(-count, floor(low + 0.5)), min(count, ceil(high - 0.5) + 1)
+    first, last = min(first, 0), max(last, 0)
+    if prod(index.shape) * (last - first) > MOST_COMPARED:
         raise Unsupported(
-            f"compares {prod(index.shape)} secret indices with {count} places each",
+            f"compares {prod(index.shape)} secret indices with {last - first} places each, "
+            f"{MOST_COMPARED} comparisons at most",
             "read the table at an input, or at fewer places",
         )
-    return _compared(b, index, count)
+    hot = _compared(b, index, first, last)
+    if first == 0:
+        return hot
+    lead, axis = [0] * len(index.shape), len(index.shape)
+    from_end = b.slice(hot, axis, 0, -first)
+    from_end = b.pad(from_end, [*lead, count + first], [*lead, 0])
+    if not last:
+        return from_end
+    ahead = b.pad(b.slice(hot, axis, -first, last - first), [*lead, 0], [*lead, count - last])
+    return b.within(b.add(from_end, ahead), 0.0, 1.0)
 
 
-def _compared(b: Builder, index: Ref, count: int) -> Ref:
+def _compared(b: Builder, index: Ref, first: int, last: int) -> Ref:
     """[x < j + 1] − [x < j] for every place j; the nearest one for what is beyond the ends."""
-    wide = b.expand(b.reshape(index, (*index.shape, 1)), (*index.shape, count - 1))
-    ends = b.constant(np.arange(1, count).reshape(*[1] * len(index.shape), -1))
+    shape, lead = (*index.shape, last - first), [0] * len(index.shape)
+    if last - first == 1:
+        return b.expand(b.constant(np.ones([1] * len(shape))), shape)
+    wide = b.expand(b.reshape(index, (*index.shape, 1)), (*index.shape, last - first - 1))
+    ends = b.constant(np.arange(first + 1, last).reshape(*[1] * len(lead), -1))
     below = b.number(b.sign(b.sub(wide, b.expand(ends, wide.shape))))
-    lead = [0] * len(index.shape)
     upper = b.pad(below, [*lead, 0], [*lead, 1], 1.0)
     hot = b.sub(upper, b.pad(below, [*lead, 1], [*lead, 0], 0.0))
     return b.within(hot, 0.0, 1.0)
 
 
+def is_hot(b: Builder, x: Ref) -> bool:
+    """Whether x's rows of one 1 are known without comparing x."""
+    return _hot(b, x) is not None
+
+
 def _hot(b: Builder, x: Ref) -> Ref | None:
-    """The rows that an input was shared as, moved as x was; None for what is no input."""
+    """The rows that an input was shared as, or a ranking found, moved as x was; else None."""
     if x.id in b.choices:
+        return b.choices[x.id]
+    if x.id in b.found:
+        bits = b.found[x.id]
+        b.choices[x.id] = b.number(b.transpose(bits, [*range(1, len(bits.shape)), 0]))
         return b.choices[x.id]
     step = b.step(x)
     if step.op not in ("reshape", "transpose", "slice", "gather", "expand", "concat"):
@@ -255,9 +357,9 @@ def digits_for(largest: int, rows: int, places: int, width: int) -> Digits:
     return min(ways, key=lambda d: d.cost(rows, places, width))
 
 
-def _rows(b: Builder, hot: Ref, table: NDArray[np.float64]) -> Ref:
-    """hot @ table for a table of the model owner's."""
-    frac_bits = max(b.frac_bits, ENTRY_BITS)
+def _rows(b: Builder, hot: Ref, table: NDArray[np.float64], whole: bool) -> Ref:
+    """hot @ table for a table of the model owner's, of whole numbers or of reals."""
+    frac_bits = 0 if whole else max(b.frac_bits, ENTRY_BITS)
     words = np.rint(np.ldexp(table, frac_bits)).astype(np.int64)
     largest = int(np.abs(words).max(initial=1))
     digits = digits_for(largest, hot.shape[0], hot.shape[1], table.shape[1])
@@ -276,4 +378,5 @@ def _rows(b: Builder, hot: Ref, table: NDArray[np.float64]) -> Ref:
         total = part if total is None else b.add(total, part)
     assert total is not None
     reach = largest * 2.0**-frac_bits
-    return b.within(b.scale(total, 1, frac_bits), -reach, reach)
+    found = b.within(b.scale(total, 1, frac_bits), -reach if np.any(table < 0) else 0.0, reach)
+    return b.as_place(found) if whole else found

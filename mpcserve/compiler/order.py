@@ -65,8 +65,10 @@ def _top(b: Builder, x: Ref, index: Ref | None, k: int) -> tuple[Ref, Ref]:
     bits = at_rank(b, x, k)
     values = _chosen(b, bits, x)
     if index is None:
-        return values, b.tally(bits, range(n))
-    return values, _chosen(b, bits, index)
+        index = b.as_place(b.within(b.tally(bits, range(n)), 0.0, n - 1.0))
+        b.found[index.id] = bits  # should it read a table
+        return values, index
+    return values, b.as_place(_chosen(b, bits, index))
 
 
 def _chosen(b: Builder, bits: Ref, x: Ref) -> Ref:

@@ -40,6 +40,7 @@ class Values:
     def __init__(self, frac_bits: int) -> None:
         self.frac_bits = frac_bits
         self._steps: list[Step] = []
+        self._places: set[int] = set()
 
     def interval(self, x: Ref) -> Interval:
         """Range of x as reals, per element (compact)."""
@@ -86,8 +87,14 @@ class Values:
         return x
 
     def sampled(self, x: Ref, seen: Seen) -> None:
-        """What samples showed of x; so also of what x merely rearranges."""
+        """What samples showed of x; so also of what x merely rearranges.
+
+        Of a place in a table they tell nothing: one that they did not show is as good as any other.
+        """
         step = self._steps[x.id]
+        if self.is_place(x):
+            self._steps[x.id] = replace(step, power=seen.power, active=seen.active)
+            return
         if step.op in ("reshape", "transpose"):
             self.sampled(self.ref(step.inputs[0]), seen)
         elif step.op == "offset":
@@ -99,6 +106,18 @@ class Values:
         nearest = float(np.copysign(max(abs(seen.nearest) - slack, 0.0), seen.nearest))
         step = replace(step, sampled=hull, power=seen.power, active=seen.active, nearest=nearest)
         self._steps[x.id] = self._settle(step)
+
+    def as_place(self, x: Ref) -> Ref:
+        """State that x is a place that structure bounds, as that of a largest element; same Ref."""
+        self._places.add(x.id)
+        return x
+
+    def is_place(self, x: Ref) -> bool:
+        """Whether x is such a place, or only moves some."""
+        step = self._steps[x.id]
+        if x.id in self._places or step.op not in BIT_MOVES or not step.inputs:
+            return x.id in self._places
+        return all(self.is_place(self.ref(j)) for j in step.inputs)
 
     def step(self, x: Ref) -> Step:
         """What makes x."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mpcserve.compiler import lookup
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.registry import lowers
@@ -17,9 +18,13 @@ ML = "ai.onnx.ml"
 
 @lowers("ArrayFeatureExtractor", since=1, domain=ML)
 def array_feature_extractor(b: Builder, x: Operand, index: Ref, /) -> Ref:
-    """The class of a secret index: names are public, numbers are found by comparisons."""
+    """The class of a secret index: names are public, numbers are found by comparisons.
+
+    Columns of a secret are a product, as those of Gather.
+    """
     if isinstance(x, Ref):
-        raise Unsupported("chooses columns of a secret by a secret index")
+        flat = b.reshape(index, (prod(index.shape),))
+        return lookup.looked_up(b, x, flat, len(x.shape) - 1)
     return b.reshape(looked_up(b, index, np.asarray(x).ravel().tolist()), (1, prod(index.shape)))
 
 
@@ -75,6 +80,8 @@ def looked_up(b: Builder, index: Ref, values: Sequence[Any]) -> Ref:
     whole = bool(np.all(numbers == np.rint(numbers)))
     if whole and len(set(steps.tolist())) < 2:
         return b.offset(b.scale(index, int(steps[0]) if steps.size else 0), float(numbers[0]))
+    if lookup.is_hot(b, index):
+        return lookup.looked_up(b, numbers.astype(int) if whole else numbers, index, 0)
     frac_bits = 0 if whole else b.frac_bits
     count = int(np.prod(index.shape))
     column = b.expand(b.reshape(b.scale(index, -1), (count, 1)), (count, len(steps)))

@@ -24,7 +24,7 @@ def arg_max(
     Where rounds count more than bytes, by ranking: 5 rounds.
     """
     axis = axis_of(axis, len(x.shape))
-    index = _largest(b, x, axis, bool(select_last_index))
+    index = b.as_place(_largest(b, x, axis, bool(select_last_index)))
     shape = tuple(d for k, d in enumerate(x.shape) if k != axis)
     return index if keepdims else b.reshape(index, shape)
 
