@@ -12,6 +12,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+def counted(count: int, one: str) -> str:
+    """3, "bit" → "3 bits"."""
+    return f"{count} {one}" if count == 1 else f"{count} {one}s"
+
+
 def human_seconds(seconds: float) -> str:
     """0.0123 → "12.3 ms"."""
     if seconds < 1e-3:

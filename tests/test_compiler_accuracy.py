@@ -158,7 +158,7 @@ def test_random_samples_need_a_number() -> None:
 def test_few_samples_give_a_wider_margin(tmp_path: Path) -> None:
     few, many = (compile_model(network(), calibrate=images(n)).plan.notes[0] for n in (15, 16))
     assert few == "calibrated on 15 samples with 2 margin bits"
-    assert many == "calibrated on 16 samples with 1 margin bits"
+    assert many == "calibrated on 16 samples with 1 margin bit"
 
 
 def test_check_tells_what_only_needs_a_range_from_what_is_unsupported() -> None:

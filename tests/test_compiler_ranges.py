@@ -170,7 +170,7 @@ def test_samples_narrow_the_bounds_with_a_stated_margin() -> None:
     # Seen: 3.0 at most, so below 4 = 2^2; one bit of margin: 2^3.
     assert [bounds[b].bound - 16 for b in (0, 1)] == [2, 3]
     assert {bounds[b].known for b in (0, 1)} == {"calibrated"}
-    assert "calibrated on 2 samples with 1 margin bits" in plans[1].notes
+    assert "calibrated on 2 samples with 1 margin bit" in plans[1].notes
     assert (plans[1].inputs[0].low, plans[1].inputs[0].high) == (0, 1)
 
 

@@ -209,7 +209,7 @@ def test_a_range_too_wide_for_32_bits_says_which_node_and_how_many_bits() -> Non
         compile_model(model, ring=32, input_range=(-(2.0**20), 2.0**20))
     # ±3·2^30 < 2^32 and no fraction bits at all: 32 + 0 + 1, one more than there are.
     assert "node 'MatMul:y' (matmul)" in caught.value.message
-    assert "its range ±2^32 leaves 32 bits 1 bits short" in caught.value.message
+    assert "its range ±2^32 leaves 32 bits 1 bit short" in caught.value.message
     assert "--ring auto" in caught.value.hint
     assert compile_model(model, input_range=(-(2.0**20), 2.0**20)).plan
     assert compile_model(model, ring=32, input_range=(-(2.0**18), 2.0**18)).plan

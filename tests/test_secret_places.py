@@ -1,4 +1,4 @@
-"""Elements read at places that the servers computed: what onnxruntime reads there, in few rounds."""
+"""Elements read at places that the servers computed: what onnxruntime reads there."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ not emitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf, prod
 from typing import Any
 
@@ -22,7 +22,7 @@ from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.padding import TreeBounds
 from mpcserve.compiler.problems import Unsupported
 from mpcserve.compiler.ranges import encoded, spanned
-from mpcserve.compiler.values import Ref, Values
+from mpcserve.compiler.values import Ref, Values, excess_of
 from mpcserve.plan.ops import BIT_MOVES, BITS, MAX_ALL, OPS
 from mpcserve.plan.plan import InputSpec, OutputSpec
 from mpcserve.plan.table import listed
@@ -47,7 +47,8 @@ class Builder(Values):
 
     `group`: of how many values a maximum may be found at once (see `strategy`). `trees`: what
     their padding may tell. `halve_from`: elements from which on an activation is made of two
-    halves: two more rounds, for a third of the dealt bytes.
+    halves: two more rounds, for a third of the dealt bytes. `coarse`: layers whose operands give up
+    fraction bits where a product of them needs more than 64 bits.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Builder(Values):
         group: int = 2,
         trees: TreeBounds | None = None,
         halve_from: float = inf,
+        coarse: Collection[str] = (),
     ) -> None:
         super().__init__(frac_bits)
         self.trees = trees or TreeBounds()
         self.halve_from = halve_from
+        self.coarse = coarse
         self.fits = Fits()
         self.group = group
         self.opset = opset
@@ -441,7 +444,27 @@ class Builder(Values):
         if addend is not None and addend.frac_bits != full:
             raise AssertionError(f"addend has {addend.frac_bits} fraction bits, expected {full}")
         ids = (x.id, y.id) if addend is None else (x.id, y.id, addend.id)
-        return self._emit(op, ids, attrs, shape, full - attrs["truncate"])
+        made = self._emit(op, ids, attrs, shape, full - attrs["truncate"])
+        short = excess_of(self.step(made))
+        if short <= 0 or addend is not None or self.layer not in self.coarse:
+            return made
+        coarser = self._coarser(x, y, short)
+        if coarser == (x, y):
+            return made
+        return self._product(op, *coarser, None, to, shape, attrs)
+
+    def _coarser(self, x: Ref, y: Ref, bits: int) -> tuple[Ref, Ref]:
+        """Factors whose product needs so many bits less, as far as they have any after the point.
+
+        A weight stays as it is; it is tuned later. Error: 1.5 ulp of the coarser factors.
+        """
+        known = [self.step(r).op == "weight" for r in (x, y)]
+        if x == y:
+            half = self.shift(x, min(-(-bits // 2), x.frac_bits))
+            return half, half
+        if known[0] or (not known[1] and self.bound(y) > self.bound(x)):
+            return x, self.shift(y, min(bits, y.frac_bits))
+        return self.shift(x, min(bits, x.frac_bits)), y
 
     def _local(self, op: str, xs: Sequence[Ref], shape: Shape, /, **attrs: Any) -> Ref:
         frac_bits = {0 if op == "odd" else x.frac_bits for x in xs}

@@ -19,6 +19,7 @@ from mpcserve.compiler.lower import Ranges, Reach
 from mpcserve.compiler.running import ran, runner
 from mpcserve.compiler.samples import Given, Samples, samples_of
 from mpcserve.errors import InputError
+from mpcserve.units import counted
 
 Array = NDArray[Any]
 Declared = tuple[float, float] | Mapping[str, tuple[float, float]]
@@ -85,7 +86,8 @@ def _margin(samples: Samples) -> int:
 
 
 def _calibrated(samples: Samples, margin_bits: int) -> str:
-    text = f"calibrated on {samples.count} samples with {margin_bits} margin bits"
+    seen, margin = counted(samples.count, "sample"), counted(margin_bits, "margin bit")
+    text = f"calibrated on {seen} with {margin}"
     if samples.drawn:
         text += ", drawn at random: try real ones with `mpcserve verify` before relying on it"
     return text

@@ -13,9 +13,7 @@ import numpy as np
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
 from mpcserve.compiler.problems import TooWide, Unsupported
-
-WIDEST_BOUND = 62
-"""A bound that every instruction can hold in 64 bits: two spare bits for a general select."""
+from mpcserve.compiler.values import WIDEST_BOUND
 
 ROUNDING_ULPS = 0.25
 """How far an integer factor may bend a result, on top of the shift's own rounding."""
@@ -58,7 +56,8 @@ def aligned(b: Builder, *xs: Operand) -> list[Ref]:
     Whole numbers are exact at any scale, and take that of the others.
     """
     scales = {x.frac_bits for x in xs if isinstance(x, Ref)}
-    finest = max(scales, default=b.frac_bits)
+    whole = all(isinstance(x, np.ndarray) and x.dtype.kind in "iu" for x in xs)
+    finest = max(scales, default=0 if whole else b.frac_bits)
     if not all(_on_grid(x, finest) for x in xs if not isinstance(x, Ref)):
         finest = max(finest, b.frac_bits)
         scales.add(finest)

@@ -41,11 +41,15 @@ class Ranges:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Fraction bits of what the nodes compute and of the inputs; `usual` for all that have none."""
+    """Fraction bits of what the nodes compute and of the inputs; `usual` for all that have none.
+
+    `coarse`: nodes whose products read coarser operands where 64 bits would not hold them.
+    """
 
     usual: int
     nodes: Mapping[str, int] = field(default_factory=dict)
     inputs: Mapping[str, int] = field(default_factory=dict)
+    coarse: frozenset[str] = frozenset()
 
 
 def lower(
@@ -58,7 +62,7 @@ def lower(
 ) -> tuple[Draft, list[Problem]]:
     """The draft of a graph. It is of no use when problems were found."""
     halve_from = HALVE_FROM if way.halves else inf
-    b = Builder(scales.usual, graph.opset, way.group, trees, halve_from)
+    b = Builder(scales.usual, graph.opset, way.group, trees, halve_from, scales.coarse)
     known: dict[str, Operand] = dict(graph.constants)
     problems: list[Problem] = []
     chosen = choices(graph)

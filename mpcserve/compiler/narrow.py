@@ -35,6 +35,7 @@ from mpcserve.compiler.sensitivity import Felt
 from mpcserve.compiler.widths import demanded_widths, extended, rings_of
 from mpcserve.plan.plan import RING_BITS
 from mpcserve.ring import HALF_BITS
+from mpcserve.units import counted
 
 Lowered = Callable[[Scales], Draft]
 """The same graph, lowered with other scales."""
@@ -182,7 +183,7 @@ def _problems(draft: Draft, short: Mapping[Key, int]) -> list[Problem]:
             key[0],
             draft.steps[ids[key]].op,
             f"its range ±2^{draft.steps[ids[key]].bound - draft.steps[ids[key]].frac_bits} leaves "
-            f"32 bits {bits} bits short of the fewest fraction bits",
+            f"32 bits {counted(bits, 'bit')} short of the fewest fraction bits",
             "calibrate with samples (--calibrate), narrow --input-range, or give --ring auto",
         )
         for key, bits in short.items()

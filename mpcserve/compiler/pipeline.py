@@ -32,6 +32,7 @@ from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.registry import Registry, registry
 from mpcserve.compiler.samples import Given
 from mpcserve.compiler.target import planned_within
+from mpcserve.compiler.unknown import unknown_op
 from mpcserve.errors import ConfigError
 from mpcserve.plan import OutputSpec
 from mpcserve.plan.estimate import Line
@@ -124,6 +125,9 @@ def compile_graph(
     client = imported.cut.client
     graph, declared = shared_ranges(graph, client, options.input_range)
     graph = rewritten(graph)
+    unknown = [n for n in graph.nodes if found.find(n.op, graph.opset, n.domain) is None]
+    # Samples are not run through what is refused anyway, and onnxruntime may not know it either.
+    raise_all(graph.name, [unknown_op(n, graph.opset, found) for n in unknown])
     samples = shared_samples(client, options.calibrate)
     ranges, notes = ranges_of(graph, samples, declared, options.margin_bits)
     about: dict[str, Any] = {

@@ -29,8 +29,10 @@ from mpcserve.compiler.passes.deduplicate import deduplicate
 from mpcserve.compiler.passes.unused import remove_unused
 from mpcserve.compiler.precision import (
     check_fit,
+    coarse_operands,
     coarse_weights,
     finer_inputs,
+    short_layers,
     tune_inputs,
     tune_weights,
 )
@@ -175,10 +177,16 @@ def _draft(task: Task, precision: Precision, way: Way) -> tuple[Draft, list[str]
     if compares and ring == 32:
         raise ConfigError("ring is 32, trees are compared in 64 bits", "leave ring out")
     finer = finer_inputs(task.ranges, usual) if compares else {}
-    draft = _tuned(task, way, Scales(usual, inputs=finer))
+    scales = Scales(usual, inputs=finer)
+    draft = _tuned(task, way, scales)
     if ring != 32:
-        raise_all(task.graph.name, check_fit(draft, usual))
-    wide = ring == 64 or (ring == "auto" and (compares or frac_bits is not None or varies(draft)))
+        draft, scales = _fitted(task, way, draft, scales, frac_bits is None)
+    coarse = bool(scales.coarse)
+    wide = (
+        ring == 64
+        or coarse
+        or (ring == "auto" and (compares or frac_bits is not None or varies(draft)))
+    )
     if ring == "auto" and not wide and (by := _lacking(draft, task.felt)):
         other = _tuned(task, way, Scales(usual + by))
         if not check_fit(other, usual + by):
@@ -201,7 +209,23 @@ def _draft(task: Task, precision: Precision, way: Way) -> tuple[Draft, list[str]
         raise_all(task.graph.name, result.problems)
         draft, notes = result.draft, [result.note]
     check_draft(draft, "extended")
-    return draft, [*notes, *coarse_weights(draft, usual)]
+    return draft, [*notes, *coarse_weights(draft, usual), *coarse_operands(scales.coarse)]
+
+
+def _fitted(
+    task: Task, way: Way, draft: Draft, scales: Scales, may_coarsen: bool
+) -> tuple[Draft, Scales]:
+    """The draft, or one in which operands of products that need more than 64 bits are coarser.
+
+    Raises: ModelError where that is not enough.
+    """
+    lacking = check_fit(draft, scales.usual)
+    while may_coarsen and (short := short_layers(draft).keys() - scales.coarse):
+        scales = replace(scales, coarse=scales.coarse | short)
+        draft = _tuned(task, way, scales)
+    if short_layers(draft):
+        raise_all(task.graph.name, lacking)
+    return draft, scales
 
 
 def _tuned(task: Task, way: Way, scales: Scales) -> Draft:

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Draft, Step
-from mpcserve.compiler.functions import WIDEST_BOUND
 from mpcserve.compiler.lower import Ranges
 from mpcserve.compiler.problems import Problem
 from mpcserve.compiler.ranges import rescaled, settle_all
+from mpcserve.compiler.values import WIDEST_BOUND, excess_of
 from mpcserve.compiler.widths import rings_of
 from mpcserve.plan.ops import PRODUCTS
 from mpcserve.ring import HALF_BITS
+from mpcserve.units import counted
 
 SMALL_WEIGHT_BITS = 4
 """The largest entry of a weight keeps at least frac_bits − 4 significant bits."""
@@ -121,23 +122,28 @@ def tune_inputs(draft: Draft, frac_bits: int, but: Collection[int] = ()) -> Draf
 
 def check_fit(draft: Draft, frac_bits: int) -> list[Problem]:
     """One problem per layer whose bounds need more than 64 bits."""
-    short: dict[str, tuple[int, Step]] = {}
-    for step in draft.steps:
-        spare = step.attrs["truncate"] if step.op in PRODUCTS else 0
-        excess = step.bound + spare - WIDEST_BOUND
-        if excess > short.get(step.layer, (0, step))[0]:
-            short[step.layer] = (excess, step)
+    short = short_layers(draft)
     worst = max((excess for excess, _ in short.values()), default=0)
     way_out = _way_out(frac_bits - -(-worst // 2))
     return [
         Problem(
             layer or "input",
             step.op,
-            f"its range ±2^{step.bound - step.frac_bits} does not fit 64 bits: {excess} bits short",
+            f"its range ±2^{step.bound - step.frac_bits} does not fit 64 bits: "
+            f"{counted(excess, 'bit')} short",
             way_out,
         )
         for layer, (excess, step) in short.items()
     ]
+
+
+def short_layers(draft: Draft) -> dict[str, tuple[int, Step]]:
+    """Layer → (bits that its widest step needs beyond 64, that step), of those that need any."""
+    short: dict[str, tuple[int, Step]] = {}
+    for step in draft.steps:
+        if (excess := excess_of(step)) > short.get(step.layer, (0, step))[0]:
+            short[step.layer] = (excess, step)
+    return short
 
 
 def coarse_weights(draft: Draft, frac_bits: int) -> list[str]:
@@ -150,6 +156,17 @@ def coarse_weights(draft: Draft, frac_bits: int) -> list[str]:
         if (step := draft.steps[id]).frac_bits < frac_bits
         and not _exact(draft, id)
         and max(rings[p] for p in products) > HALF_BITS
+    ]
+
+
+def coarse_operands(layers: Collection[str]) -> list[str]:
+    """A note on the layers that read coarser operands than others."""
+    if not layers:
+        return []
+    more = f" and of {len(layers) - 1} more" if len(layers) > 1 else ""
+    return [
+        f"operands of layer {min(layers)!r}{more} give up fraction bits: their range leaves no "
+        "more, calibrate with samples or scale the model's inputs"
     ]
 
 

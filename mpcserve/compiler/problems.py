@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,8 +41,29 @@ class TooWide(Unsupported):
     """What cannot be lowered because of the range that is known of the node's input."""
 
 
+def grouped(problems: Sequence[Problem]) -> list[str]:
+    """A line for each problem; many that differ in numbers alone, as of an unrolled loop, share one
+    that counts them."""
+    found: dict[str, list[Problem]] = {}
+    for p in problems:
+        found.setdefault(_NUMBER.sub("#", f"{p.node}\n{p.op}\n{p.reason}"), []).append(p)
+    lines = []
+    for alike in found.values():
+        if len(alike) <= FEW:
+            lines += [str(p) for p in alike]
+        else:
+            lines.append(f"{alike[0]} ({len(alike) - 1} more like it)")
+    return lines
+
+
+_NUMBER = re.compile(r"\d+")
+
+FEW = 4
+"""So many problems are told one by one, however alike they are."""
+
+
 def raise_all(model: str, problems: Sequence[Problem]) -> None:
-    """Nothing to raise, no error. Raises: ModelError whose `problems` lists every problem."""
+    """Nothing to raise, no error. Raises: ModelError whose `problems` lists all, grouped."""
     if not problems:
         return
     first = problems[0]
@@ -50,5 +72,5 @@ def raise_all(model: str, problems: Sequence[Problem]) -> None:
     raise ModelError(
         f"{model}: {text}{more}",
         first.hint or "run `mpcserve check` to list every node",
-        tuple(map(str, problems)),
+        tuple(grouped(problems)),
     )

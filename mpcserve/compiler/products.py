@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpcserve.compiler.builder import Builder, Ref
-from mpcserve.compiler.functions import WIDEST_BOUND, with_frac_bits
+from mpcserve.compiler.functions import with_frac_bits
+from mpcserve.compiler.values import WIDEST_BOUND
 
 FEWEST_BITS = 4
 """Partial products keep at least these; a range that leaves fewer does not fit."""

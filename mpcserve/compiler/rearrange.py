@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
-from mpcserve.compiler.functions import ROUNDING_ULPS, WIDEST_BOUND, with_frac_bits
+from mpcserve.compiler.functions import ROUNDING_ULPS, with_frac_bits
 from mpcserve.compiler.problems import TooWide
+from mpcserve.compiler.values import WIDEST_BOUND
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -36,16 +36,22 @@ class Runner(Protocol):
 
 
 def runner(model: onnx.ModelProto, apart: Apart = NOTHING) -> Runner:
-    """onnxruntime; where it lacks an operator or an opset, onnx's own slow reference."""
+    """onnxruntime; where it lacks an operator or an opset, onnx's own slow reference.
+
+    Raises: ModelError where neither knows the model.
+    """
     try:
         found: Runner = session(model, apart)
-    except ModelError:
+    except ModelError as refused:
         from onnx.reference import ReferenceEvaluator
 
         for tensor in model.graph.initializer:
             if tensor.name in apart:
                 tensor.CopyFrom(numpy_helper.from_array(apart[tensor.name], tensor.name))
-        found = ReferenceEvaluator(model)
+        try:
+            found = ReferenceEvaluator(model)
+        except NotImplementedError:
+            raise refused from None
     return found
 
 

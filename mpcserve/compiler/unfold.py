@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from mpcserve.compiler.expand import Body, body_of
 from mpcserve.compiler.graph import Node, Shape, attributes_of, static_shape
 from mpcserve.compiler.problems import Problem, Unsupported
 from mpcserve.compiler.registry import Registry
+from mpcserve.compiler.signs import extreme, side_of, side_of_constant
 
 Array = NDArray[Any]
 
@@ -88,6 +90,7 @@ class Unfolding:
         self.problems: list[Problem] = []
         self.public: set[str] = set()
         self._broken: set[str] = set()
+        self._sides: dict[str, int] = {}
         self._trials = 0
         self._imports = [helper.make_opsetid(d, v) for d, v in opsets.items()]
 
@@ -202,6 +205,15 @@ class Unfolding:
             for output, kind in self._inferred(node).items():
                 self.constant(output, np.full(static_shape(kind) or (), element))
             return True
+        bound = extreme(node, self.constants, self._sides)
+        if bound is None and self._vanishes(node):
+            bound = np.zeros((), self._dtype(node))
+        if bound is not None:
+            for output, kind in self._inferred(node).items():
+                if (shape := static_shape(kind)) is None:
+                    return False
+                self.constant(output, np.broadcast_to(bound, shape).copy())
+            return True
         feed = {i: self.constants[i] for i in node.input if i in self.constants}
         if node.op_type in _OF_SHAPE:
             shape = self.shape(node.input[0])
@@ -224,6 +236,13 @@ class Unfolding:
         if node.op_type == "And":
             return any(not k.any() for k in known)
         return node.op_type == "Equal" and len(known) == 1 and not np.isfinite(known[0]).any()
+
+    def _vanishes(self, node: onnx.NodeProto) -> bool:
+        """Whether it multiplies whole numbers, of which none is NaN, by zeros."""
+        if node.op_type != "Mul" or node.domain or self._dtype(node).kind not in "iu":
+            return False
+        known = (self.constants.get(i) for i in node.input)
+        return any(x is not None and not x.any() for x in known)
 
     def _wherever(self, node: onnx.NodeProto) -> Any:
         """What a secret index finds in whole numbers that are all the same; else None.
@@ -295,6 +314,7 @@ class Unfolding:
                 # Without elements there is no secret; and in a Dropout at rest all stay.
                 self.constant(name, np.ones(shape, self._dtype_of(name)))
                 outputs[position] = ""
+        self._note_side(node)
         if any(outputs) or not node.output:
             attrs = attributes_of(node)
             if node.op_type == "Cast" and not node.domain:
@@ -316,12 +336,33 @@ class Unfolding:
             if i in self.constants and self.constants[i].size <= INFERRED_ELEMENTS
         }
         try:
-            return shape_inference.infer_node_outputs(
+            found = shape_inference.infer_node_outputs(
                 schema, node, types, small, opset_imports=self._imports
             )
         except (shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as e:
             reason = str(e).splitlines()[0].removeprefix("[ShapeInferenceError] ")
             raise Unsupported(f"shapes do not fit: {reason}", "export the model again") from None
+        return self._of_features(node) if node.op_type == "ArrayFeatureExtractor" else found
+
+    def _note_side(self, node: onnx.NodeProto) -> None:
+        """Remember on which side of zero the node's result is."""
+        if node.input and node.output:
+            sides = [
+                side_of_constant(self.constants[i])
+                if i in self.constants
+                else self._sides.get(i, 0)
+                for i in node.input
+            ]
+            self._sides[node.output[0]] = side_of(node, sides)
+
+    def _of_features(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
+        """What onnx leaves open: all indices in one axis, behind those of the table."""
+        table, index = (self.shape(i) for i in node.input)
+        kind = helper.np_dtype_to_tensor_dtype(self._dtype(node))
+        if table is None or index is None:
+            return {}
+        shape = (*(table[:-1] or (1,)), prod(index))
+        return {node.output[0]: helper.make_tensor_type_proto(kind, shape)}
 
     def _renamed(self, node: onnx.NodeProto, scope: Scope, name: str) -> onnx.NodeProto:
         own = onnx.NodeProto()

@@ -13,10 +13,19 @@ from mpcserve.compiler import interval as iv
 from mpcserve.compiler.draft import Seen, Shape, Step
 from mpcserve.compiler.interval import Interval
 from mpcserve.compiler.ranges import settle
-from mpcserve.plan.ops import BIT_MOVES, OPS
+from mpcserve.plan.ops import BIT_MOVES, OPS, PRODUCTS
+
+WIDEST_BOUND = 62
+"""A bound that every instruction can hold in 64 bits: two spare bits for a general select."""
 
 ROUNDING_BITS = 6
 """By how many ulps fixed point may be outside what samples showed, as a power of two."""
+
+
+def excess_of(step: Step) -> int:
+    """Bits that a step needs beyond 64: a product has those that it truncates besides."""
+    spare = step.attrs["truncate"] if step.op in PRODUCTS else 0
+    return step.bound + int(spare) - WIDEST_BOUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,8 @@ class Values:
     def one_side(self, x: Ref) -> tuple[float, float]:
         """The ends of x, where samples that were all on one side of zero tell its sign.
 
-        For divisors and the like, which cannot be zero: for all else a sign must be proved.
+        For divisors and the like, which cannot be zero: for all else a sign must be proved. Samples
+        beyond what x can be tell nothing: of 1 / x near a pole, which fixed point cuts off, say.
         """
         held, step, factor = self.interval(x), self._steps[x.id], 1.0
         while not step.nearest and step.op in (*BIT_MOVES, "scale") and len(step.inputs) == 1:
@@ -66,8 +76,11 @@ class Values:
                 factor *= step.attrs["factor"] * 2.0 ** (before.frac_bits - step.frac_bits)
             step = before
         nearest = step.nearest * factor
-        low = max(held.least, nearest) if nearest > 0 else held.least
-        return low, min(held.most, nearest) if nearest < 0 else held.most
+        if not held.least < nearest < held.most:
+            return held.least, held.most
+        if nearest > 0:
+            return nearest, held.most
+        return held.least, nearest if nearest < 0 else held.most
 
     def is_tight(self, x: Ref) -> bool:
         """Whether x takes every value of its interval: it comes from one value by local steps."""

@@ -1,4 +1,8 @@
-"""Identity, Dropout at inference and casts between floats do nothing: their readers read on."""
+"""Identity, Dropout at inference and casts between floats do nothing: their readers read on.
+
+Where anything of the model is double by itself, casts from and to double stay: onnxruntime, which
+runs the graph to see its ranges, adds or multiplies no float with a double.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,20 @@ from mpcserve.compiler.graph import Graph, Node
 _FLOATS = (1, 10, 11, 16)
 """TensorProto's float, float16, double, bfloat16."""
 
+_DOUBLE = 11
+
 _BOOL = 9
 
 
 def remove_identities(graph: Graph) -> Graph:
     """Same function, fewer nodes. A node that names an output of the model stays."""
     kept = {o.name for o in graph.outputs}
-    others = _booleans(graph) | _integers(graph)
+    others, doubles = _booleans(graph) | _integers(graph), _doubles(graph)
     instead: dict[str, str] = {}
     nodes = []
     for node in graph.nodes:
         node = replace(node, inputs=tuple(instead.get(i, i) for i in node.inputs))
-        if _idle(node, others) and node.outputs[0] not in kept:
+        if _idle(node, others, doubles) and node.outputs[0] not in kept:
             instead[node.outputs[0]] = node.inputs[0]
         else:
             nodes.append(node)
@@ -72,12 +78,27 @@ def _integers(graph: Graph) -> set[str]:
     return found
 
 
-def _idle(node: Node, others: set[str]) -> bool:
+def _doubles(graph: Graph) -> set[str]:
+    """Values in double precision; none where only casts make any."""
+    found = {i.name for i in (*graph.inputs, *graph.outputs) if i.dtype == "float64"}
+    found |= {name for name, value in graph.constants.items() if value.dtype == np.float64}
+    if not found:
+        return found
+    for node in graph.nodes:
+        to = node.attrs.get("to") if node.op == "Cast" else None
+        if to == _DOUBLE or (to is None and not found.isdisjoint(node.inputs)):
+            found.update(node.outputs)
+    return found
+
+
+def _idle(node: Node, others: set[str], doubles: set[str]) -> bool:
     outputs = [o for o in node.outputs if o]
     if node.domain not in ("", "ai.onnx") or len(outputs) != 1:
         return False
     if node.op == "Dropout":
         return len(node.inputs) < 3
     if node.op == "Cast":
-        return node.attrs.get("to") in _FLOATS and node.inputs[0] not in others
+        to, source = node.attrs.get("to"), node.inputs[0]
+        alike = not doubles or (to == _DOUBLE) == (source in doubles)
+        return to in _FLOATS and source not in others and alike
     return node.op == "Identity"
