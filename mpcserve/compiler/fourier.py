@@ -14,12 +14,11 @@ from math import ceil, floor, frexp, inf, log2, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mpcserve.compiler.leastsquares import CHECKED, FITTED, Kinds, Reals, Waves, combined, waves_of
 from mpcserve.compiler.problems import TooWide
 from mpcserve.plan.verify import MAX_HARMONICS, MAX_PERIOD, MAX_WAVE_BITS, MIN_PERIOD
 
-Reals = NDArray[np.float64]
 Curve = Callable[..., Reals]
 """f(x, *args) on arrays."""
 
@@ -42,8 +41,6 @@ SIGMAS = 3.0
 SETTLED = 1.25
 """Where no fit is as exact as asked, the fewest waves that are nearly as exact as any."""
 
-REFINEMENTS = 8
-
 NEARLY_AS_LONG = 1.06
 """By this factor a range may be shorter than that of a fit that is used again."""
 
@@ -52,9 +49,6 @@ FIRST_BITS, AGAIN_BITS = 6, 5
 
 COARSEST_WAVE = 2
 """Bits of the coarsest waves."""
-
-_FITTED, _CHECKED = 400, 1600
-"""Points of a fit, and of its check."""
 
 
 class Period(NamedTuple):
@@ -102,6 +96,11 @@ class _Problem:
     most: int
     even: bool
     odd: bool
+
+    @property
+    def kinds(self) -> Kinds:
+        """The waves that it takes."""
+        return (np.cos,) * (self.even or not self.odd) + (np.sin,) * self.odd
 
 
 class _Sum(NamedTuple):
@@ -152,13 +151,15 @@ def fitted(
 
 def _fewest(problem: _Problem, period: Period, error: float, most: int) -> _Sum:
     """Of the fewest harmonics that suffice; the closest where none up to `most` do."""
-    few, many, closest = 0, 1, _fit(problem, period, 1)
+    ridge = FITTED / 12 / 4.0**problem.bits
+    waves = Waves(problem.low, problem.high, period.angle, problem.kinds, ridge)
+    few, many, closest = 0, 1, _fit(problem, waves, period, 1)
     while closest.error > error and many < most:
         few, many = many, min(many + 1 + many // 2, most)
-        closest = min(closest, _fit(problem, period, many), key=lambda c: c.error)
+        closest = min(closest, _fit(problem, waves, period, many), key=lambda c: c.error)
     while closest.error <= error and many - few > 1:
         middle = (few + many) // 2
-        tried = _fit(problem, period, middle)
+        tried = _fit(problem, waves, period, middle)
         if tried.error <= error:
             many, closest = middle, tried
         else:
@@ -201,7 +202,7 @@ class Fits:
 
 def image(f: Curve, args: tuple[float, ...], low: float, high: float) -> tuple[float, float]:
     """Least and largest value on a range, sampled densely."""
-    y = f(np.linspace(low, high, _CHECKED + 1), *args)
+    y = f(np.linspace(low, high, CHECKED + 1), *args)
     return float(y.min()), float(y.max())
 
 
@@ -215,23 +216,16 @@ def _parity(f: Curve, args: tuple[float, ...], low: float, high: float) -> tuple
     return bool(np.abs(y + mirrored).max() > scale), bool(np.abs(y - mirrored).max() > scale)
 
 
-def _fit(problem: _Problem, period: Period, harmonics: int) -> _Sum:
-    f, args, low, high = problem.f, problem.args, problem.low, problem.high
+def _fit(problem: _Problem, waves: Waves, period: Period, harmonics: int) -> _Sum:
     one, unit = 2.0**problem.bits, 2.0**problem.to
-    # Chebyshev's points: denser towards the ends, where a fit on even points errs most.
-    turn = np.cos(np.pi * (np.arange(_FITTED) + 0.5) / _FITTED)
-    x = (low + high) / 2 - (high - low) / 2 * turn
-    rows = np.vstack([np.ones(len(x)), _waves(problem, x * period.angle, harmonics)])
-    ridge = np.full(len(rows), _FITTED / 12 / one**2)
-    ridge[0] = 0.0
-    target = f(x, *args)
+    target = problem.f(waves.points, *problem.args)
     # The constant is rounded to the result's scale; the waves make up for that.
-    constant = float(np.rint(_least_squares(rows, ridge, target)[0] * unit) / unit)
-    found = _least_squares(rows[1:], ridge[1:], target - constant)
-    coefficients = np.rint(found * one) / one
-    x = np.linspace(low, high, _CHECKED + 1)
-    sums = constant + _combined(_waves(problem, x * period.angle, harmonics), coefficients)
-    error = float(np.abs(sums - f(x, *args)).max())
+    constant = float(np.rint(waves.fitted(target, harmonics, True)[0] * unit) / unit)
+    found = waves.fitted(target - constant, harmonics, False)
+    by_turns = np.rint(found * one) / one
+    sums = constant + waves.checked(by_turns)
+    error = float(np.abs(sums - problem.f(waves.dense, *problem.args)).max())
+    coefficients = by_turns.reshape(harmonics, -1).T.ravel()
     # A wave's rounding is multiplied by its coefficient, a coefficient's by both waves, of size 1.
     size = _sizes(coefficients, harmonics)
     units = size * 2.0 ** (problem.bits - np.array(_wave_bits(size, problem)))
@@ -263,31 +257,10 @@ def _dealt(problem: _Problem, found: _Sum) -> float:
     return 2 * sum(w + problem.bits + extent for w in _wave_bits(size, problem))
 
 
-def _least_squares(rows: Reals, ridge: Reals, target: Reals) -> Reals:
-    """c with least |c @ rows − target|² + Σ ridge·c².
-
-    By the normal equations, refined until their lost digits are back. Sums are einsum's, not a
-    threaded library's: these are many small problems, and threads that wait for each other would
-    make them slow on a busy machine.
-    """
-    normal = np.einsum("in,jn->ij", rows, rows) + np.diag(ridge)
-    inverse = np.linalg.inv(normal)
-    found = np.zeros(len(rows))
-    for _ in range(REFINEMENTS):
-        rest = target - _combined(rows, found)
-        found = found + _combined(inverse, np.einsum("in,n->i", rows, rest) - ridge * found)
-    return found
-
-
-def _combined(rows: Reals, factors: Reals) -> Reals:
-    """Σ factors[i] · rows[i]."""
-    return np.asarray(np.einsum("in,i->n", rows, factors))
-
-
 def _finished(problem: _Problem, found: _Sum) -> Fit:
     count, values = found.harmonics, found.coefficients
     turns = np.linspace(0, 2 * np.pi, 64 * count + 1)
-    whole = _combined(_waves(problem, turns, count), values)
+    whole = combined(waves_of(problem.kinds, turns, 1, count), values.reshape(-1, count).T.ravel())
     # Between 64 points per shortest wave a sum may exceed them by a little.
     slack = 0.01 * float(np.abs(whole).max()) + min(found.error, 1.0)
     zeros = np.zeros(count)
@@ -297,14 +270,6 @@ def _finished(problem: _Problem, found: _Sum) -> Fit:
     bits = _wave_bits(_sizes(values, count), problem)
     waves = tuple(map(float, sine)), tuple(map(float, cosine))
     return Fit(*found.period, found.constant, *waves, bits, *ends, found.error)
-
-
-def _waves(problem: _Problem, angles: Reals, harmonics: int) -> Reals:
-    """Rows: cosines, then sines, of the harmonics."""
-    turns = np.outer(np.arange(1, harmonics + 1), angles)
-    parts = [np.cos(turns)] if problem.even or not problem.odd else []
-    parts += [np.sin(turns)] if problem.odd else []
-    return np.vstack(parts)
 
 
 def refuse_inexact(fit: Fit, error: float) -> None:
