@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from models.tabular_cases import FAMILIES, Case, texts
+
 Array = NDArray[Any]
 
 HERE = Path(__file__).resolve().parent
@@ -36,22 +39,6 @@ TEST_EVERY = 5
 BATCH = 64
 TIE = 1e-3
 """Scores nearer than this are a tie: then either class is right."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model to train. `make`: a fresh estimator. `disclose`: what its plan may tell."""
-
-    family: str
-    model: str
-    dataset: str
-    make: Callable[[], Any]
-    disclose: tuple[Any, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """What -k looks into."""
-        return f"{self.family} {self.model} {self.dataset}"
 
 
 @dataclass(frozen=True)
@@ -124,171 +111,6 @@ def passengers(count: int = 900) -> tuple[Array, Array, Mapping[str, type]]:
     return rows, np.where(survived, "survived", "died"), columns
 
 
-# what is trained
-
-
-def linear() -> Iterator[Case]:
-    """Linear models, discriminants and naive Bayes."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis as LDA
-    from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier
-    from sklearn.naive_bayes import GaussianNB
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import LinearSVC
-
-    def logistic() -> Any:
-        return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-
-    yield Case("linear", "scaler + logistic regression", "breast_cancer", logistic)
-    yield Case("linear", "scaler + logistic regression", "wine", logistic)
-    yield Case("linear", "logistic regression", "digits", lambda: LogisticRegression(max_iter=300))
-    yield Case("linear", "linear regression", "diabetes", LinearRegression)
-    yield Case("linear", "ridge", "diabetes", Ridge)
-    yield Case("linear", "ridge classifier", "wine", RidgeClassifier)
-    yield Case("linear", "LDA", "wine", LDA)
-    yield Case("linear", "linear SVC", "digits", lambda: LinearSVC(max_iter=300))
-    yield Case("linear", "Gaussian naive Bayes", "wine", GaussianNB)
-
-
-def machines() -> Iterator[Case]:
-    """Support vector machines, networks and neighbours."""
-    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-    from sklearn.neural_network import MLPClassifier, MLPRegressor
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC, SVR, OneClassSVM
-
-    def scaled(estimator: Any) -> Callable[[], Any]:
-        return lambda: make_pipeline(StandardScaler(), estimator)
-
-    yield Case("SVM", "SVC linear", "breast_cancer", scaled(SVC(kernel="linear")))
-    yield Case("SVM", "SVC RBF", "breast_cancer", scaled(SVC()))
-    yield Case("SVM", "SVC RBF", "wine", scaled(SVC()))
-    yield Case("SVM", "SVC RBF", "digits", SVC)
-    yield Case("SVM", "SVC polynomial", "wine", scaled(SVC(kernel="poly", coef0=0.5)))
-    yield Case("SVM", "SVC sigmoid", "wine", scaled(SVC(kernel="sigmoid")))
-    yield Case("SVM", "SVR RBF", "diabetes", scaled(SVR(C=100.0)))
-    yield Case("SVM", "SVR linear", "diabetes", scaled(SVR(kernel="linear")))
-    yield Case("SVM", "one class", "breast_cancer", scaled(OneClassSVM(nu=0.1)))
-    hidden = {"hidden_layer_sizes": (32, 16), "random_state": 0, "max_iter": 400}
-    yield Case("MLP", "MLP 64-32-16-10", "digits", lambda: MLPClassifier(**hidden))
-    yield Case("MLP", "MLP tanh", "wine", scaled(MLPClassifier(activation="tanh", **hidden)))
-    yield Case("MLP", "MLP", "diabetes", scaled(MLPRegressor(**hidden)))
-    yield Case("neighbours", "5 nearest", "wine", scaled(KNeighborsClassifier()))
-    yield Case("neighbours", "5 nearest", "diabetes", scaled(KNeighborsRegressor()))
-
-
-def trees() -> Iterator[Case]:
-    """Trees and ensembles of them."""
-    from sklearn import ensemble as of
-    from sklearn import tree
-
-    for dataset in ("breast_cancer", "digits"):
-        yield Case("trees", "decision tree", dataset, seeded(tree.DecisionTreeClassifier))
-    yield Case("trees", "decision tree", "diabetes", seeded(tree.DecisionTreeRegressor))
-    for dataset in ("breast_cancer", "wine", "digits"):
-        yield Case("trees", "random forest, 100", dataset, seeded(of.RandomForestClassifier))
-    forest = seeded(of.RandomForestRegressor, max_leaf_nodes=128)
-    yield Case("trees", "random forest, 100", "diabetes", forest)
-    yield Case("trees", "extra trees, 100", "breast_cancer", seeded(of.ExtraTreesClassifier))
-    isolation = seeded(of.IsolationForest, n_estimators=20, max_samples=64)
-    yield Case("trees", "isolation forest, 20", "breast_cancer", isolation)
-    for dataset in ("breast_cancer", "wine"):
-        boosted = seeded(of.GradientBoostingClassifier)
-        yield Case("boosting", "gradient boosting, 100", dataset, boosted)
-        boosted = seeded(of.HistGradientBoostingClassifier, max_iter=50)
-        yield Case("boosting", "histogram boosting, 50", dataset, boosted)
-        boosted = seeded(of.AdaBoostClassifier, n_estimators=20)
-        yield Case("boosting", "AdaBoost, 20", dataset, boosted)
-    regressor = seeded(of.GradientBoostingRegressor)
-    yield Case("boosting", "gradient boosting, 100", "diabetes", regressor)
-    regressor = seeded(of.HistGradientBoostingRegressor, max_iter=50)
-    yield Case("boosting", "histogram boosting, 50", "diabetes", regressor)
-
-
-def seeded(estimator: Any, **options: Any) -> Callable[[], Any]:
-    """A fresh estimator, whose random numbers are always the same."""
-    return lambda: estimator(random_state=0, **options)
-
-
-def xgboosted() -> Iterator[Case]:
-    """Of xgboost."""
-    import xgboost as of
-
-    few: dict[str, Any] = {"n_estimators": 50, "max_depth": 4, "n_jobs": 1}
-    for dataset in ("breast_cancer", "wine", "digits"):
-        yield Case("xgboost", "classifier, 50", dataset, lambda: of.XGBClassifier(**few))
-    yield Case("xgboost", "regressor, 50", "diabetes", lambda: of.XGBRegressor(**few))
-
-
-def lightgbms() -> Iterator[Case]:
-    """Of lightgbm."""
-    import lightgbm as of
-
-    quiet: dict[str, Any] = {"verbose": -1, "n_estimators": 50, "n_jobs": 1}
-    for dataset in ("breast_cancer", "wine", "digits"):
-        yield Case("lightgbm", "classifier, 50", dataset, lambda: of.LGBMClassifier(**quiet))
-    yield Case("lightgbm", "regressor, 50", "diabetes", lambda: of.LGBMRegressor(**quiet))
-
-
-def pipelines() -> Iterator[Case]:
-    """Several steps."""
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import MinMaxScaler, Normalizer, PolynomialFeatures, StandardScaler
-
-    def reduced() -> Any:
-        return make_pipeline(StandardScaler(), PCA(16), LogisticRegression(max_iter=500))
-
-    def squares() -> Any:
-        return make_pipeline(StandardScaler(), PolynomialFeatures(2), Ridge(10.0))
-
-    def directions() -> Any:
-        return make_pipeline(MinMaxScaler(), Normalizer(), LogisticRegression(max_iter=500))
-
-    yield Case("pipelines", "scaler + PCA + logistic regression", "digits", reduced)
-    yield Case("pipelines", "scaler + squares + ridge", "diabetes", squares)
-    yield Case("pipelines", "min-max + norm + logistic regression", "wine", directions)
-
-
-def texts() -> Iterator[Case]:
-    """Tables with text and gaps, a column an input: what needs no secret runs on the client."""
-    from sklearn import preprocessing as by
-    from sklearn.compose import ColumnTransformer
-    from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
-    from sklearn.impute import SimpleImputer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    numbers, categories = [0, 1], [2, 3, 4, 5]
-    text = ("text-categories", "imputed-values")
-
-    def table(encoder: Any, estimator: Any, columns: Any = categories) -> Callable[[], Any]:
-        filled = make_pipeline(SimpleImputer(), by.StandardScaler())
-        parts = [("numbers", filled, numbers), ("categories", encoder, columns)]
-        return lambda: make_pipeline(ColumnTransformer(parts), estimator)
-
-    one_hot = by.OneHotEncoder(handle_unknown="ignore")
-    logistic = LogisticRegression(max_iter=500)
-    forest = RandomForestClassifier(50, max_depth=6, random_state=0)
-    boosted = GradientBoostingClassifier(n_estimators=50, random_state=0)
-    order = by.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
-    target = by.TargetEncoder(target_type="binary", random_state=0)
-    every = (*text, "number-categories")
-    for told, disclose in (("", every), (", class secret", text)):
-        make = table(one_hot, logistic)
-        yield Case("tables", f"one-hot + logistic regression{told}", "passengers", make, disclose)
-    yield Case("tables", "one-hot + forest, 50", "passengers", table(one_hot, forest), every)
-    make = table(order, boosted, [3, 4, 5])
-    yield Case("tables", "ordinal + gradient boosting, 50", "passengers", make, text)
-    make = table(target, logistic, [3, 4, 5])
-    yield Case("tables", "target + logistic regression", "passengers", make, text)
-
-
-FAMILIES = (linear, machines, trees, texts, pipelines, xgboosted, lightgbms)
-
-
 # how it is exported
 
 
@@ -297,7 +119,7 @@ def exported(case: Case, data: Data) -> onnx.ModelProto:
     estimator = case.make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if case.model in ("one class", "isolation forest, 20"):
+        if case.alone:
             estimator.fit(data.train)
         else:
             estimator.fit(data.train, data.train_targets)
@@ -464,6 +286,23 @@ def _short(cell: Any) -> Any:
     return round(float(cell), 2) if isinstance(cell, float | np.floating) else cell
 
 
+def wanted(word: str, all_of_them: bool) -> Iterator[Case]:
+    """Cases whose name holds a word; of libraries that are missing none, and that is said.
+
+    Raises: SystemExit where one is missing and none may be.
+    """
+    for family in FAMILIES:
+        try:
+            cases = [*family()]
+        except ModuleNotFoundError as e:
+            told = f"{e.name} is not installed, so its models are left out; pip install {e.name}"
+            if all_of_them:
+                raise SystemExit(f"{told}: --write needs all of them") from None
+            print(told, file=sys.stderr)
+            continue
+        yield from (c for c in cases if word in c.name)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -477,9 +316,7 @@ def main() -> None:
     print(f"{'model':48} {'data':14} {'parameters':>10} {'error':>8} {'agree':>8} "
           f"{'rounds':>6} {'online MB':>10} {'dealt MB':>9} {'seconds':>8}")  # fmt: skip
     results = []
-    for case in (c for family in FAMILIES for c in family()):
-        if given.k not in case.name:
-            continue
+    for case in wanted(given.k, given.write):
         r = measured(case)
         results.append(r)
         name = f"{r.family}: {r.model}"

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("skl2onnx")
 
-from models import tabular
+from models import tabular, tabular_cases
 
 CASES = {case.name: case for family in tabular.FAMILIES[:4] for case in family()}
 
@@ -54,5 +54,5 @@ def test_every_case_has_a_name_of_its_own() -> None:
 def test_boosted_trees_of_other_libraries_agree(family: str) -> None:
     for module in (family, "onnxmltools"):
         pytest.importorskip(module)
-    case = next(tabular.xgboosted() if family == "xgboost" else tabular.lightgbms())
+    case = next(tabular_cases.xgboosted() if family == "xgboost" else tabular_cases.lightgbms())
     assert tabular.measured(case).agreement == 1.0
