@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto
 
 from mpcserve.compiler import compile_model
+from mpcserve.errors import ModelError
 from mpcserve.plan import bill_of
 from mpcserve.protocol import Together
 from tests.onnx_cases import Array, agree, model_of, node, ops_of, plain, rng_of
@@ -127,3 +128,34 @@ def test_double_constants_beside_floats_are_calibrated() -> None:
     made = compile_model(model, calibrate=x)
     (got,), _ = Together(made.plan, made.weights).infer([x])
     assert np.abs(got - plain(model, x)[0]).max() < 1e-3
+
+
+def test_what_a_guard_makes_of_nan_is_calibrated() -> None:
+    """As PowerTransformer: each side's power is NaN on the other, imputed, and masked away."""
+    nodes = [
+        node("Log", ["x"], ["log"]),
+        node("IsNaN", ["log"], ["bad"]),
+        node("Where", ["bad", "zero", "log"], ["sound"]),
+        node("Greater", ["x", "zero"], ["above"]),
+        node("Cast", ["above"], ["mask"], to=TensorProto.FLOAT),
+        node("Mul", ["sound", "mask"], ["part"]),
+        node("Neg", ["x"], ["turned"]),
+        node("Relu", ["turned"], ["below"]),
+        node("Add", ["part", "below"]),
+    ]
+    model = model_of(nodes, {"x": ("N", 4)}, {"zero": F32(0)})
+    x = rng_of(6).uniform(-60, 3, (30, 4)).astype(F32)
+    x[np.abs(x) < 0.1] = 1.0
+    plan, got = served(model, x[:8], calibrate=x)
+    assert np.abs(got - plain(model, x[:8])[0]).max() < 1e-3
+    _, got = served(model, x[:8], calibrate=x, target_error=1e-3)
+    assert np.abs(got - plain(model, x[:8])[0]).max() < 1e-3
+    # The guard itself costs nothing.
+    assert plan.value(plan.outputs[0].id).bound - plan.value(plan.outputs[0].id).frac_bits >= 6
+
+
+def test_an_output_that_is_nan_on_samples_has_no_target_error() -> None:
+    model = model_of([node("Log", ["x"])], {"x": ("N", 2)})
+    x = np.array([[1.0, -2.0], [3.0, 2.0]], F32)
+    with pytest.raises(ModelError, match="'y' is NaN on samples"):
+        compile_model(model, calibrate=x, target_error=1e-3)

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpcserve.compiler.builder import Array, Builder, Operand, Ref
 from mpcserve.compiler.functions import aligned
+from mpcserve.plan.ops import BIT_MOVES
 
 
 def bit_of(b: Builder, x: Operand) -> Ref:
@@ -32,6 +33,18 @@ def number_of(b: Builder, x: Ref) -> Ref:
 def certain(b: Builder, value: bool, shape: Sequence[int]) -> Ref:
     """A bit that is known before any input is."""
     return b.expand(bit_of(b, np.full((1,) * len(shape), value)), shape)
+
+
+def known_bit(b: Builder, bit: Ref) -> bool | None:
+    """What a bit is that `certain` made, however it was moved since; None for a secret one."""
+    step = b.step(bit)
+    while step.op in BIT_MOVES and len(step.inputs) == 1:
+        bit = b.ref(step.inputs[0])
+        step = b.step(bit)
+    if step.op != "odd" or b.step(b.ref(step.inputs[0])).op != "constant":
+        return None
+    held = b.interval(b.ref(step.inputs[0]))
+    return bool(held.least) if held.least == held.most else None
 
 
 def negative(b: Builder, x: Ref) -> Ref:
@@ -98,6 +111,8 @@ def where(b: Builder, condition: Operand, x: Operand, y: Operand) -> Ref:
     if not isinstance(condition, Ref):
         return _mixed(b, np.asarray(condition, bool), x, y)
     bit = bit_of(b, condition)
+    if (known := known_bit(b, bit)) is not None:
+        return _mixed(b, np.full(bit.shape, known), x, y)
     if are_booleans(b, x, y):
         one, other = bit_of(b, x), bit_of(b, y)
         return b.xor([other, every(b, [bit, b.xor([one, other])], [1, 1])])

@@ -98,9 +98,11 @@ class _Errors:
                 if replacing:
                     exact = np.ldexp(np.rint(np.ldexp(exact, scale)), -scale)
                 error = np.abs(np.ldexp(got.astype(np.float64), -scale) - exact)
-                found[name] = _Error(float(error.max(initial=0.0)), float(error.mean()))
+                numbers = ~np.isnan(error)  # of NaN, behind a mask, there is no error
+                mean = float(error[numbers].mean()) if numbers.any() else 0.0
+                found[name] = _Error(float(error[numbers].max(initial=0.0)), mean)
                 if replacing:
-                    return np.ldexp(exact, scale).astype(np.int64)
+                    return np.where(numbers, np.ldexp(exact, scale), got).astype(np.int64)
             return None
 
         evaluate_clear(self._plan, compiled.weights, rows, watch)
@@ -130,6 +132,7 @@ def _layer(
 ) -> LayerError:
     def relative(found: Mapping[str, _Error], tensor: str) -> float:
         values = exact[tensor].astype(np.float64)
+        values = values[np.isfinite(values)]
         reach = float(values.max() - values.min()) if values.size else 0.0
         return found[tensor].most / (reach or float(np.abs(values).max(initial=0.0)) or 1.0)
 

@@ -1,4 +1,4 @@
-"""Values that are on one side of zero whatever the input is, and what follows of it.
+"""Values that are on one side of zero whatever the input is, or may have no end in floats.
 
 The larger of a negated distance and a small constant is that constant: exported weights of
 neighbours say so. Fixed point, in which a root may be an ulp below zero, would not find out.
@@ -6,7 +6,7 @@ neighbours say so. Fixed point, in which a root may be an ulp below zero, would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,25 @@ def side_of(node: onnx.NodeProto, sides: Sequence[int]) -> int:
     if op in ("Mul", "Div"):
         return sides[0] * sides[1]
     return -sides[0] if op == "Neg" else 0
+
+
+POLES = frozenset({"Acos", "Acosh", "Asin", "Atanh", "Div", "Log", "Pow", "Reciprocal", "Sqrt"})
+"""Operators that make NaN, or infinities, of numbers."""
+
+
+def is_wild(node: onnx.NodeProto, constants: Mapping[str, Array], wild: Collection[str]) -> bool:
+    """Whether the results may be NaN or infinite in floats, where some of the inputs may be.
+
+    A softmax is NaN only where a mask hides all, which is known otherwise.
+    """
+    if node.op_type in ("IsNaN", "IsInf", "Softmax", "LogSoftmax"):
+        return False
+    if any(i in wild for i in node.input):
+        return True
+    if node.op_type not in POLES or node.domain:
+        return False
+    divisor = constants.get(node.input[1]) if node.op_type == "Div" else None
+    return divisor is None or not divisor.all()
 
 
 def _is_real(node: onnx.NodeProto) -> bool:

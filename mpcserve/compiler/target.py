@@ -164,6 +164,11 @@ def _error(made: Made, feed: Feed, exact: list[Array]) -> float:
     errors = [0.0]
     for o, g, e in zip(plan.outputs, got, exact, strict=True):
         if e.dtype.kind == "f":
+            if np.isnan(e).any():
+                raise ModelError(
+                    f"{plan.name}: output {o.name!r} is NaN on samples: its error cannot be told",
+                    "calibrate with samples of which the model makes numbers",
+                )
             frac_bits = plan.value(o.id).frac_bits
             last_bit = np.ldexp(1.0, -frac_bits) if frac_bits else 0.0
             errors.append(float(np.abs(g.astype(np.float64) - e).max(initial=last_bit)))

@@ -27,7 +27,7 @@ from mpcserve.compiler.expand import Body, body_of
 from mpcserve.compiler.graph import Node, Shape, attributes_of, static_shape
 from mpcserve.compiler.problems import Problem, Unsupported
 from mpcserve.compiler.registry import Registry
-from mpcserve.compiler.signs import extreme, side_of, side_of_constant
+from mpcserve.compiler.signs import extreme, is_wild, side_of, side_of_constant
 
 Array = NDArray[Any]
 
@@ -91,6 +91,7 @@ class Unfolding:
         self.public: set[str] = set()
         self._broken: set[str] = set()
         self._sides: dict[str, int] = {}
+        self._wild: set[str] = set()
         self._trials = 0
         self._imports = [helper.make_opsetid(d, v) for d, v in opsets.items()]
 
@@ -230,11 +231,13 @@ class Unfolding:
         """Whether the node is false of any secret: infinite, no number, or one and more besides."""
         if node.domain or any(self.shape(i) is None for i in node.input):
             return False
-        if node.op_type in ("IsNaN", "IsInf"):
-            return node.input[0] not in self.constants
         known = [self.constants[i] for i in node.input if i in self.constants]
         if node.op_type == "And":
             return any(not k.any() for k in known)
+        if not self._wild.isdisjoint(node.input):
+            return False  # samples are run in floats, where it may be true
+        if node.op_type in ("IsNaN", "IsInf"):
+            return node.input[0] not in self.constants
         return node.op_type == "Equal" and len(known) == 1 and not np.isfinite(known[0]).any()
 
     def _vanishes(self, node: onnx.NodeProto) -> bool:
@@ -345,7 +348,9 @@ class Unfolding:
         return self._of_features(node) if node.op_type == "ArrayFeatureExtractor" else found
 
     def _note_side(self, node: onnx.NodeProto) -> None:
-        """Remember on which side of zero the node's result is."""
+        """Remember on which side of zero the node's result is, and whether it may have no end."""
+        if is_wild(node, self.constants, self._wild):
+            self._wild.update(node.output)
         if node.input and node.output:
             sides = [
                 side_of_constant(self.constants[i])

@@ -65,9 +65,19 @@ def imputer(
     replaced_value_float: float = 0.0,
     replaced_value_int64: int = 0,
 ) -> str:
-    """A secret value per feature where x is missing; a NaN never leaves the client."""
-    if np.isnan(replaced_value_float):
-        return x
+    """A secret value per feature where x is missing; a NaN never leaves the client.
+
+    What the model computes stays guarded against it: samples are run in floats.
+    """
+    if not np.isfinite(replaced_value_float):
+        if not imputed_value_floats:
+            return x
+        if np.isnan(replaced_value_float):
+            missing = w.op("IsNaN", x)
+        else:
+            above = int(replaced_value_float > 0)
+            missing = w.op("IsInf", x, detect_positive=above, detect_negative=1 - above)
+        return w.op("Where", missing, w.constant(imputed_value_floats), x)
     if imputed_value_int64s:
         missing = w.constant(replaced_value_int64, np.int64)
         values = w.constant(imputed_value_int64s, np.int64)

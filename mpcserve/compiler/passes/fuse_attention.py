@@ -1,7 +1,6 @@
 """Attention as it is written out: masks become public structure, softmax · values one node.
 
     x · c, x / c, (x @ z) · c  c a power of the length of an axis, as 1/√d   a public factor
-    Where(IsNaN(s), 0, s)      a guard that fixed point does not need        s
     Softmax(s + mask)          a constant mask with large negative numbers   what is hidden is known
     Softmax(Where(m, s, −big)) the same                                      and never computed
     Softmax(…) @ v             nobody else reads the softmax                 the sum is divided
@@ -35,30 +34,10 @@ CARRIES = frozenset(
 
 def fuse_attention(graph: Graph) -> Graph:
     """The same function but for scores that a mask hides, whose e^x is exactly 0."""
-    graph = _unguarded(graph)
     graph = _scaled(graph)
     inside = Inside(graph)
     found = [f for n in graph.nodes if (f := _softmax(n, inside)) is not None]
     return _bounded(fuse(graph, found))
-
-
-def _unguarded(graph: Graph) -> Graph:
-    """Readers of a guard against NaN read what is guarded."""
-    inside = Inside(graph)
-    instead: dict[str, str] = {}
-    nodes = []
-    for node in graph.nodes:
-        node = replace(node, inputs=tuple(instead.get(i, i) for i in node.inputs))
-        if node.op == "Where" and not node.domain:
-            test = inside.maker(node.inputs[0], "IsNaN")
-            if test is not None and instead.get(test.inputs[0], test.inputs[0]) == node.inputs[2]:
-                instead[node.outputs[0]] = node.inputs[2]
-                continue
-        nodes.append(node)
-    if not instead or instead.keys() & {o.name for o in graph.outputs}:
-        return graph
-    read = {i for n in nodes for i in n.inputs}
-    return graph.with_nodes([n for n in nodes if n.op != "IsNaN" or n.outputs[0] in read])
 
 
 def _scaled(graph: Graph) -> Graph:
