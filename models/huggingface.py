@@ -9,7 +9,6 @@ Needs torch, onnx, onnxscript and transformers.
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from models.nets import CALIBRATION, EXPORTERS, SEED, stripped
+from models.nets import CALIBRATION, EXPORTERS, SEED, asked, stripped
 
 SAMPLES = 128
 EMBEDDED = 0.125
@@ -309,14 +308,7 @@ def write_test(name: str, exporter: str) -> None:
 
 def main() -> None:
     """Export one network; print what there is to know of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", choices=KINDS)
-    parser.add_argument("file", nargs="?", type=Path)
-    parser.add_argument("--list", action="store_true", help="print the names of full size")
-    parser.add_argument("--tests", action="store_true", help="write those that the tests read")
-    parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
-    parser.add_argument("--tiny", action="store_true")
-    given = parser.parse_args()
+    given = asked(__doc__, KINDS)
     if given.list:
         print(json.dumps({"names": [n for n, k in KINDS.items() if k.full is not None]}))
     elif given.tests:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -402,16 +402,21 @@ def stripped(path: Path) -> None:
     onnx.save(model, path)
 
 
-def main() -> None:
-    """Export one network; print what there is to know of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", choices=NETS)
+def asked(about: str | None, names: Iterable[str]) -> argparse.Namespace:
+    """The command line of a module that exports one network: name, file, and what else to do."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("name", nargs="?", choices=names)
     parser.add_argument("file", nargs="?", type=Path)
-    parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--list", action="store_true", help="print the names of full size")
     parser.add_argument("--tests", action="store_true", help="write those that the tests read")
     parser.add_argument("--exporter", choices=EXPORTERS, default="dynamo")
     parser.add_argument("--tiny", action="store_true")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Export one network; print what there is to know of it."""
+    given = asked(__doc__, NETS)
     if given.list:
         print(json.dumps({"names": list(NETS)}))
     elif given.tests:

@@ -274,6 +274,30 @@ def test_check_lists_all_unsupported_nodes_at_once(tmp_path: Path, capsys: Captu
     assert "second" in captured.out
 
 
+def test_check_prints_no_table_where_no_node_is_fine(tmp_path: Path, capsys: Capture) -> None:
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ("N", 3))
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    graph = helper.make_graph(
+        [helper.make_node("Bernoulli", ["x"], ["y"], name="b")], "g", [x], [y]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx")
+    assert run(["check", str(tmp_path / "m.onnx")]) == 3
+    out = capsys.readouterr().out
+    assert "b (Bernoulli)" in out
+    assert "status" not in out
+
+
+def test_verify_hints_at_options_that_it_has(tmp_path: Path, capsys: Capture) -> None:
+    far = np.load(SAMPLES) * 1000
+    np.save(tmp_path / "far.npy", far)
+    words = ["verify", MLP, "--data", str(tmp_path / "far.npy"), "--input-range", "0", "1"]
+    assert run(words) == 2
+    hint = capsys.readouterr().err.partition("hint: ")[2]
+    assert hint.startswith("compile with a wider --input-range")
+    assert "`mpcserve infer --on-range clamp`" in hint
+
+
 def test_check_passes_a_model_that_compiles(capsys: Capture) -> None:
     assert run(["check", MLP]) == 0
     out = capsys.readouterr().out

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from mpcserve.cli.results import unwritten
 from mpcserve.compiler import compile_model
+from mpcserve.compiler.check import check_model
 from mpcserve.compiler.problems import FEW, Problem, grouped
-from mpcserve.errors import ModelError
+from mpcserve.errors import InputError, ModelError
 from mpcserve.protocol import Together
 from tests.onnx_cases import model_of, node, plain, rng_of
 
@@ -67,3 +71,72 @@ def test_an_operator_that_nobody_can_run_is_refused_before_samples_are_run() -> 
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     with pytest.raises(ModelError, match=r"node 'solve' \(Solve\): operator of domain"):
         compile_model(model, calibrate=np.ones((4, 3), F32))
+
+
+def test_a_bit_and_a_sample_are_told_in_the_singular() -> None:
+    model = model_of([node("Relu", ["x"])], {"x": ("N", 3)})
+    plan = compile_model(model, calibrate=np.ones((1, 3), F32), margin_bits=1).plan
+    assert "calibrated on 1 sample with 1 margin bit" in plan.notes
+
+
+def test_an_axis_without_elements_is_no_axis_without_a_length() -> None:
+    model = model_of([node("Relu", ["x"])], {"x": (1, 0)})
+    with pytest.raises(ModelError, match="axis 1 has length 0: it holds no elements"):
+        compile_model(model)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "reason"),
+    [
+        ("StringNormalizer", ["x"], "text is not computed on"),
+        ("NonMaxSuppression", ["x", "x"], "the shape of its result would depend on secret data"),
+    ],
+)
+def test_what_is_refused_anyway_is_not_refused_for_its_shapes(
+    op: str, inputs: list[str], reason: str
+) -> None:
+    (report,) = check_model(model_of([node(op, inputs)], {"x": (2, 3)}))
+    assert report.reason.startswith(reason)
+
+
+def test_negative_ids_are_not_told_to_widen_a_range_that_nobody_gave() -> None:
+    model = model_of([node("Gather", ["t", "x"])], {"x": ("N", 3)}, {"t": np.ones((10, 2))},
+                     kind=onnx.TensorProto.INT64)  # fmt: skip
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    with pytest.raises(InputError, match="whole numbers from 0 to 9, as ids or a mask") as caught:
+        compile_model(model, calibrate=np.array([[0, -1, 4]]))
+    assert "widen" not in caught.value.hint and "add the length" in caught.value.hint
+
+
+def test_a_parameter_that_is_secret_is_named_as_an_input() -> None:
+    nodes = [node("Cast", ["x"], ["i"], to=onnx.TensorProto.INT64),
+             node("ScatterND", ["x", "i", "x"])]  # fmt: skip
+    with pytest.raises(ModelError, match="its input 'indices' is computed from a secret value"):
+        compile_model(model_of(nodes, {"x": (2, 2)}))
+
+
+@pytest.mark.parametrize("op", ["Log", "Sqrt"])
+def test_samples_of_which_a_layer_makes_nan_are_told(op: str) -> None:
+    model = model_of([node(op, ["x"], ["h"]), node("Relu", ["h"])], {"x": ("N", 3)})
+    sound = rng_of(2).uniform(0.5, 3, (20, 3)).astype(F32)
+    told = f"layer '{op}:h' ({op}) is NaN on some samples"
+    assert not any(
+        note.startswith(told) for note in compile_model(model, calibrate=sound).plan.notes
+    )
+    sound[3, 1] = -2.0
+    assert any(note.startswith(told) for note in compile_model(model, calibrate=sound).plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [
+        (errno.ENOENT, "make the directory a/b"),
+        (errno.ENOTDIR, "a/b is no directory"),
+        (errno.ENOSPC, "make room on the disk"),
+        (errno.EIO, "check the directory"),
+    ],
+)
+def test_a_file_that_cannot_be_written_says_what_to_do(number: int, way: str) -> None:
+    told = unwritten(Path("a/b/c.plan"), OSError(number, "why"), "-o")
+    assert told.message == "a/b/c.plan: cannot write: why"
+    assert told.hint == f"{way}, or give another -o"

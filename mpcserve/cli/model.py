@@ -210,12 +210,12 @@ def inspect_command(plan: Path, layers: bool, as_json: bool) -> None:
 
 
 def _save(compiled: CompiledModel, path: Path) -> Path:
-    from mpcserve.errors import ConfigError
+    from mpcserve.cli.results import unwritten
 
     try:
         return compiled.save(path)
     except OSError as e:
-        raise ConfigError(f"{path}: cannot write: {e.strerror}", "give another -o") from None
+        raise unwritten(path, e, "-o") from None
 
 
 def _print_check(reports: Sequence[NodeReport]) -> None:
@@ -224,7 +224,8 @@ def _print_check(reports: Sequence[NodeReport]) -> None:
     from mpcserve.cli.output import table
 
     fine = Counter((r.op, r.status) for r in reports if not r.reason)
-    table(("operator", "status", "nodes"), ((*k, n) for k, n in sorted(fine.items())), left=2)
+    if fine:
+        table(("operator", "status", "nodes"), ((*k, n) for k, n in sorted(fine.items())), left=2)
     for r in reports:
         if r.reason:
             where = f"{r.node} ({r.op})" if r.op else r.node

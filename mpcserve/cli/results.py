@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def save_outputs(path: Path, outputs: Mapping[str, Array]) -> None:
             else:
                 np.save(file, next(iter(outputs.values())))
     except OSError as e:
-        raise ConfigError(f"{path}: cannot write: {e.strerror}", "give another path") from None
+        raise unwritten(path, e, "path") from None
 
 
 def save_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -90,7 +91,21 @@ def save_json(path: Path, value: Mapping[str, Any]) -> None:
     try:
         path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     except OSError as e:
-        raise ConfigError(f"{path}: cannot write: {e.strerror}", "give another path") from None
+        raise unwritten(path, e, "path") from None
+
+
+def unwritten(path: Path, e: OSError, option: str) -> ConfigError:
+    """What to say of a file that could not be written, where `option` names it."""
+    ways = {
+        errno.ENOENT: f"make the directory {path.parent}",
+        errno.ENOTDIR: f"{path.parent} is no directory",
+        errno.EISDIR: "a directory has that name",
+        errno.EACCES: "ask for the right to write there",
+        errno.EROFS: "the file system is read-only",
+        errno.ENOSPC: "make room on the disk",
+    }
+    way = ways.get(e.errno or 0, "check the directory")
+    return ConfigError(f"{path}: cannot write: {e.strerror}", f"{way}, or give another {option}")
 
 
 def print_traffic(links: Mapping[str, int], overhead: Mapping[str, int] | None = None) -> None:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from mpcserve.compiler.draft import Seen
 from mpcserve.compiler.dtypes import is_integer, natural_range
-from mpcserve.compiler.graph import Graph, large_constants, to_onnx
+from mpcserve.compiler.graph import Graph, Tensor, large_constants, to_onnx
 from mpcserve.compiler.lower import Ranges, Reach
 from mpcserve.compiler.running import ran, runner
 from mpcserve.compiler.samples import Given, Samples, samples_of
+from mpcserve.compiler.signs import POLES
 from mpcserve.errors import InputError
 from mpcserve.units import counted
 
@@ -54,20 +55,21 @@ def ranges_of(
         samples = samples_of(given, graph.inputs, {k: (v[0], v[1]) for k, v in inputs.items()})
         feeds = tuple(islice(samples.feeds(graph.inputs), max(TRIED // _batch(graph), 1)))
         margin = _margin(samples) if margin_bits is None else margin_bits
-        values = {k: _with_margin(s, margin) for k, s in seen_in(graph, samples).items()}
+        seen, strays = seen_in(graph, samples)
+        values = {k: _with_margin(s, margin) for k, s in seen.items()}
         finest = {
             i.name: _least_reach(a)
             for i in graph.inputs
             if (a := samples.arrays[i.name]).ndim == 2 and a.any() and not is_integer(i.dtype)
         }
-        notes.append(_calibrated(samples, margin))
+        notes += [_calibrated(samples, margin), *strays]
         for i in graph.inputs:
             if i.name not in inputs:
                 # What an input may exceed it is refused for, so one bit is enough.
                 least = 1 if margin_bits is None else margin_bits
                 inputs[i.name] = _input_reach(samples.arrays[i.name], least)
             else:
-                _refuse_outside(i.name, samples.arrays[i.name], inputs[i.name][:2])
+                _refuse_outside(i, samples.arrays[i.name], inputs[i.name][:2])
     for i in graph.inputs:
         if natural := natural_range(i.dtype):
             inputs[i.name] = (*natural, "proved")
@@ -114,8 +116,8 @@ def _declared(graph: Graph, declared: Declared | None) -> tuple[dict[str, Reach]
     return {k: (float(low), float(high), "proved") for k, (low, high) in each.items()}, notes
 
 
-def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
-    """What every numeric tensor of the graph holds over all samples, by onnxruntime.
+def seen_in(graph: Graph, samples: Samples) -> tuple[dict[str, Seen], list[str]]:
+    """(what every numeric tensor of the graph holds over all samples, by onnxruntime; notes).
 
     NaN, of a logarithm that is masked behind, say, is left out, and so is what was chosen by it.
     """
@@ -125,15 +127,37 @@ def seen_in(graph: Graph, samples: Samples) -> dict[str, Seen]:
     clipped = {node.outputs[0] for node in graph.nodes if node.op == "Clip"}
     found: dict[str, list[Seen]] = {}
     misled: set[str] = set()
+    strays: dict[str, str] = {}
     for feed in samples.feeds(graph.inputs):
         values = {**feed, **dict(zip(names, ran(run, names, feed), strict=True))}
         misled |= _chosen_by_nan(graph, values)
+        strays |= _strays(graph, values)
         for name, value in values.items():
             if not isinstance(value, np.ndarray):
                 continue  # a list of tensors: lowering says that there are none
             if np.issubdtype(value.dtype, np.number) and not np.isnan(value).all():
                 found.setdefault(name, []).append(_seen(value, name in clipped))
-    return {name: _joined(parts) for name, parts in found.items() if name not in misled}
+    seen = {name: _joined(parts) for name, parts in found.items() if name not in misled}
+    return seen, [
+        f"layer {name!r} ({op}) is NaN on some samples; fixed point gives some number there: "
+        "harmless only where the model does not use it"
+        for name, op in strays.items()
+    ]
+
+
+def _strays(graph: Graph, values: Mapping[str, Any]) -> dict[str, str]:
+    """Name → operator of nodes that make NaN of numbers, as a logarithm of negative ones does."""
+    return {
+        node.name: node.op
+        for node in graph.nodes
+        if node.op in POLES
+        and any(_has_nan(values.get(o)) for o in node.outputs)
+        and not any(_has_nan(values.get(i)) for i in node.inputs)
+    }
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and bool(np.isnan(value).any())
 
 
 def _chosen_by_nan(graph: Graph, values: Mapping[str, Any]) -> set[str]:
@@ -179,14 +203,18 @@ def _joined(parts: list[Seen]) -> Seen:
     )
 
 
-def _refuse_outside(name: str, array: Array, declared: tuple[float, float]) -> None:
+def _refuse_outside(i: Tensor, array: Array, declared: tuple[float, float]) -> None:
     low, high = float(array.min()), float(array.max())
-    if low < declared[0] or high > declared[1]:
-        raise InputError(
-            f"samples of input {name!r} reach from {low:g} to {high:g}, "
-            f"outside the declared {declared[0]:g} to {declared[1]:g}",
-            "widen --input-range",
-        )
+    if declared[0] <= low and high <= declared[1]:
+        return
+    reach = f"samples of input {i.name!r} reach from {low:g} to {high:g}"
+    ends = f"{declared[0]:g} to {declared[1]:g}"
+    if i.reach is None:
+        raise InputError(f"{reach}, outside the declared {ends}", "widen --input-range")
+    raise InputError(
+        f"{reach}, but the model reads it as whole numbers from {ends}, as ids or a mask",
+        "give ids of the model's table; one that is negative counts from its end: add the length",
+    )
 
 
 ONE_SIDE = 2.0**-8

@@ -28,7 +28,7 @@ def values_of(x: Operand | None, what: str) -> Array:
     """The array of an input that must be constant. Raises: Unsupported naming `what`."""
     if x is None or isinstance(x, Ref):
         raise Unsupported(
-            f"its {what} is computed from a secret value, expected a constant",
+            f"its input {what!r} is computed from a secret value, expected a constant",
             "export the model with this input fixed",
         )
     return x

@@ -124,7 +124,7 @@ def planned(task: Task, precision: Precision) -> Made:
     verify_plan(plans[best])
     ways = compared([m.strategy for m in made], plans, best, task.line)
     reason = f"chosen for {task.line.name}" if task.line else "chosen for the fewest bytes"
-    advice = "" if task.line else "; --network chooses by time"
+    advice = "" if task.line else "; `mpcserve compile --network` chooses by time"
     note = f"{reason}: {made[best].strategy}{advice}"
     plan = replace(plans[best], alternatives=ways)
     return replace(made[best], plan=plan, notes=(*made[best].notes, note))

@@ -87,6 +87,8 @@ def fix_lengths(model: onnx.ModelProto, batch: int, lengths: Lengths) -> list[Pr
                 if d.dim_param:
                     named[d.dim_param] = sample[axis]
                 d.dim_value = sample[axis]
+            elif d.HasField("dim_value"):
+                problems.append(_empty(i.name, axis))
             else:
                 problems.append(_dynamic(i.name, axis, d.dim_param))
     return problems
@@ -98,6 +100,15 @@ def _fixed(name: str, size: int, batch: int) -> Problem:
         "",
         f"has a fixed batch of {size}, expected {batch}",
         "export it with a symbolic batch, or leave --batch out",
+    )
+
+
+def _empty(name: str, axis: int) -> Problem:
+    return Problem(
+        f"input {name!r}",
+        "",
+        f"axis {axis} has length 0: it holds no elements",
+        "export it with the length that it has, or with a name for one that samples tell",
     )
 
 

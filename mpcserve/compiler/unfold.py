@@ -28,6 +28,7 @@ from mpcserve.compiler.graph import Node, Shape, attributes_of, static_shape
 from mpcserve.compiler.problems import Problem, Unsupported
 from mpcserve.compiler.registry import Registry
 from mpcserve.compiler.signs import extreme, is_wild, side_of, side_of_constant
+from mpcserve.compiler.unknown import REASONS
 
 Array = NDArray[Any]
 
@@ -343,6 +344,8 @@ class Unfolding:
                 schema, node, types, small, opset_imports=self._imports
             )
         except (shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as e:
+            if node.op_type in REASONS and not domain:
+                raise Unsupported(*REASONS[node.op_type]) from None
             reason = str(e).splitlines()[0].removeprefix("[ShapeInferenceError] ")
             raise Unsupported(f"shapes do not fit: {reason}", "export the model again") from None
         return self._of_features(node) if node.op_type == "ArrayFeatureExtractor" else found

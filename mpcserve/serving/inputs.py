@@ -163,7 +163,7 @@ def _in_range(array: Array, called: str, spec: InputSpec, on_range: OnRange) -> 
         f"{called}: {int(outside.sum())} values outside the range "
         f"[{spec.low:g}, {spec.high:g}] ({spec.known}) the model was compiled for, "
         f"the first at {where}",
-        "clamp them (--on-range clamp), or compile with a wider --input-range",
+        "compile with a wider --input-range, or let `mpcserve infer --on-range clamp` clamp them",
     )
 
 
