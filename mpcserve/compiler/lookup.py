@@ -378,5 +378,7 @@ def _rows(b: Builder, hot: Ref, table: NDArray[np.float64], whole: bool) -> Ref:
         total = part if total is None else b.add(total, part)
     assert total is not None
     reach = largest * 2.0**-frac_bits
-    found = b.within(b.scale(total, 1, frac_bits), -reach if np.any(table < 0) else 0.0, reach)
+    # Of whole numbers the plan tells whether any is negative, as of an index it must; of reals not.
+    low = 0.0 if whole and not np.any(table < 0) else -reach
+    found = b.within(b.scale(total, 1, frac_bits), low, reach)
     return b.as_place(found) if whole else found
