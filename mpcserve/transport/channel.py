@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _BLOCK = 256 << 10  # DATA that nobody waits for is collected in blocks of this size
 _MAX_UNREAD_MESSAGES = 4 << 20  # bytes of JSON; DATA has its window, messages have this
 _MESSAGE_COST = 256  # what an unread message costs beside its JSON
-_LARGE = 4 << 20  # from here numpy asks the system for huge pages
+_LARGE = 16 << 10  # from here clearing memory costs more than making an array of it
 _ALIVE = "check that it is alive and see its log, or raise the deadline"
 
 
@@ -367,5 +367,6 @@ class Channel:
 
 
 def _buffer(n: int) -> memoryview:
-    """Memory to receive into: faulting in small pages can take as long as decrypting."""
+    """Memory to receive into; numpy asks for huge pages, as faulting small ones in can take as long
+    as decrypting."""
     return np.empty(n, np.uint8).data if n >= _LARGE else memoryview(bytearray(n))

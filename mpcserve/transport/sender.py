@@ -77,7 +77,7 @@ class Sender:
         # One file, two timeouts: a socket object's timeout is its own, not the descriptor's.
         self._patient = sock.dup()
         self._patient.settimeout(_TICK_S)
-        self._eager = sock.dup()
+        self._eager = sock
         self._eager.settimeout(0)
         self._turn = threading.Lock()
         self._lock = threading.Lock()
@@ -196,8 +196,7 @@ class Sender:
             self._thread.join(timeout)
 
     def close(self) -> None:
-        """Close the socket's duplicates."""
-        self._eager.close()
+        """Close the socket's duplicate."""
         self._patient.close()
 
     # ── helpers, `_lock` held ──
