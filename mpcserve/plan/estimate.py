@@ -3,8 +3,8 @@
 The data owner masks its input and sends it to both servers; every round takes the time of its
 arithmetic and of its bytes on the line (only tiles of large products overlap the two, which is left
 out), then half a round trip: both servers send at once; and the shares of the result travel back.
-All lines are alike. The rates are those of one core between two common servers, of which one was
-twice as fast as the other, measured by `benchmarks/estimates.py`; another machine scales them.
+All lines are alike. The rates are those of one core of a common server, rather slower than the one
+that they were measured on by `benchmarks/estimates.py`; another machine scales them.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Rates:
     that the data owner masks or unmasks; `hello`: of the two exchanges between it and the servers.
     """
 
-    product32: float = 1 / 50e9
-    product64: float = 1 / 22e9
-    opened: float = 2.5e-9
-    compared: float = 6e-9
-    selected: float = 4e-9
-    moved: float = 0.8e-9
-    wave: float = 1e-9
-    byte: float = 1e-9
-    step: float = 30e-6
-    local_step: float = 7e-6
-    turn: float = 120e-6
-    owned: float = 10e-9
-    hello: float = 2e-3
+    product32: float = 1 / 60e9
+    product64: float = 1 / 26e9
+    opened: float = 2e-9
+    compared: float = 4e-9
+    selected: float = 1.7e-9
+    moved: float = 0.7e-9
+    wave: float = 2.5e-9
+    byte: float = 0.75e-9
+    step: float = 22e-6
+    local_step: float = 6e-6
+    turn: float = 80e-6
+    owned: float = 9e-9
+    hello: float = 1.2e-3
 
 
 RATES = Rates()
