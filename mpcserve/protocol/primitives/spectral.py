@@ -28,6 +28,9 @@ from mpcserve.protocol.opening import open_packed, tiles
 from mpcserve.protocol.parties import DealIO, Mask, PrepareIO, Side, Steps
 from mpcserve.ring import Words, reduce, word_type
 
+STEP = 1 << 12
+"""Elements whose waves are gathered at once."""
+
 
 class Material(NamedTuple):
     """Shares of λ's waves, [2, N] of each harmonic, and of the output's mask."""
@@ -45,7 +48,8 @@ def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     at, width = i.attrs, i.attrs["width"]
     bits, table = np.array(at["waves"], np.int64), waves.tables(width)
     made = np.empty((2 * bits.size, i.value.size // at["sums"]), np.uint64)
-    waves.wave_masks(_angles(masks[0].total(width), width), width, *table, bits, made)
+    angles, room = _angles(masks[0].total(width), width), waves.scratch()
+    waves.wave_masks(angles, width, *table, bits, room, made)
     for k, ring in enumerate(wave_rings(at)):
         io.deal(made[2 * k : 2 * k + 2], ring)
     return io.mask(i.value.shape, i.value.width)
@@ -69,13 +73,24 @@ def evaluate(side: Side, i: Instruction, material: Material, delta: Words) -> St
     waves_bits = np.array(at["waves"])
     lift = (waves_bits.max() - waves_bits).astype(np.uint64)
     out, nothing = np.empty(i.value.size, word_type(n)), np.zeros(i.value.size, np.uint64)
+    room, block = waves.scratch(at["sums"]), np.empty((2 * lift.size, STEP), np.uint64)
+
+    def fill(part: slice, z: Words) -> None:
+        """z ← this side's shares of the sums, in blocks whose waves fit the second-level cache."""
+        for start in range(part.start, part.stop, STEP):
+            some = slice(start, min(start + STEP, part.stop))
+            size = some.stop - start
+            dealt = block if size == STEP else np.empty((2 * lift.size, size), np.uint64)
+            for k, pair in enumerate(material.dealt):
+                dealt[2 * k : 2 * k + 2] = pair[:, some]
+            to = z[start - part.start : some.stop - part.start]
+            waves.wave_share(angles[some], at["width"], *table, sine, cosine, lift, dealt, room, to)
 
     def pieces() -> Iterator[memoryview]:
         for part in tiles(angles.size):
-            dealt = np.concatenate([pair[:, part].astype(np.uint64) for pair in material.dealt])
             z = np.empty((part.stop - part.start, at["sums"]), np.uint64)
             space = packing.packed_space(z.size, n)
-            waves.wave_share(angles[part], at["width"], *table, sine, cosine, lift, dealt, z)
+            fill(part, z)
             local.finish_product(
                 z.reshape(-1),
                 part.start * at["sums"],
