@@ -39,9 +39,10 @@ def mask_reals(
     first, to = place_of(lam, 0), place_of(space, 0)
     for begin in range(0, x.size, _BLOCK):
         size = min(_BLOCK, x.size - begin)
-        for k in range(begin, begin + size):
-            value = T(np.int64(np.rint(x[k] * unit)))
-            lam[k] = T(T(value + T(lam[k] + other[k])) & mask)
+        real, mine, its = place_of(x, begin), on(first, begin), place_of(other, begin)
+        for k in range(size):
+            value = T(np.int64(np.rint(real[k] * unit)))
+            mine[k] = T(T(value + T(mine[k] + its[k])) & mask)
         pack_from(on(first, begin), size, width, on(to, begin // 8 * width))
 
 
@@ -58,12 +59,13 @@ def share_out(
     first, to = place_of(fresh, 0), place_of(space, 0)
     for begin in range(0, fresh.size, _BLOCK):
         size = min(_BLOCK, fresh.size - begin)
+        open_, mine, r = place_of(delta, begin), place_of(half, begin), on(first, begin)
         if leader:
-            for k in range(begin, begin + size):
-                fresh[k] = T(T(T(delta[k] - half[k]) + fresh[k]) & mask)
+            for k in range(size):
+                r[k] = T(T(T(open_[k] - mine[k]) + r[k]) & mask)
         else:
-            for k in range(begin, begin + size):
-                fresh[k] = T(T(T(0) - T(half[k] + fresh[k])) & mask)
+            for k in range(size):
+                r[k] = T(T(T(0) - T(mine[k] + r[k])) & mask)
         pack_from(on(first, begin), size, width, on(to, begin // 8 * width))
 
 

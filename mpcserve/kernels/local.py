@@ -139,7 +139,8 @@ def extend_share(
     keep = T(1) if leader else T(0)
     for k in range(delta.size):
         d = T(T(delta[k] + o) & mask)
-        chosen = high[k] if T(d >> top) else low[k]
+        is_set = T(T(0) - T(d >> top))
+        chosen = T(low[k] ^ T(T(low[k] ^ high[k]) & is_set))
         public = T(keep * T(d - o))
         out[k] = T(T(T(public - chosen) + lam[k]) & out_mask)
 
