@@ -11,7 +11,7 @@ import pytest
 
 from mpcserve.errors import PeerLost, PeerTimeout, Refused
 from mpcserve.serving.client import Both
-from mpcserve.transport import Channel, Link, TlsFiles
+from mpcserve.transport import Channel, Link, LinkOptions, TlsFiles
 from tests.transport_support import WAIT, Authority, Network, new_id
 
 
@@ -230,3 +230,65 @@ def test_a_lost_peer_is_told_to_the_thread_that_reads(network: Network) -> None:
         with pytest.raises(PeerLost):
             channel.receive(10, "a round", WAIT)
         closing.join()
+
+
+def test_a_round_larger_than_all_queues_is_exchanged_though_both_attend(network: Network) -> None:
+    """A sender that waits for room relies on the reader: the peer may wait for room as well."""
+    alice, bob = network.pair(options=LinkOptions(send_queue=1 << 20, send_timeout=WAIT / 2))
+    stream, size, done = new_id(), 48 << 20, []
+
+    def run(end: Channel) -> None:
+        with end.attended(standby=3600.0):
+            end.send(bytes(size))
+            done.append(len(end.receive(size, "a round", WAIT)))
+
+    threads = [threading.Thread(target=run, args=(link.channel(stream),)) for link in (alice, bob)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(WAIT)
+    assert done == [size, size]
+
+
+def test_a_stream_ended_here_ends_the_wait_of_the_thread_that_reads(network: Network) -> None:
+    """At once: not when it has waited for bytes for long enough."""
+    _, bob = network.pair()
+    waits = []
+    for _ in range(5):
+        channel = bob.channel(new_id())
+        ended: list[float] = []
+
+        def end(channel: Channel = channel, ended: list[float] = ended) -> None:
+            ended.append(time.monotonic())
+            channel.fail(Refused("no", "ask another"))
+
+        later = threading.Timer(0.1, end)
+        later.start()
+        with channel.attended(), pytest.raises(Refused):
+            channel.receive(10, "a round", WAIT)
+        later.join()
+        waits.append(time.monotonic() - ended[0])
+    assert min(waits) < 0.1  # the machine may be busy with something else
+
+
+def test_a_link_whose_reading_thread_is_interrupted_ends(network: Network) -> None:
+    """What that thread had read is lost: later bytes would be taken for others."""
+    alice, bob = network.pair()
+    stream = new_id()
+    channel, other = bob.channel(stream), alice.channel(stream)
+
+    def interrupted(got: memoryview) -> None:
+        raise KeyboardInterrupt
+
+    with channel.attended(standby=3600.0):
+        bob.reading._take = interrupted
+        later = threading.Timer(0.1, other.send, (bytes(10),))
+        later.start()
+        with pytest.raises(KeyboardInterrupt):
+            channel.receive(10, "a round", WAIT)
+        later.join()
+        with pytest.raises(PeerLost, match="interrupted"):
+            channel.receive(10, "a round", WAIT)
+    assert bob.reason is not None
+    with pytest.raises(PeerLost):
+        other.receive(1, "an answer", WAIT)

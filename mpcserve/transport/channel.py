@@ -327,6 +327,11 @@ class Channel:
     def __repr__(self) -> str:
         return f"<Channel {self.stream.hex()[:8]} with {self.link.name}>"
 
+    def end(self, error: Callable[[], MpcError], drop: bool, told: bool = False) -> None:
+        """Nothing more comes, see `Inbox.end`; whoever waits for it is woken, wherever it waits."""
+        self.inbox.end(error, drop, told)
+        self.link.reading.look_up()
+
     def grant_credit(self) -> None:
         """Tell the peer when a quarter of the window was consumed."""
         step = self.link.session.window // 4
@@ -348,7 +353,12 @@ class Channel:
 
     def _send(self, header: bytes, payload: Buffer) -> None:
         self.known_to_peer = True
-        if not self.link.sender.send(self.out, header, payload):
+        sender, out = self.link.sender, self.out
+        if sender.send_now(out, header, payload):
+            return
+        with self.link.reading.relied_on():  # the peer may wait for room, too: for us to read
+            queued = sender.queue(out, header, payload)
+        if not queued:
             seconds = self.link.options.send_timeout
             raise PeerTimeout(
                 f"{self.link.name} took nothing for {seconds:g} s while we were sending "

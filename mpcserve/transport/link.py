@@ -195,8 +195,8 @@ class Link:
         else:  # a stream that the peer never heard of needs no end
             why = PeerLost(f"this side closed the stream with {self.name}")
             last = self.session.goodbye(channel.stream) if channel.known_to_peer else b""
-        channel.inbox.end(_maker(why), drop=True)
         self.sender.end_stream(channel.out, last, _maker(why), flush=error is None)
+        channel.end(_maker(why), drop=True)
 
     # ── the end ──
 
@@ -227,8 +227,8 @@ class Link:
             self._hooks.report(_again(reason))
 
     def _end_stream_for(self, channel: Channel, reason: MpcError, told: bool = False) -> None:
-        channel.inbox.end(_maker(reason), drop=False, told=told)
         self.sender.stop_stream(channel.out, _maker(reason))
+        channel.end(_maker(reason), drop=False, told=told)
 
     def _cannot_write(self, error: OSError) -> None:
         # The peer may have said why before it closed: the reader finds out, and ends the link.
@@ -258,7 +258,7 @@ class Link:
     def _read(self) -> None:
         """Read until the link has ended and the peer has closed its half."""
         looked_at = time.monotonic()
-        self._take(memoryview(b""))  # the handshake may have read more than its own bytes
+        self.reading.hand_on(memoryview(b""))  # the handshake may have read more than its own bytes
         while True:
             ended = self.reading.read() is False
             now = time.monotonic()
@@ -417,8 +417,8 @@ class Link:
             return
         if isinstance(event, Failure):
             told = _maker(event.error(self.name))
-            channel.inbox.end(told, drop=True, told=True)
             self.sender.end_stream(channel.out, b"", told, flush=False)
+            channel.end(told, drop=True, told=True)
             channel.on_failure(told())
         else:
             closed = PeerLost(f"{self.name} closed the stream", "see the log of that party")

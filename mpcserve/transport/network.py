@@ -111,7 +111,7 @@ class Line:
 class Intake:
     """What a socket brings, at the time at which it would come over such a network.
 
-    One thread reads at a time; any may interrupt it.
+    One thread reads at a time; any may interrupt it: a socket pair is its bell.
     """
 
     def __init__(self, sock: socket.socket, profile: NetworkProfile, size: int):
@@ -124,10 +124,9 @@ class Intake:
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
             end.settimeout(0)
-        self._comes, self._comes_or_rings = select.poll(), select.poll()
-        for poll in (self._comes, self._comes_or_rings):
-            poll.register(sock, select.POLLIN)
-        self._comes_or_rings.register(self._bell, select.POLLIN)
+        self._comes = select.poll()
+        for end in (sock, self._bell):
+            self._comes.register(end, select.POLLIN)
 
     def close(self) -> None:
         """Close what `interrupt` needs; the socket is its owner's."""
@@ -135,22 +134,21 @@ class Intake:
         self._ring.close()
 
     def interrupt(self) -> None:
-        """A `read` that can be interrupted returns at once: the one in progress or the next."""
+        """`read` returns at once: the one in progress or the next."""
         with contextlib.suppress(OSError):  # it is ringing already; or closed
             self._ring.send(b"!")
 
-    def read(self, seconds: float, interruptible: bool = False) -> memoryview | None:
-        """Bytes, valid until the next call; none at the end; None if none came in `seconds`.
+    def read(self, seconds: float) -> memoryview | None:
+        """Bytes, valid until the next call; none at the end; None if none came in `seconds`, or
+        sooner when interrupted.
 
         Raises: OSError.
         """
         if self._line is not None:
             return self._read_late(self._line, seconds)
-        poll = self._comes_or_rings if interruptible else self._comes
-        came = poll.poll(math.ceil(seconds * 1e3))
-        if interruptible and any(file == self._bell.fileno() for file, _ in came):
+        came = self._comes.poll(math.ceil(seconds * 1e3))
+        if any(file == self._bell.fileno() for file, _ in came):
             self._bell.recv(64)
-            return None
         return self._taken() if came else None
 
     def _taken(self) -> memoryview | None:
@@ -170,9 +168,12 @@ class Intake:
             takes = line.takes(now) and not self._ended
             pause = line.wait(now, not takes)
             pause = give_up - now if pause is None else min(pause, give_up - now)
-            if not takes:
-                time.sleep(pause)
-            elif select.select([self._sock], [], [], pause)[0]:
+            files = [self._bell, self._sock] if takes else [self._bell]
+            ready = select.select(files, [], [], pause)[0]
+            if self._bell in ready:
+                self._bell.recv(64)
+                return None
+            if ready:
                 got = self._sock.recv_into(self._view)
                 self._ended = got == 0
                 if got:

@@ -64,7 +64,7 @@ class Reading:
             if self._trouble is not None:
                 raise self._trouble
             seconds = self._tick if self._needed.is_set() else self._standby
-            return self._once(seconds, interruptible=True)
+            return self._once(seconds)
         finally:
             self._turn.release()
 
@@ -84,6 +84,15 @@ class Reading:
             with self._lock:
                 self._attended.remove(stream)
                 self._settle()
+
+    def hand_on(self, received: memoryview) -> None:
+        """`take` what came before the first read, in turn."""
+        with self._turn:
+            self._take(received)
+
+    def look_up(self) -> None:
+        """Whoever reads asks again whether its stream wants something."""
+        self._intake.interrupt()
 
     def close(self) -> None:
         """Nobody reads any more."""
@@ -129,6 +138,10 @@ class Reading:
         except Exception as error:
             self._trouble = error
             self._needed.set()
+        except BaseException:  # Ctrl-C: what this thread had read may be lost
+            self._trouble = ConnectionAbortedError("the thread that read was interrupted")
+            self._needed.set()
+            raise
         finally:
             self._turn.release()
 
@@ -140,10 +153,10 @@ class Reading:
             self._intake.interrupt()
             return self._turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
-    def _once(self, seconds: float, interruptible: bool = False) -> bool | None:
+    def _once(self, seconds: float) -> bool | None:
         if self._ended:
             return False
-        got = self._intake.read(seconds, interruptible)
+        got = self._intake.read(seconds)
         self._flowing = got is not None and len(got) >= _LARGE
         if got is None:
             return None

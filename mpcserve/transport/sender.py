@@ -120,15 +120,20 @@ class Sender:
 
     # ── called by any thread ──
 
-    def send(self, out: Outbox, header: bytes, payload: Buffer) -> bool:
-        """Send or queue one frame; waits for room and credit, one thread per stream at a time.
+    def send_now(self, out: Outbox, header: bytes, payload: Buffer) -> bool:
+        """Send one frame in this thread; False if it is large, or has to be queued.
+
+        `payload` must not change afterwards.
+        """
+        inline = len(header) + len(payload) <= out.inline
+        return inline and self._send_now(out, header, payload)
+
+    def queue(self, out: Outbox, header: bytes, payload: Buffer) -> bool:
+        """Queue one frame; waits for room and credit, one thread per stream at a time.
 
         `payload` must not change afterwards. False after `send_timeout` without progress. Raises:
         the outbox's error.
         """
-        inline = len(header) + len(payload) <= out.inline
-        if inline and self._send_now(out, header, payload):
-            return True
         with self._lock:
             if not self._wait_for_room(out, len(header) + len(payload), len(payload)):
                 return False
