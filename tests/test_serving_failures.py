@@ -14,6 +14,7 @@ import pytest
 from mpcserve.errors import MpcError, PeerError, PeerLost, PeerTimeout, Refused
 from mpcserve.plan import Plan, bill_of
 from mpcserve.protocol import Dealer, Round, ServerProgram
+from mpcserve.protocol.owners import share_input
 from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
 from mpcserve.serving.client import Both
@@ -230,6 +231,28 @@ def test_an_owner_who_leaves_is_forgotten(
     bob = trio.servers["bob"]
     assert isinstance(bob, Bob)
     until(lambda: not bob.meeting)
+
+
+def test_a_request_that_is_interrupted_is_over_on_both_servers(
+    make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may catch Ctrl-C and go on: neither server is left to wait for an input."""
+    trio = make_trio()
+    client = trio.client()
+    share, ctrl_c = share_input, [KeyboardInterrupt] * 3  # more than are served at once
+
+    def interrupted(*arguments: Any) -> Iterator[memoryview]:
+        if ctrl_c:
+            raise ctrl_c.pop()
+        return share(*arguments)
+
+    monkeypatch.setattr("mpcserve.serving.client.share_input", interrupted)
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            client.infer(X)
+    assert np.abs(client.infer(X) - dense_relu(X, WEIGHTS)).max() < 2.0**-8
+    assert time.monotonic() - began < trio.config.deadlines.round / 2
 
 
 @pytest.mark.parametrize("liar", [0, 1])

@@ -160,6 +160,10 @@ def failing(*channels: Channel) -> Iterator[None]:
         for channel in channels:
             channel.fail(error)
         raise error from None
+    except BaseException:  # Ctrl-C, where a program goes on after it
+        for channel in channels:
+            channel.fail(Refused("the request was interrupted", "send it again"))
+        raise
 
 
 def slots_of(message: Message, plan: Plan) -> int:
