@@ -13,6 +13,8 @@ import pytest
 
 from mpcserve.errors import MpcError, PeerError, PeerLost, PeerTimeout, Refused
 from mpcserve.plan import Plan, bill_of
+from mpcserve.plan.bill import SEED_BYTES
+from mpcserve.plan.ops import packed_bytes
 from mpcserve.protocol import Dealer, Round, ServerProgram
 from mpcserve.protocol.owners import share_input
 from mpcserve.serving.alice import Alice
@@ -231,6 +233,24 @@ def test_an_owner_who_leaves_is_forgotten(
     bob = trio.servers["bob"]
     assert isinstance(bob, Bob)
     until(lambda: not bob.meeting)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_who_sends_an_input_to_one_server_only_is_named(make_trio: MakeTrio, given: int) -> None:
+    """And not the server that waits for the input, though the other waits for that server."""
+    trio = make_trio(round=3.0, request=3.0)
+    seeds = SEED_BYTES * len(PLAN.inputs)
+    value = PLAN.value(PLAN.inputs[0].id)
+    with (
+        pytest.raises(PeerTimeout, match=r"input 'x'.* from data-owner"),
+        trio.client()._request("data-owner") as both,
+    ):
+        for channel in both.channels[:: 1 - 2 * given]:  # who has the input has less time left
+            channel.send_message({"type": "infer", "model": PLAN.name, "digest": PLAN.digest})
+            time.sleep(0.2)
+        both.ask(lambda c, s: (c.receive_message("ready", s), c.receive(seeds, "seeds", s)), 20.0)
+        both.channels[given].send(bytes(packed_bytes(value.size, value.width)))
+        both.ask(lambda c, s: c.receive(1, "the result", s), 20.0)
 
 
 def test_a_request_that_is_interrupted_is_over_on_both_servers(

@@ -89,6 +89,11 @@ def round_names(plan: Plan) -> Iterator[str]:
 _SPEAKING = frozenset(op for op, spec in OPS.items() if spec.arity[0] and not spec.local)
 
 
+TELLING_S = 0.5
+"""Seconds by which a server waits longer for its peer's tag than for an input: the peer may wait
+for that input, and whoever waits for the data owner says so first."""
+
+
 def evaluate(
     live: Live,
     prepared: Preparation,
@@ -118,7 +123,7 @@ def evaluate(
         peer,
         lambda r: live.rounds[r],
         lambda: deadline.left(round_timeout if prepared.whole else math.inf),
-        lambda: check_same_inputs(peer, mine, deadline.left(round_timeout)),
+        lambda: check_same_inputs(peer, mine, deadline.left(round_timeout) + TELLING_S),
         standby_of(prepared),
     )
     with client.attended():
