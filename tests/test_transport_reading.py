@@ -181,12 +181,14 @@ def test_of_two_asked_at_once_the_first_to_fail_is_heard(network: Network) -> No
 def test_other_streams_are_served_while_the_attending_thread_computes(network: Network) -> None:
     _, bob = network.pair(alice=echo)
     attended, other = bob.channel(new_id()), bob.channel(new_id())
+    slow = 0
     with attended.attended():
         for _ in range(20):
             other.send_message({"ask": 1})
             began = time.monotonic()
             assert other.receive_message("the echo", WAIT) == {"ask": 1}
-            assert time.monotonic() - began < 1.0
+            slow += time.monotonic() - began > 0.8 * bob.reading._tick
+    assert slow < 5  # the machine may be busy with something else
 
 
 def test_several_attended_streams_all_get_their_rounds(network: Network) -> None:
