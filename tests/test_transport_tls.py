@@ -433,6 +433,8 @@ def test_closing_a_listener_ends_its_links_and_frees_the_port(
     before = set(threading.enumerate())
     listener = Listener("127.0.0.1:0", alice)
     link = connect(listener.address, bob, "alice", WAIT)
+    while not listener.links:  # it may not know yet that the handshake is over
+        time.sleep(0.001)
     listener.close()
     with pytest.raises(PeerLost, match=r"alice at .* closed the link"):
         link.channel(new_id()).receive(1, "x", WAIT)

@@ -330,7 +330,7 @@ class Channel:
     def end(self, error: Callable[[], MpcError], drop: bool, told: bool = False) -> None:
         """Nothing more comes, see `Inbox.end`; whoever waits for it is woken, wherever it waits."""
         self.inbox.end(error, drop, told)
-        self.link.reading.look_up()
+        self.link.reading.look_up(self)
 
     def grant_credit(self) -> None:
         """Tell the peer when a quarter of the window was consumed."""

@@ -149,6 +149,7 @@ class Intake:
         came = self._comes.poll(math.ceil(seconds * 1e3))
         if any(file == self._bell.fileno() for file, _ in came):
             self._bell.recv(64)
+            return None
         return self._taken() if came else None
 
     def _taken(self) -> memoryview | None:

@@ -90,9 +90,10 @@ class Reading:
         with self._turn:
             self._take(received)
 
-    def look_up(self) -> None:
-        """Whoever reads asks again whether its stream wants something."""
-        self._intake.interrupt()
+    def look_up(self, stream: object) -> None:
+        """Whoever reads for the stream asks again whether it wants something."""
+        if stream in self._attended:
+            self._intake.interrupt()
 
     def close(self) -> None:
         """Nobody reads any more."""
