@@ -15,6 +15,7 @@ from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import Deployment
 from mpcserve.serving.evaluation import bring_to_life
 from mpcserve.serving.halves import BobHalf, Dealing
+from mpcserve.serving.heap import give_back
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import named_error
 from mpcserve.serving.meeting import Meeting
@@ -124,6 +125,7 @@ class Bob(OnlineServer):
                 raise
             finally:
                 self.ledger.spend(prepared.bundle.id)
+        give_back(prepared.nbytes)
 
     @contextmanager
     def _joined(self, ids: Sequence[bytes]) -> Iterator[list[Member]]:

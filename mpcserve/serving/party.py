@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
-import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 
@@ -15,6 +11,7 @@ from mpcserve.protocol import warm_up
 from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
 from mpcserve.serving.carol import Carol
+from mpcserve.serving.heap import share_one_heap
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import log, start_log
 from mpcserve.serving.server import Server
@@ -39,7 +36,7 @@ def run_party(
 
     `on_ready` is called when kernels are compiled and peers connected. Raises: ConfigError.
     """
-    _share_one_heap()
+    share_one_heap()
     start_log(role, config.log_level)
     warm_up()
     gc.freeze()  # a hundred thousand objects of the imports stay: do not search them for garbage
@@ -57,18 +54,3 @@ def run_party(
     finally:
         server.close()
     log.info("stopped")
-
-
-M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
-
-
-def _share_one_heap() -> None:
-    """Have glibc keep one heap for all threads, unless MALLOC_ARENA_MAX says otherwise.
-
-    What one thread received and another one used up would leave holes that no third thread fills.
-    Other C libraries have one heap anyway.
-    """
-    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
