@@ -15,9 +15,9 @@ import pytest
 
 from mpcserve.errors import ConfigError, MpcError, PeerError, PeerLost, PeerTimeout, Refused
 from mpcserve.transport import LinkOptions, Listener, TlsFiles, connect
+from mpcserve.transport.codec import codecs
 from mpcserve.transport.link import Connected, Link
 from mpcserve.transport.options import Counters, Hooks
-from mpcserve.transport.tls import codecs
 from tests.transport_support import WAIT, Authority, Log, new_id
 
 pytestmark = pytest.mark.slow

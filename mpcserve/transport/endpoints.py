@@ -12,7 +12,6 @@ import contextlib
 import errno
 import queue
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -21,6 +20,7 @@ from typing import TypeAlias
 from mpcserve.config import Address
 from mpcserve.errors import ConfigError, MpcError, PeerError, PeerLost, PeerTimeout, Refused
 from mpcserve.transport.channel import Channel
+from mpcserve.transport.codec import PlainCodec, TlsCodec, codecs
 from mpcserve.transport.link import Connected, Link
 from mpcserve.transport.network import LOOPBACK, NetworkProfile
 from mpcserve.transport.options import (
@@ -30,15 +30,7 @@ from mpcserve.transport.options import (
     address_of,
     check_plaintext,
 )
-from mpcserve.transport.tls import (
-    PlainCodec,
-    TlsCodec,
-    TlsFiles,
-    codecs,
-    explain,
-    own_role,
-    part,
-)
+from mpcserve.transport.tls import TlsFiles, explain, own_role, part
 from mpcserve.wire import LINK_STREAM, MIN_WINDOW, ROLES, Session
 
 _SOCKET_BUFFER = 4 << 20  # two milliseconds of ten gigabits, 300 of a hundred megabits
@@ -92,7 +84,7 @@ def connect(
         peer = _shake(codec, sock, deadline, counters)
         if isinstance(codec, TlsCodec):
             _expect(peer, role_expected, where)
-    except (OSError, ssl.SSLError) as error:
+    except OSError as error:
         sock.close()
         raise _in_words(error, name, timeout) from None
     except PeerError as error:
@@ -241,7 +233,7 @@ class Listener:
         try:
             _tune(sock)
             peer = _shake(codec, sock, deadline, counters)
-        except (OSError, ssl.SSLError) as error:
+        except OSError as error:
             part(sock)
             raise _in_words(error, f"the peer at {address}", timeout) from None
         except PeerError as error:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -26,12 +25,13 @@ from dataclasses import dataclass, field
 
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, Refused, WireError
 from mpcserve.transport.channel import Channel
+from mpcserve.transport.codec import READ_BYTES, Codec
 from mpcserve.transport.network import Intake
 from mpcserve.transport.options import Counters, Hooks, LinkOptions
 from mpcserve.transport.reading import Reading
 from mpcserve.transport.sender import Sender
 from mpcserve.transport.streams import Streams
-from mpcserve.transport.tls import READ_BYTES, Codec, explain
+from mpcserve.transport.tls import explain
 from mpcserve.wire import (
     LINK_STREAM,
     STREAM_BYTES,
@@ -244,7 +244,7 @@ class Link:
     def _run(self) -> None:
         try:
             self._read()
-        except (OSError, ssl.SSLError) as error:
+        except OSError as error:
             self._failed(error)
         except WireError as error:
             self.refuse(error)

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from mpcserve.errors import MpcError
+from mpcserve.transport.codec import Codec
 from mpcserve.transport.options import Counters, LinkOptions
-from mpcserve.transport.tls import Codec
 from mpcserve.wire import HEADER_BYTES, MAX_DATA, Buffer
 
 Frame: TypeAlias = tuple[bytes, Buffer]  # header (or a whole frame), DATA payload (or nothing)
@@ -289,7 +289,7 @@ class Sender:
         finally:
             self._turn.release()
 
-    def _encode(self, frames: list[Frame]) -> bytes:
+    def _encode(self, frames: list[Frame]) -> Buffer:
         """Encrypt and count."""
         pieces: list[Buffer] = []
         small: list[Buffer] = []

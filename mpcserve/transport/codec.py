@@ -1,0 +1,254 @@
+"""Plaintext to wire bytes and back: TLS records, or nothing.
+
+TLS is OpenSSL's, the one that `cryptography` brings: newer than many a system's, its AES-GCM twice
+as fast or more. pyOpenSSL makes contexts, verifies and shakes hands over a pair of memory buffers.
+Its `send`, `bio_read`, `bio_write` and `recv_into` copy once more than OpenSSL does, so the four
+functions behind them are called where the data lie.
+
+A connection must not be used by two threads at once, and one reads while others write: a lock.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from cryptography.hazmat.primitives import serialization
+from OpenSSL import SSL
+
+from mpcserve.errors import ConfigError
+from mpcserve.transport.options import Counters
+from mpcserve.transport.tls import ISSUE, TlsError, TlsFiles, left, role_of
+from mpcserve.wire import Buffer
+
+READ_BYTES = 256 << 10  # taken from the socket, and decrypted, at once
+_RECORD = 16 << 10  # the most plaintext of a TLS record
+
+# What a bank's auditors expect first; its keys are as long as those of our own streams.
+_CIPHERS = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+
+_lib: Any = SSL._lib  # type: ignore[attr-defined]
+_ffi: Any = SSL._ffi  # type: ignore[attr-defined]
+_NO_MORE = (_lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN)
+
+
+class Codec(Protocol):
+    """Plaintext to wire bytes and back."""
+
+    def encrypt(self, pieces: Sequence[Buffer]) -> Buffer:
+        """The wire bytes of these pieces, after all that was encrypted before."""
+        ...
+
+    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
+        """The plaintext in what was received; each view is valid until the next."""
+        ...
+
+    @property
+    def answers(self) -> bool:
+        """True if the peer's bytes made the codec itself say something: encrypt() it."""
+        ...
+
+
+class PlainCodec:
+    """No encryption: loopback and memory links."""
+
+    answers = False
+
+    def encrypt(self, pieces: Sequence[Buffer]) -> bytes:
+        """The pieces, joined."""
+        return b"".join(pieces)
+
+    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
+        """The bytes themselves."""
+        yield received
+
+
+class TlsCodec:
+    """One TLS connection without a socket."""
+
+    def __init__(self, context: SSL.Context, server_side: bool) -> None:
+        self._lock = threading.Lock()
+        self._connection: Any = SSL.Connection(context)
+        if server_side:
+            self._connection.set_accept_state()
+        else:
+            self._connection.set_connect_state()
+        self._ssl = self._connection._ssl
+        self._incoming, self._outgoing = self._connection._into_ssl, self._connection._from_ssl
+        _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # all, or an error
+        self._plain = bytearray(READ_BYTES)
+        self._plain_at = _ffi.from_buffer(self._plain)
+        self._wire_at = _ffi.new("char **")
+
+    @property
+    def answers(self) -> bool:
+        """True if OpenSSL has something of its own to say (an alert, a key update)."""
+        with self._lock:
+            return self._pending() > 0
+
+    def encrypt(self, pieces: Sequence[Buffer]) -> Buffer:
+        """TLS records of the pieces; with none, what OpenSSL itself has to say.
+
+        Raises: TlsError.
+        """
+        with self._lock:
+            for piece in pieces:
+                if piece:
+                    done = _lib.SSL_write(self._ssl, _ffi.from_buffer(piece), len(piece))
+                    if done <= 0:
+                        self._fail(done)
+            return self._taken()
+
+    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
+        """Raises: TlsError, also for an alert of the peer."""
+        with self._lock:
+            self._put(received)
+        view = memoryview(self._plain)
+        more = True
+        while more:
+            with self._lock:
+                filled, more = self._fill()
+            if filled:
+                yield view[:filled]
+
+    def handshake(self, sock: socket.socket, deadline: float, counters: Counters) -> str:
+        """Shake hands on a connected socket; the role of the peer's certificate.
+
+        Raises: TlsError, after the peer was sent the reason; OSError; TimeoutError; PeerError if
+        the certificate has no role.
+        """
+        while True:
+            try:
+                self._connection.do_handshake()
+                done = True
+            except SSL.WantReadError:
+                done = False
+            except SSL.Error as error:
+                self._send_answers(sock, deadline, counters)
+                code = _lib.SSL_get_verify_result(self._ssl)
+                raise TlsError(_words(error), code) from None
+            self._send_answers(sock, deadline, counters)
+            if done:
+                return role_of(self._connection.get_peer_certificate(as_cryptography=True))
+            sock.settimeout(left(deadline))
+            received = sock.recv(READ_BYTES)
+            counters.wire_received += len(received)
+            if not received:
+                raise ConnectionResetError("closed")
+            self._put(received)
+
+    # ── helpers, `_lock` held ──
+
+    def _pending(self) -> int:
+        """Wire bytes to be sent."""
+        return cast(int, _lib.BIO_get_mem_data(self._outgoing, self._wire_at))
+
+    def _taken(self) -> memoryview:
+        """What is to be sent."""
+        wire = np.empty(self._pending(), np.uint8)
+        if wire.size:
+            _lib.BIO_read(self._outgoing, _ffi.from_buffer(wire), wire.size)
+        return memoryview(wire.data)
+
+    def _put(self, received: Buffer) -> None:
+        """What has come."""
+        if received:
+            _lib.BIO_write(self._incoming, _ffi.from_buffer(received), len(received))
+
+    def _fill(self) -> tuple[int, bool]:
+        """Decrypt until the buffer is full (then True) or nothing is left.
+
+        A read returns one record. There is always room for a whole one, so OpenSSL never keeps a
+        part.
+        """
+        read, tls, at, most = _lib.SSL_read, self._ssl, self._plain_at, READ_BYTES - _RECORD
+        filled = 0
+        while filled <= most:
+            got = read(tls, at + filled, _RECORD)
+            if got <= 0:
+                # close_notify is no end: the one that counts is GOODBYE
+                if _lib.SSL_get_error(tls, got) not in _NO_MORE:
+                    self._fail(got)
+                return filled, False
+            filled += got
+        return filled, True
+
+    def _fail(self, result: int) -> None:
+        """Raise what a call of OpenSSL that gave this result has met."""
+        try:
+            self._connection._raise_ssl_error(self._ssl, result)
+        except SSL.Error as error:
+            raise TlsError(_words(error)) from None
+
+    def _send_answers(self, sock: socket.socket, deadline: float, counters: Counters) -> None:
+        answers = self._taken()
+        if answers:
+            counters.wire_sent += len(answers)
+            sock.settimeout(left(deadline))
+            sock.sendall(answers)
+
+
+def codecs(files: TlsFiles) -> Callable[[bool], TlsCodec]:
+    """Load the files once; makes a codec for each connection (True: the listening side).
+
+    Raises: ConfigError naming the file.
+    """
+    context = _context(files)
+    return lambda server_side: TlsCodec(context, server_side)
+
+
+def _context(files: TlsFiles) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_tls13_ciphersuites(_CIPHERS)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+    # Links live long: nothing to resume.
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET)
+    _readable(files.ca, files.cert, files.key)
+    try:
+        context.load_verify_locations(str(files.ca))
+    except SSL.Error as error:
+        raise ConfigError(
+            f"{files.ca}: not a CA certificate in PEM: {_words(error)}", ISSUE
+        ) from None
+    try:
+        context.use_certificate_chain_file(str(files.cert))
+        context.use_privatekey(_private_key(files.key))
+        context.check_privatekey()
+    except (SSL.Error, ValueError) as error:
+        reason = _words(error) if isinstance(error, SSL.Error) else str(error)
+        raise ConfigError(
+            f"{files.cert}, {files.key}: not a certificate and its private key in PEM: {reason}",
+            ISSUE,
+        ) from None
+    return context
+
+
+def _words(error: SSL.Error) -> str:
+    """OpenSSL's reason."""
+    reasons = [entry[-1] for entry in error.args[0]] if error.args else []
+    return str(reasons[0]) if reasons and isinstance(error.args[0], list) else str(error)
+
+
+def _private_key(path: Path | str) -> Any:
+    """Raises: ValueError."""
+    try:
+        return serialization.load_pem_private_key(Path(path).read_bytes(), password=None)
+    except TypeError:
+        raise ValueError("the key has a password") from None
+
+
+def _readable(*paths: Path | str) -> None:
+    for path in paths:
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot read: {error.strerror}", "create keys with `mpcserve keys init`"
+            ) from None
