@@ -230,6 +230,35 @@ def test_a_late_answer_is_named_and_what_came_stays(network: Network) -> None:
     assert into.receive(5, "round 3", WAIT) == b"abcde"
 
 
+def test_what_is_expected_comes_in_order_whenever_it_comes(network: Network) -> None:
+    """Before it is expected, between, and behind; what is late stays; an end is told."""
+    alice, bob = network.pair()
+    stream = new_id()
+    out, into = bob.channel(stream), alice.channel(stream)
+    out.send(b"ab")
+    fence(bob, alice)
+    into.expect(5)
+    out.send(b"cd")
+    fence(bob, alice)
+    with pytest.raises(PeerTimeout, match=r"round 3 from bob at .*: 4 of 5 bytes came"):
+        into.receive(5, "round 3", 0.05)
+    out.send(b"efgh")
+    assert into.receive(5, "round 3", WAIT) == b"abcde"
+    fence(bob, alice)
+    into.expect(3)
+    out.send_message({"then": 1})
+    assert into.receive(3, "round 4", WAIT) == b"fgh"
+    into.expect(2)
+    with pytest.raises(WireError, match="expected 2 bytes"):
+        into.receive(2, "round 5", WAIT)
+    assert into.receive_message("the reply", WAIT) == {"then": 1}
+    into.expect(2)
+    out.send(b"x")
+    out.fail(Refused("no more", "stop"))
+    with pytest.raises(Refused, match="no more"):
+        into.receive(2, "round 6", WAIT)
+
+
 @pytest.mark.parametrize("kind", [Refused, errors.ConfigError, PeerLost, PeerTimeout, MpcError])
 def test_a_failed_stream_raises_the_same_error_at_the_peer(
     network: Network, kind: type[MpcError]

@@ -197,6 +197,8 @@ def drive(
         with peer.attended(standby):
             while True:
                 step = next(steps) if reply is None else steps.send(reply)
+                if rounds:  # the peer's tag comes before its first round
+                    peer.expect(step.expect)
                 _post(step, peer, name(rounds))
                 if not rounds:
                     agree()

@@ -103,6 +103,10 @@ class Inbox:
             self._fill()
             return not self._target
 
+    def is_full(self) -> bool:
+        """Whether nothing is missing of the target."""
+        return not self._target
+
     def is_short(self) -> bool:
         """Whether the target is not full, and nothing but DATA has come."""
         return bool(self._target) and not self._items and self._end is None
@@ -206,6 +210,7 @@ class Channel:
         self.waiting_since: float | None = None  # opened by the peer, claimed by nobody here yet
         self.known_to_peer = False
         self.on_failure: Callable[[MpcError], object] = lambda error: None
+        self._ahead: memoryview | None = None  # of the next `receive`
         self._sending = threading.Lock()
         self._crediting = threading.Lock()
         self._credited = 0
@@ -246,9 +251,14 @@ class Channel:
         what the peer ended the stream with.
         """
         started = time.monotonic()
-        target = _buffer(n)
+        target, self._ahead = self._ahead, None
         try:
-            full = self.inbox.aim(target)
+            if target is None:
+                target = _buffer(n)
+                full = self.inbox.aim(target)
+            else:
+                assert len(target) == n
+                full = self.inbox.is_full()
             self.grant_credit()
             if full:
                 return target
@@ -264,6 +274,11 @@ class Channel:
             f"{self.link.name}: expected {n} bytes ({what}), got a message",
             "run the same version of mpcserve on every machine",
         )
+
+    def expect(self, n: int) -> None:
+        """Say that `receive` asks for n bytes next: what comes until then is put in its place."""
+        self._ahead = _buffer(n)
+        self.inbox.aim(self._ahead)
 
     @contextmanager
     def attended(self, standby: float = STANDBY_S) -> Iterator[None]:

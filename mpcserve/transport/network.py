@@ -124,6 +124,7 @@ class Intake:
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
             end.settimeout(0)
+        self._rings = (self._bell.fileno(), select.POLLIN)
         self._comes = select.poll()
         for end in (sock, self._bell):
             self._comes.register(end, select.POLLIN)
@@ -147,10 +148,12 @@ class Intake:
         if self._line is not None:
             return self._read_late(self._line, seconds)
         came = self._comes.poll(math.ceil(seconds * 1e3))
-        if any(file == self._bell.fileno() for file, _ in came):
+        if not came:
+            return None
+        if self._rings in came:
             self._bell.recv(64)
             return None
-        return self._taken() if came else None
+        return self._taken()
 
     def _taken(self) -> memoryview | None:
         try:

@@ -39,6 +39,7 @@ class Reading:
         self._turn = threading.Lock()  # the right to read
         self._lock = threading.Lock()  # of `_attended` and `_relying`
         self._attended: list[object] = []
+        self._sole: object | None = None  # the stream that is attended, where there is just one
         self._relying = 0  # threads that wait for what another reads
         self._needed = threading.Event()  # the reader thread does not stand by
         self._needed.set()
@@ -104,13 +105,8 @@ class Reading:
 
         Returns at once where the stream is not the only one attended: rely on the reader then.
         """
-        if self._attended == [stream] and self._take_over(deadline):
-            with self._having_turn():
-                while wants() and not self._ended and self._trouble is None:
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        return
-                    self._once(min(left, self._tick))
+        if self._sole is stream and self._take_over(deadline):
+            self._in_turn(lambda: self._read_for(wants, deadline))
 
     @contextmanager
     def relied_on(self) -> Iterator[None]:
@@ -127,15 +123,20 @@ class Reading:
 
     def glance(self, stream: object) -> None:
         """Read what has come, where the stream is the only one attended; wait for nothing."""
-        if self._attended == [stream] and self._turn.acquire(blocking=False):
-            with self._having_turn():
-                self._once(0.0)
+        if self._sole is stream and self._turn.acquire(blocking=False):
+            self._in_turn(lambda: self._once(0.0))
 
-    @contextmanager
-    def _having_turn(self) -> Iterator[None]:
+    def _read_for(self, wants: Callable[[], bool], deadline: float) -> None:
+        while wants() and not self._ended and self._trouble is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            self._once(min(left, self._tick))
+
+    def _in_turn(self, read: Callable[[], object]) -> None:
         """A thread other than the reader reads: what goes wrong is left to the reader."""
         try:
-            yield
+            read()
         except Exception as error:
             self._trouble = error
             self._needed.set()
@@ -169,8 +170,9 @@ class Reading:
         return True
 
     def _settle(self) -> None:
+        self._sole = self._attended[0] if len(self._attended) == 1 else None
         idle = self._trouble is None and not self._ended and not self._relying
-        if idle and len(self._attended) == 1:
+        if idle and self._sole is not None:
             self._needed.clear()
             self._intake.interrupt()
         else:
