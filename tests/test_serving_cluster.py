@@ -50,6 +50,20 @@ def test_payload_over_tls_is_the_bill_and_processes_are_measured(cluster: LocalC
     assert all(n > 50 << 20 for n in report["peak_rss_bytes"].values())
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="two cores"
+)
+def test_alice_and_bob_compute_on_cores_of_their_own(cluster: LocalCluster) -> None:
+    """Every thread of them: those that were there before included."""
+    processes = {role: server.process.pid for role, server in cluster._servers.items()}
+    cores: dict[str, set[int]] = {}
+    for role, pid in processes.items():
+        threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+        cores[role] = set().union(*(os.sched_getaffinity(t) for t in threads))
+    assert cores["alice"] and cores["bob"] and not cores["alice"] & cores["bob"]
+    assert cores["carol"] == os.sched_getaffinity(0)
+
+
 @pytest.mark.parametrize("role", ["bob", "carol", "alice"])
 def test_a_killed_server_is_named_and_picked_up_after_its_restart(
     cluster: LocalCluster, role: str

@@ -5,6 +5,7 @@ For trying things out and for tests. Whoever controls all three servers can see 
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 import weakref
@@ -30,6 +31,7 @@ _CONFIG = """\
 servers: {{alice: "{host}:{alice}", bob: "{host}:{bob}", carol: localhost}}
 pool: {{depth: {pool_depth}, max_bytes: {pool_bytes}}}
 deadlines: {{connect: {connect}, round: {seconds}, request: {seconds}, drain: 10}}
+limits: {{threads: {threads}}}
 log_level: {log_level}
 """
 
@@ -70,6 +72,7 @@ class LocalCluster:
                     pool_bytes=pool_bytes,
                     seconds=seconds,
                     connect=min(seconds, CONNECT_S),
+                    threads=len(_cores_of("alice")),
                     log_level=log_level,
                 )
             )
@@ -110,7 +113,7 @@ class LocalCluster:
         assert self.config.path is not None
         for role in roles:
             self._servers[role] = ServerProcess(
-                role, self.config.path, self._arguments, self._listen
+                role, self.config.path, self._arguments, self._listen, _cores_of(role)
             )
         for role in roles:
             self._servers[role].await_ready(deadline)
@@ -150,6 +153,17 @@ def _write_keys(directory: Path) -> None:
     init_keys(directory)
     for role in ROLES:
         issue(directory, role, ("localhost", HOST))
+
+
+def _cores_of(role: str) -> list[int]:
+    """Half of the cores for alice and half for bob, as if each had a machine of its own.
+
+    Left to itself the system now and then wakes one on the core where the other computes. None if
+    there is but one, or where a process cannot be kept to some (macOS).
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    half = len(cores) // 2
+    return {"alice": cores[:half], "bob": cores[half : 2 * half]}.get(role, [])
 
 
 def _stop(servers: dict[str, ServerProcess]) -> None:

@@ -6,6 +6,7 @@ its standard input, whose other end only this process holds.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -13,8 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -37,7 +38,9 @@ class ServerProcess:
         config: Path,
         arguments: Sequence[str] = (),
         listen: Listen = lambda role, line: None,
+        cores: Collection[int] = (),
     ) -> None:
+        """Start it, on these cores; on any if none are given."""
         command = [sys.executable, "-m", "mpcserve", "party", "--role", role, "--while-stdin"]
         self.role = role
         self.ready = threading.Event()
@@ -64,6 +67,9 @@ class ServerProcess:
         ]
         for thread in self._threads:
             thread.start()
+        if cores:
+            with suppress(ProcessLookupError):  # it has ended: `await_ready` says so
+                os.sched_setaffinity(self.process.pid, cores)
 
     def await_ready(self, deadline: float) -> None:
         """Wait for `ready`. Raises: PeerLost with what the server said last, PeerTimeout."""
