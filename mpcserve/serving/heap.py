@@ -10,21 +10,32 @@ import ctypes
 import os
 import sys
 
-M_ARENA_MAX = -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of glibc's malloc.h."""
+
+KEPT_BYTES = 256 << 20
+"""So much may lie free at the end of the heap: an evaluation's values, and those of the next."""
+
+APART_BYTES = 32 << 20
+"""Larger arrays get pages of their own; what glibc comes to by itself, unless told what to keep."""
 
 LARGE_BYTES = 512 << 20
 """A bundle of so much memory leaves holes that the next one may not fit."""
 
 
 def share_one_heap() -> None:
-    """Have glibc keep one heap for all threads, unless MALLOC_ARENA_MAX says otherwise.
+    """Have glibc keep one heap for all threads, and memory for the next evaluation.
 
-    What one thread received and another one used up would leave holes that no third thread fills.
+    What one thread received and another one used up would leave holes that no third thread fills;
+    and what an evaluation gives back is faulted in by the next. An environment that speaks to glibc
+    itself (MALLOC_…) is left alone.
     """
-    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
+    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+            option = ctypes.CDLL(None).mallopt
+            option(M_ARENA_MAX, 1)
+            option(M_MMAP_THRESHOLD, APART_BYTES)
+            option(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def give_back(nbytes: int) -> None:
