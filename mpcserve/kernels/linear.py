@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 
 from mpcserve.kernels import linear_micro as micro
+from mpcserve.kernels.linear_filters import PLANES, Filter, weigh
 from mpcserve.kernels.linear_image import Band, Geometry, Source, geometry_of, grid, prepare
-from mpcserve.kernels.linear_micro import KC, LINE, ROWS, Index, lanes_of, scratch_words
+from mpcserve.kernels.linear_micro import KC, ROWS, Index, aligned, lanes_of, scratch_words
+from mpcserve.kernels.linear_patches import Layout
 from mpcserve.kernels.linear_runs import ROWS_MAX, Runs, multiply_runs, scratch_for
 from mpcserve.kernels.tasks import Run, Task, one_by_one
 from mpcserve.ring import Words
@@ -49,6 +51,7 @@ class Packed:
     shape: tuple[int, ...]
     groups: int  # of a convolution; 0 for the right operand of a matmul
     words: Words = field(repr=False)
+    by: Filter | None = None  # a convolution with fewer products
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -185,10 +188,16 @@ def pack_matmul_b(b: Words) -> Packed:
     return Packed(b.shape, 0, _pack(b.reshape(prod(lead), deep, wide), lanes, lanes))
 
 
-def pack_conv_w(w: Words, groups: int) -> Packed:
-    """The weight of a convolution, [O, C / groups, kh, kw], for many products."""
+def pack_conv_w(w: Words, groups: int, by: Filter | None = None) -> Packed:
+    """The weight of a convolution, [O, C / groups, kh, kw], for many products.
+
+    With a filter it takes four times the memory, and products are right mod 2^(bits - by.spare).
+    """
     _check(w.dtype)
     assert w.shape[0] % groups == 0
+    if by:
+        planes = weigh(w, by).reshape(PLANES, groups, -1, w.shape[1]).transpose(1, 0, 3, 2)
+        return Packed(w.shape, groups, _pack(planes.reshape(-1, *planes.shape[2:]), ROWS, 1), by)
     rows = w.reshape(groups, w.shape[0] // groups, prod(w.shape[1:]))
     return Packed(w.shape, groups, _pack(rows.swapaxes(1, 2), ROWS, 1))
 
@@ -202,7 +211,7 @@ def _pack(source: Words, lanes: int, fill: int) -> Words:
     full = wide // lanes
     whole, rest = full * lanes, wide % lanes
     last = -(-rest // fill) * fill
-    packed = _aligned(items * deep * (whole + last), source.dtype)
+    packed = aligned(items * deep * (whole + last), source.dtype)
     out = packed.reshape(items, deep * (whole + last))
     for k0 in range(0, deep, KC):
         depth = min(KC, deep - k0)
@@ -258,6 +267,9 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[T
         yield lambda: (0, room.zeros(prod(g.out_shape), x.dtype))
         return
     x = _contiguous(x)
+    if isinstance(w, Packed) and w.by:
+        yield from _conv2d_by(x, w, w.by, g, room)
+        return
     channel, item = g.pixels, g.rows * g.pixels
 
     def fill(
@@ -292,6 +304,29 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[T
             yield partial(fill, left, first, last, bands, only, tile)
 
 
+def _conv2d_by(x: Words, w: Packed, by: Filter, g: Geometry, room: _Room) -> Iterator[Task[Tile]]:
+    assert w.groups == g.groups, (w.groups, g.groups)
+    assert (g.strides, g.dilations) == ((1, 1), (1, 1)), "packed for another convolution"
+    layout, item = Layout(g, by, x.dtype), g.rows * g.pixels
+
+    def fill(
+        first: int, last: int, bands: Sequence[Band], only: Words | None, rows: Band
+    ) -> Tile:
+        start = first * item + rows[0] * g.pixels
+        words, shift = room.take(start, (last - 1) * item + rows[1] * g.pixels, x.dtype)
+        for band in bands:
+            spread = layout.spread(x, first, last, band) if only is None else only
+            layout.multiply(w.words, spread, first, last, band, rows, words, start - shift)
+        return start, words
+
+    products = PLANES * g.w_shape[1] // by.side**2
+    for first, last, bands in layout.chunks():
+        only = layout.spread(x, first, last, bands[0]) if len(bands) == 1 else None
+        whole, least = room.whole or last - first > 1, TILE_ROWS if only is not None else 2 * TILE_ROWS
+        for _, _, *rows in _tiles(1, g.rows, g.pixels, products, whole, least):
+            yield partial(fill, first, last, bands, only, (rows[0], rows[1]))
+
+
 def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:
     """One tile of left · right."""
     deep, dtype = right.deep, out.words.dtype
@@ -318,12 +353,14 @@ def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:
     )  # fmt: skip
 
 
-def _tiles(items: int, height: int, wide: int, deep: int, whole: bool) -> Iterator[_Tile]:
+def _tiles(
+    items: int, height: int, wide: int, deep: int, whole: bool, least: int = TILE_ROWS
+) -> Iterator[_Tile]:
     """Items and rows that cover all items front to back; rows start at multiples of ROWS."""
     if whole:
         yield 0, items, 0, height
         return
-    rows = max(TILE_ROWS, min(TILE_OUTPUTS // wide, TILE_PRODUCTS // (wide * deep)) // ROWS * ROWS)
+    rows = max(least, min(TILE_OUTPUTS // wide, TILE_PRODUCTS // (wide * deep)) // ROWS * ROWS)
     if rows >= height:
         several = rows // height
         for item in range(0, items, several):
@@ -395,9 +432,3 @@ def _flat(x: Words, shape: tuple[int, ...]) -> tuple[Words, tuple[int, ...]]:
 def _contiguous(x: Words) -> Words:
     return np.require(x, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
-
-def _aligned(words: int, dtype: np.dtype[Any]) -> Words:
-    """Uninitialised, from the beginning of a cache line: no vector of a panel crosses one."""
-    raw: Words = np.empty(words + LINE // dtype.itemsize, dtype)
-    skip = -raw.ctypes.data % LINE // dtype.itemsize
-    return raw[skip : skip + words]

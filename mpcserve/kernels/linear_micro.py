@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -120,6 +121,13 @@ def lanes_of(dtype: DTypeLike) -> int:
     return _KIND64.lanes if np.dtype(dtype) == np.uint64 else _KIND32.lanes
 
 
+def aligned(words: int, dtype: np.dtype[Any]) -> Words:
+    """Uninitialised, from the beginning of a cache line: no vector of a panel crosses one."""
+    raw: Words = np.empty(words + LINE // dtype.itemsize, dtype)
+    skip = -raw.ctypes.data % LINE // dtype.itemsize
+    return raw[skip : skip + words]
+
+
 def scratch_words(dtype: DTypeLike, rows: int, deep: int, right_packed: bool) -> int:
     """What `multiply` needs: a tile for cut-off columns, a strip of the right, `rows` to pack."""
     strip = 0 if right_packed else STRIP * lanes_of(dtype)
@@ -127,15 +135,15 @@ def scratch_words(dtype: DTypeLike, rows: int, deep: int, right_packed: bool) ->
     return line + ROWS * lanes_of(dtype) + (strip + min(ROWS_L2, rows)) * min(KC, deep)
 
 
-def _kind_at(place: types.CPointer) -> _Kind:
+def kind_at(place: types.CPointer) -> _Kind:
     return _KIND64 if place.dtype == types.uint64 else _KIND32
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, size: int) -> ir.Value:
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, size: int) -> ir.Value:
     return builder.load(builder.bitcast(address, kind.as_pointer()), align=size)
 
 
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, size: int) -> None:
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, size: int) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=size)
 
 
@@ -156,7 +164,7 @@ def _rows_loop(b: ir.IRBuilder, kind: _Kind, rows: int, at: dict[str, ir.Value])
     left, offs = b.phi(at["left"].type), b.phi(at["offs"].type)
     sums = [tuple(b.phi(vector) for _ in range(kind.parts)) for _ in range(rows)]
     here = b.gep(at["right"], [b.load(offs)])
-    right = kind.prepare(b, _load(b, here, vector, size))
+    right = kind.prepare(b, load(b, here, vector, size))
     new = []
     for row in range(rows):
         word = b.load(b.gep(left, [ir.Constant(_INT64, row)]))
@@ -173,8 +181,8 @@ def _rows_loop(b: ir.IRBuilder, kind: _Kind, rows: int, at: dict[str, ir.Value])
     b.position_at_end(after)
     place = at["out"]
     for row in range(rows):
-        old = b.select(at["more"], _load(b, place, vector, size), zero)
-        _store(b, b.add(old, kind.read(b, new[row])), place, size)
+        old = b.select(at["more"], load(b, place, vector, size), zero)
+        store(b, b.add(old, kind.read(b, new[row])), place, size)
         place = b.gep(place, [at["step"]])
 
 
@@ -196,7 +204,7 @@ def _multiply_panels(typingctx, left, right, offs, depth, rows, out, step, more)
             block = builder.append_basic_block(f"enter{count}")
             choice.add_case(ir.Constant(_INT64, count), block)
             builder.position_at_end(block)
-            _rows_loop(builder, _kind_at(left), count, at)
+            _rows_loop(builder, kind_at(left), count, at)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -206,30 +214,30 @@ def _multiply_panels(typingctx, left, right, offs, depth, rows, out, step, more)
 
 
 @inline
-def _lanes(typingctx, place):  # type: ignore[no-untyped-def]
+def lanes_at(typingctx, place):  # type: ignore[no-untyped-def]
     """Columns of one panel of the words at a place."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return ir.Constant(_INT64, _kind_at(place).lanes)
+        return ir.Constant(_INT64, kind_at(place).lanes)
 
     return types.int64(place), codegen
 
 
 @inline
-def _copy_lanes(typingctx, source, out):  # type: ignore[no-untyped-def]
+def copy_lanes(typingctx, source, out):  # type: ignore[no-untyped-def]
     """One vector of words from one place to another."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = _kind_at(out)
-        lanes = _load(builder, args[0], kind.vector(), kind.bits // 8)
-        _store(builder, lanes, args[1], kind.bits // 8)
+        kind = kind_at(out)
+        lanes = load(builder, args[0], kind.vector(), kind.bits // 8)
+        store(builder, lanes, args[1], kind.bits // 8)
         return context.get_dummy_value()
 
     return types.void(source, out), codegen
 
 
 @inline
-def _on_line(typingctx, place):  # type: ignore[no-untyped-def]
+def on_line(typingctx, place):  # type: ignore[no-untyped-def]
     """The next place where a cache line begins: no vector of a panel from there crosses one."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -240,11 +248,11 @@ def _on_line(typingctx, place):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _zero(typingctx, place):  # type: ignore[no-untyped-def]
+def zero_at(typingctx, place):  # type: ignore[no-untyped-def]
     """Zero as a word of the kind at a place."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return ir.Constant(ir.IntType(_kind_at(place).bits), 0)
+        return ir.Constant(ir.IntType(kind_at(place).bits), 0)
 
     return place.dtype(place), codegen
 
@@ -268,11 +276,11 @@ def _neighbours(base: Place, width: int, lanes: int) -> bool:
 @part
 def _gather_neighbours(source: Place, offs: Place, columns: int, depth: int, out: Place) -> None:
     """Panels of neighbours: out[(j·depth + k)·lanes + …] = source[offs[k] + j·lanes + …]."""
-    lanes = _lanes(out)
+    lanes = lanes_at(out)
     for k in range(depth):
         row, to = on(source, offs[k]), on(out, k * lanes)
         for j in range(0, columns, lanes):
-            _copy_lanes(on(row, j), on(to, j * depth))
+            copy_lanes(on(row, j), on(to, j * depth))
 
 
 @part
@@ -280,7 +288,7 @@ def _gather_panel(
     source: Place, offs: Place, base: Place, width: int, depth: int, out: Place
 ) -> None:
     """One panel of scattered columns: out[k·lanes + lane] = source[offs[k] + base[lane]]."""
-    lanes = _lanes(out)
+    lanes = lanes_at(out)
     for k in range(depth):
         row, to = on(source, offs[k]), on(out, k * lanes)
         if width == lanes:
@@ -294,7 +302,7 @@ def _gather_panel(
 @part
 def _gather(source: Place, offs: Place, base: Place, columns: int, depth: int, out: Place) -> None:
     """Panels of all columns; lanes past the last column are left as they are."""
-    lanes = _lanes(out)
+    lanes = lanes_at(out)
     if _neighbours(base, columns, lanes):
         _gather_neighbours(on(source, base[0]), offs, columns, depth, out)
         return
@@ -326,7 +334,7 @@ def _pack_rows(
 
 
 @part
-def _meet(
+def meet(
     left: Place,
     right: Place,
     offs: Place,
@@ -339,7 +347,7 @@ def _meet(
     corner: Place,
 ) -> None:
     """Packed rows times the panels of a strip of `columns`, added to out when `more`."""
-    lanes = _lanes(out)
+    lanes = lanes_at(out)
     for p0 in range(0, columns, lanes):
         width, panel = min(lanes, columns - p0), on(right, p0 * depth)
         cut = width < lanes
@@ -394,8 +402,8 @@ def multiply(
     left_packed, row_step, col_step = left_form
     right_packed, deep, wide, height, step = sizes
     item0, item1, row0, row1 = tile
-    corner = _on_line(place_of(scratch, 0))
-    lanes = _lanes(corner)
+    corner = on_line(place_of(scratch, 0))
+    lanes = lanes_at(corner)
     strip = on(corner, ROWS * lanes)
     block = strip if right_packed else on(strip, STRIP * lanes * min(KC, deep))
     panels = (wide + lanes - 1) // lanes * lanes
@@ -425,7 +433,7 @@ def multiply(
                         else:
                             rhs = strip
                             _gather(source, taps, start, columns, depth, rhs)
-                    _meet(lhs, rhs, table, depth, rows, columns, place, step, k0, corner)
+                    meet(lhs, rhs, table, depth, rows, columns, place, step, k0, corner)
 
 
 @both(*(IN, AT, "int64", IN, AT, OUT, AT, "int64", "UniTuple(int64, 4)"))
@@ -449,7 +457,7 @@ def multiply_column(
         column, to = place_of(right, right_at[item]), place_of(out, out_at[item])
         for i in range(row0, row1):
             row = place_of(left, left_at[item] + i * row_step)
-            total = _zero(to)
+            total = zero_at(to)
             for k in range(deep):
                 total = added(total, row[k], column[k])
             to[i] = total

@@ -1,0 +1,365 @@
+"""The compiled half of `linear_filters`: patches, their products with filters, and the sums.
+
+The patches of some images lie in blocks of `block` columns, one column a patch: for each of PLANES
+planes a matrix [channels, columns] in the order in which `linear_micro` reads a packed right
+operand. A block's products with some rows of the filters stay in the L2 cache until they are summed.
+
+Planes are an odd number of vectors apart. Powers of two would send the words of one patch to the
+same few lines of a cache: that alone made it twice as slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+
+from mpcserve.kernels.linear_filters import KARATSUBA, PLANES, POINTS, TAPS, TOOM, Filter, Six
+from mpcserve.kernels.linear_image import Band, Geometry, grid
+from mpcserve.kernels.linear_micro import (
+    AT, IN, KC, LINE, OUT, ROWS, Index, aligned, both, copy_lanes, kind_at, lanes_at, lanes_of, load, meet,
+    on_line, store, zero_at,
+)  # fmt: skip
+from mpcserve.kernels.places import Place, inline, on, part, place_of
+from mpcserve.ring import Words
+
+BLOCK_BYTES = 4 * LINE  # of a row of a block
+ROWS_AT_ONCE = 48  # their sums of one block are 442 KB, less than half an L2 cache
+SPREAD_WORDS = 1 << 20  # of patches at once: 8 MiB, more only if one row of patches needs more
+FEW_CHANNELS = 64  # of fewer no more patches are spread at once: each is in a cache meanwhile
+POOLED_OUTPUTS = 1 << 18  # of several images
+
+_INDEX, _INT64 = ir.IntType(32), ir.IntType(64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lanes:
+    """A vector of words, in code that is being written."""
+
+    builder: ir.IRBuilder
+    words: ir.Value
+
+    def __add__(self, other: _Lanes) -> _Lanes:
+        return _Lanes(self.builder, self.builder.add(self.words, other.words))
+
+    def __sub__(self, other: _Lanes) -> _Lanes:
+        return _Lanes(self.builder, self.builder.sub(self.words, other.words))
+
+    def __rmul__(self, factor: int) -> _Lanes:
+        kind = self.words.type
+        return _Lanes(
+            self.builder, self.builder.mul(self.words, ir.Constant(kind, [factor] * kind.count))
+        )
+
+
+def _every(builder: ir.IRBuilder, words: ir.Value, first: int, step: int, count: int) -> _Lanes:
+    """Words first, first + step, … of a longer vector."""
+    order = [first + step * lane for lane in range(count)]
+    undef = ir.Constant(words.type, ir.Undefined)
+    mask = ir.Constant(ir.VectorType(_INDEX, count), order)
+    return _Lanes(builder, builder.shuffle_vector(words, undef, mask))
+
+
+def _joined(builder: ir.IRBuilder, parts: Six) -> ir.Value:
+    """Word 0 of each vector, then word 1 of each, …"""
+    lanes, side = parts[0].words.type.count, len(parts)
+    undef = ir.Constant(parts[0].words.type, ir.Undefined)
+    words = [p.words for p in parts] + [undef] * (4 - side)
+    both = ir.Constant(ir.VectorType(_INDEX, 2 * lanes), list(range(2 * lanes)))
+    halves = [builder.shuffle_vector(*words[j : j + 2], both) for j in (0, 2)]
+    order = [j * lanes + lane for lane in range(lanes) for j in range(side)]
+    mask = ir.Constant(ir.VectorType(_INDEX, side * lanes), order)
+    return builder.shuffle_vector(*halves, mask)
+
+
+def _spread_by(by: Filter) -> Any:
+    @inline
+    def spread(typingctx, image, row_words, out, plane):  # type: ignore[no-untyped-def]
+        """out[q·plane + i] = word q of the spread patch whose corner is image[i·side]; all lanes."""
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            kind = kind_at(image)
+            row, step, place, apart = args
+            wide, size = ir.VectorType(ir.IntType(kind.bits), kind.lanes * by.side), kind.bits // 8
+            rows = []
+            for _ in range(by.reach):
+                here = load(builder, row, wide, size)
+                after = builder.gep(row, [ir.Constant(_INT64, by.side)])
+                next_patch = load(builder, after, wide, size)
+                words = [_every(builder, here, j, by.side, kind.lanes) for j in range(by.side)]
+                words += [_every(builder, next_patch, j, by.side, kind.lanes) for j in (0, 1)]
+                rows.append(by.spread(words))
+                row = builder.gep(row, [step])
+            columns = [by.spread(column) for column in zip(*rows, strict=True)]
+            for y in range(POINTS):
+                for x in range(POINTS):
+                    store(builder, columns[x][y].words, place, size)
+                    place = builder.gep(place, [apart])
+            return context.get_dummy_value()
+
+        return types.void(image, row_words, out, plane), codegen
+
+    return spread
+
+
+def _sum_by(by: Filter) -> Any:
+    @inline
+    def total(typingctx, products, plane, out, row_words):  # type: ignore[no-untyped-def]
+        """Row y of the outputs of a vector of patches, patch after patch, to out[y·row_words :]."""
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            kind = kind_at(products)
+            place, apart, to, step = args
+            vector, size = kind.vector(), kind.bits // 8
+            rows: list[list[_Lanes]] = [[] for _ in range(POINTS)]
+            for y in range(POINTS):
+                for _ in range(POINTS):
+                    rows[y].append(_Lanes(builder, load(builder, place, vector, size)))
+                    place = builder.gep(place, [apart])
+            columns = [by.sums(column) for column in zip(*rows, strict=True)]
+            for y in range(by.side):
+                words = _joined(builder, by.sums([column[y] for column in columns]))
+                spare = ir.Constant(words.type, [by.spare] * words.type.count)
+                store(builder, builder.lshr(words, spare), to, size)
+                to = builder.gep(to, [step])
+            return context.get_dummy_value()
+
+        return types.void(products, plane, out, row_words), codegen
+
+    return total
+
+
+_spread3, _spread4 = _spread_by(KARATSUBA), _spread_by(TOOM)
+_sum3, _sum4 = _sum_by(KARATSUBA), _sum_by(TOOM)
+
+
+@part
+def _copy(source: Place, to: Place, count: int) -> None:
+    """`count` words, in whole vectors if there are as many: the last overlaps the one before."""
+    lanes = lanes_at(to)
+    if count >= lanes:
+        for k in range(0, count - lanes, lanes):
+            copy_lanes(on(source, k), on(to, k))
+        copy_lanes(on(source, count - lanes), on(to, count - lanes))
+    else:
+        for k in range(count):
+            to[k] = source[k]
+
+
+@part
+def _vectors(words: int, lanes: int) -> int:
+    """Words of as many vectors as hold so many."""
+    return (words + lanes - 1) // lanes * lanes
+
+
+@part
+def _odd(words: int, lanes: int) -> int:
+    """The same, but of an odd number of vectors."""
+    return ((words + lanes - 1) // lanes | 1) * lanes
+
+
+@both(IN, OUT, OUT, "UniTuple(int64, 14)")
+def spread_patches(image: Words, out: Words, scratch: Words, sizes: tuple[int, ...]) -> None:
+    """Rows first:last of the patches of some images, spread.
+
+    sizes: side, images, where the first begins, channels, height, width, padding above and left,
+    first, last, patches in a row, block, words of a padded row, words of a padded image.
+    """
+    side, images, start, channels, height, width, top, left = sizes[:8]
+    first, last, across, block, row_words, image_words = sizes[8:]
+    padded = on_line(place_of(scratch, 0))
+    lanes, zero, patches = lanes_at(padded), zero_at(padded), images * (last - first) * across
+    spread, plane = on(padded, image_words), _odd(patches + lanes, lanes)
+    above = first * side - top  # the row of the image that is the first padded one
+    y0, y1 = max(0, above), min(height, above + (last - first) * side + TAPS - 1)
+    for k in range(image_words):
+        padded[k] = zero
+    for channel in range(channels):
+        to = spread
+        for n in range(images):
+            source = place_of(image, start + (n * channels + channel) * height * width)
+            for y in range(y0, y1):
+                row = on(padded, (y - above) * row_words + left)
+                _copy(on(source, y * width), row, width)
+            for y in range(last - first):
+                row = on(padded, y * side * row_words)
+                # A last vector reads and writes beyond the row; the next row overwrites that.
+                for x in range(0, across, lanes):
+                    if side == 3:
+                        _spread3(on(row, x * side), row_words, on(to, x), plane)
+                    else:
+                        _spread4(on(row, x * side), row_words, on(to, x), plane)
+                to = on(to, across)
+        k0 = channel // KC * KC
+        depth = min(KC, channels - k0)
+        for p0 in range(0, patches, block):
+            wide = _vectors(min(block, patches - p0), lanes)
+            place = place_of(out, p0 // block * PLANES * _odd(channels * block, lanes))
+            place = on(place, k0 * wide + (channel - k0) * lanes)
+            for q in range(PLANES):
+                source, to = on(spread, q * plane + p0), on(place, q * _odd(channels * wide, lanes))
+                for p in range(0, wide, lanes):
+                    copy_lanes(on(source, p), on(to, p * depth))
+
+
+@part
+def _write(
+    source: Place, step: int, p0: int, count: int, out: Place, at: tuple[int, ...]
+) -> None:
+    """Outputs of `count` patches from p0 on, in rows `step` words apart, to where they belong."""
+    side, first, high, across, height, width, item = at
+    p = p0
+    while p < p0 + count:
+        line = p // across
+        x = p - line * across
+        n = line // high
+        y = (first + line - n * high) * side
+        many = min(across - x, p0 + count - p)
+        words = min(many * side, width - x * side)
+        to, row = on(out, n * item + y * width + x * side), on(source, (p - p0) * side)
+        for j in range(min(side, height - y)):
+            _copy(on(row, j * step), on(to, j * width), words)
+        p += many
+
+
+@both(IN, "int64", IN, OUT, "int64", OUT, AT, "UniTuple(int64, 14)")
+def multiply_patches(
+    left: Words,
+    left_at: int,
+    right: Words,
+    out: Words,
+    out_at: int,
+    scratch: Words,
+    in_strip: Index,
+    sizes: tuple[int, ...],
+) -> None:
+    """Outputs row0:row1 of the patches that `spread_patches` wrote, from out[out_at :] on.
+
+    sizes: side, images, channels, outputs, row0 (a multiple of ROWS), row1, first, last, patches in
+    a row, block, height and width of an output, words from image to image, words of a plane of
+    filters. in_strip: k·lanes.
+    """
+    side, images, channels, outputs, row0, row1, first, last = sizes[:8]
+    across, block, height, width, item, plane = sizes[8:]
+    corner, table = on_line(place_of(scratch, 0)), place_of(in_strip, 0)
+    lanes = lanes_at(corner)
+    products = on(corner, ROWS * lanes)
+    summed = on(products, PLANES * _odd(ROWS_AT_ONCE * block, lanes))
+    patches = images * (last - first) * across
+    at = (side, first, last - first, across, height, width, item)
+    for p0 in range(0, patches, block):
+        count = min(block, patches - p0)
+        wide = _vectors(count, lanes)
+        these = place_of(right, p0 // block * PLANES * _odd(channels * block, lanes))
+        for i0 in range(row0, row1, ROWS_AT_ONCE):
+            rows = min(ROWS_AT_ONCE, row1 - i0)
+            apart = _odd(rows * wide, lanes)
+            for q in range(PLANES):
+                filters, to = place_of(left, left_at + q * plane), on(products, q * apart)
+                matrix = on(these, q * _odd(channels * wide, lanes))
+                for k0 in range(0, channels, KC):
+                    depth = min(KC, channels - k0)
+                    lhs, rhs = on(filters, k0 * outputs + i0 * depth), on(matrix, k0 * wide)
+                    meet(lhs, rhs, table, depth, rows, wide, to, wide, k0, corner)
+            for i in range(rows):
+                for p in range(0, wide, lanes):
+                    place, to = on(products, i * wide + p), on(summed, p * side)
+                    if side == 3:
+                        _sum3(place, apart, to, wide * side)
+                    else:
+                        _sum4(place, apart, to, wide * side)
+                to = place_of(out, out_at + (i0 - row0 + i) * height * width)
+                _write(summed, wide * side, p0, count, to, at)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the patches of a convolution lie, and how many are spread at once."""
+
+    shape: Geometry
+    by: Filter
+    dtype: np.dtype[np.unsignedinteger]
+
+    @property
+    def lanes(self) -> int:
+        """Patches of one vector."""
+        return lanes_of(self.dtype)
+
+    @property
+    def block(self) -> int:
+        """Patches that meet some rows of the filters at once."""
+        return BLOCK_BYTES // self.dtype.itemsize
+
+    @property
+    def channels(self) -> int:
+        """Of the input, in one group."""
+        return self.shape.w_shape[1]
+
+    @property
+    def down(self) -> int:
+        """Rows of patches of an image."""
+        return -(-self.shape.out_shape[2] // self.by.side)
+
+    @property
+    def across(self) -> int:
+        """Patches in one of them."""
+        return -(-self.shape.out_shape[3] // self.by.side)
+
+    def chunks(self) -> Iterator[tuple[int, int, list[Band]]]:
+        """Items first : last, and the bands of rows of patches to cut them into.
+
+        Several items are images that share a filter, so small that they are one tile of output.
+        """
+        most = SPREAD_WORDS // (PLANES * max(self.channels, FEW_CHANNELS))
+        patches, item = self.down * self.across, self.shape.rows * self.shape.pixels
+        several = min(most // patches, POOLED_OUTPUTS // item) if self.shape.groups == 1 else 1
+        count = -(-self.down // max(1, most // self.across))
+        edges = [self.down * k // count for k in range(count + 1)]
+        for item in range(0, self.shape.items, max(1, several)):
+            last = min(self.shape.items, item + max(1, several))
+            yield item, last, list(pairwise(edges))
+
+    def spread(self, x: Words, first: int, last: int, band: Band) -> Words:
+        """The spread patches of items first:last and of the rows of the band."""
+        g, by, lanes = self.shape, self.by, self.lanes
+        images, (height, width) = last - first, g.x_shape[2:]
+        patches = images * (band[1] - band[0]) * self.across
+        blocks, rest = divmod(patches, self.block)
+        size = blocks * PLANES * self._odd(self.channels * self.block)
+        size += PLANES * self._odd(self.channels * -(-rest // lanes) * lanes)
+        reach = max(g.pads[1] + width, -(-self.across // lanes) * lanes * by.side + by.side)
+        row_words = -(-reach // lanes) * lanes
+        image_words = ((band[1] - band[0]) * by.side + TAPS - 1) * row_words
+        line = LINE // self.dtype.itemsize
+        scratch = np.empty(
+            line + image_words + PLANES * self._odd(patches + lanes) + lanes, self.dtype
+        )
+        out = aligned(size, self.dtype)
+        sizes = (by.side, images, first * self.channels * height * width, self.channels)
+        sizes += (height, width, g.pads[0], g.pads[1], *band, self.across, self.block)
+        spread_patches(x.reshape(-1), out, scratch, (*sizes, row_words, image_words))
+        return out
+
+    def multiply(
+        self, filters: Words, spread: Words, first: int, last: int, band: Band,
+        rows: Band, out: Words, out_at: int,
+    ) -> None:  # fmt: skip
+        """Outputs of the same for some output channels; the first one goes to out[out_at :]."""
+        g, lanes = self.shape, self.lanes
+        words = LINE // self.dtype.itemsize + ROWS * lanes
+        words += PLANES * self._odd(ROWS_AT_ONCE * self.block) + self.by.side**2 * self.block
+        plane = g.rows * self.channels
+        sizes = (self.by.side, last - first, self.channels, g.rows, *rows, *band)
+        sizes += (self.across, self.block, *g.out_shape[2:], g.rows * g.pixels, plane)
+        multiply_patches(
+            filters, first % g.groups * PLANES * plane, spread, out, out_at,
+            np.empty(words, self.dtype), grid((KC,), (lanes,)), sizes,
+        )  # fmt: skip
+
+    def _odd(self, words: int) -> int:
+        return (-(-words // self.lanes) | 1) * self.lanes
