@@ -141,6 +141,22 @@ def test_products_are_within_one_ulp_of_the_exact_quotient(
         assert np.array_equal(got, exact)
 
 
+@pytest.mark.parametrize("ring", [30, 32, 44, 63, 64])
+def test_a_convolution_with_fewer_products_is_exact_in_every_ring(ring: int) -> None:
+    rng = np.random.default_rng([SEED, ring])
+    at = {"strides": [1, 1], "pads": [1, 1, 1, 1], "dilations": [1, 1], "groups": 1}
+    p = PlanWriter()
+    x, w = p.input((2, 33, 29, 30), ring, bound=ring - 16), p.weight((17, 33, 3, 3), ring, bound=5)
+    width = min(ring, 63)
+    z = p.emit("conv", [x, w], width=width, bound=width - 1, ring=ring, truncate=0, **at)
+    plan, high = p.done(z), 2 ** (ring - 16)
+    a, b = rng.integers(-high, high, (2, 33, 29, 30)), rng.integers(-32, 32, (17, 33, 3, 3))
+    names = dict(zip(plan.weights, [b], strict=True))
+    (got,) = run(plan, a, **names)
+    (exact,) = evaluate_clear(plan, names, [a])
+    assert np.array_equal(got, exact)
+
+
 def test_square_of_one_value_is_a_product() -> None:
     p = PlanWriter()
     x = p.input((50,), 40, bound=10)

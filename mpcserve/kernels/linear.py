@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mpcserve.kernels import linear_micro as micro
-from mpcserve.kernels.linear_filters import PLANES, Filter, weigh
+from mpcserve.kernels.linear_bilinear import PLANES, Bilinear, weigh
 from mpcserve.kernels.linear_image import Band, Geometry, Source, geometry_of, grid, prepare
 from mpcserve.kernels.linear_micro import KC, ROWS, Index, aligned, lanes_of, scratch_words
 from mpcserve.kernels.linear_patches import Layout
@@ -51,7 +51,7 @@ class Packed:
     shape: tuple[int, ...]
     groups: int  # of a convolution; 0 for the right operand of a matmul
     words: Words = field(repr=False)
-    by: Filter | None = None  # a convolution with fewer products
+    by: Bilinear | None = field(default=None, repr=False)  # computes with fewer products
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -188,10 +188,11 @@ def pack_matmul_b(b: Words) -> Packed:
     return Packed(b.shape, 0, _pack(b.reshape(prod(lead), deep, wide), lanes, lanes))
 
 
-def pack_conv_w(w: Words, groups: int, by: Filter | None = None) -> Packed:
+def pack_conv_w(w: Words, groups: int, by: Bilinear | None = None) -> Packed:
     """The weight of a convolution, [O, C / groups, kh, kw], for many products.
 
-    With a filter it takes four times the memory, and products are right mod 2^(bits - by.spare).
+    `by`: with strides and dilations of 1 and 3×3 taps, by fewer products. It takes four times the
+    memory, and the results are right mod 2^(bits − by.spare).
     """
     _check(w.dtype)
     assert w.shape[0] % groups == 0
@@ -304,14 +305,12 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[T
             yield partial(fill, left, first, last, bands, only, tile)
 
 
-def _conv2d_by(x: Words, w: Packed, by: Filter, g: Geometry, room: _Room) -> Iterator[Task[Tile]]:
+def _conv2d_by(x: Words, w: Packed, by: Bilinear, g: Geometry, room: _Room) -> Iterator[Task[Tile]]:
     assert w.groups == g.groups, (w.groups, g.groups)
     assert (g.strides, g.dilations) == ((1, 1), (1, 1)), "packed for another convolution"
     layout, item = Layout(g, by, x.dtype), g.rows * g.pixels
 
-    def fill(
-        first: int, last: int, bands: Sequence[Band], only: Words | None, rows: Band
-    ) -> Tile:
+    def fill(first: int, last: int, bands: Sequence[Band], only: Words | None, rows: Band) -> Tile:
         start = first * item + rows[0] * g.pixels
         words, shift = room.take(start, (last - 1) * item + rows[1] * g.pixels, x.dtype)
         for band in bands:
@@ -322,9 +321,10 @@ def _conv2d_by(x: Words, w: Packed, by: Filter, g: Geometry, room: _Room) -> Ite
     products = PLANES * g.w_shape[1] // by.side**2
     for first, last, bands in layout.chunks():
         only = layout.spread(x, first, last, bands[0]) if len(bands) == 1 else None
-        whole, least = room.whole or last - first > 1, TILE_ROWS if only is not None else 2 * TILE_ROWS
-        for _, _, *rows in _tiles(1, g.rows, g.pixels, products, whole, least):
-            yield partial(fill, first, last, bands, only, (rows[0], rows[1]))
+        whole = room.whole or last - first > 1
+        least = TILE_ROWS * (1 if len(bands) == 1 else 2)  # each tile spreads the bands anew
+        for _, _, row0, row1 in _tiles(1, g.rows, g.pixels, products, whole, least):
+            yield partial(fill, first, last, bands, only, (row0, row1))
 
 
 def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:
@@ -431,4 +431,3 @@ def _flat(x: Words, shape: tuple[int, ...]) -> tuple[Words, tuple[int, ...]]:
 
 def _contiguous(x: Words) -> Words:
     return np.require(x, requirements=["C_CONTIGUOUS", "ALIGNED"])
-

@@ -1,8 +1,8 @@
-"""The compiled half of `linear_filters`: patches, their products with filters, and the sums.
+"""The compiled half of `linear_bilinear`: spread patches, their products with kernels, the sums.
 
 The patches of some images lie in blocks of `block` columns, one column a patch: for each of PLANES
 planes a matrix [channels, columns] in the order in which `linear_micro` reads a packed right
-operand. A block's products with some rows of the filters stay in the L2 cache until they are summed.
+operand. A block's products with some rows of the kernels stay in the L2 cache until summed.
 
 Planes are an odd number of vectors apart. Powers of two would send the words of one patch to the
 same few lines of a cache: that alone made it twice as slow.
@@ -19,20 +19,36 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from mpcserve.kernels.linear_filters import KARATSUBA, PLANES, POINTS, TAPS, TOOM, Filter, Six
+from mpcserve.kernels.linear_bilinear import KARATSUBA, PLANES, POINTS, TAPS, TOOM, Bilinear, Terms
 from mpcserve.kernels.linear_image import Band, Geometry, grid
 from mpcserve.kernels.linear_micro import (
-    AT, IN, KC, LINE, OUT, ROWS, Index, aligned, both, copy_lanes, kind_at, lanes_at, lanes_of, load, meet,
-    on_line, store, zero_at,
+    AT,
+    IN,
+    KC,
+    LINE,
+    OUT,
+    ROWS,
+    Index,
+    aligned,
+    both,
+    copy_lanes,
+    kind_at,
+    lanes_at,
+    lanes_of,
+    load,
+    meet,
+    on_line,
+    store,
+    zero_at,
 )  # fmt: skip
 from mpcserve.kernels.places import Place, inline, on, part, place_of
 from mpcserve.ring import Words
 
 BLOCK_BYTES = 4 * LINE  # of a row of a block
-ROWS_AT_ONCE = 48  # their sums of one block are 442 KB, less than half an L2 cache
+ROWS_AT_ONCE = 48  # of ROWS a multiple; their products with a block are 442 KB of an L2 cache
 SPREAD_WORDS = 1 << 20  # of patches at once: 8 MiB, more only if one row of patches needs more
-FEW_CHANNELS = 64  # of fewer no more patches are spread at once: each is in a cache meanwhile
-POOLED_OUTPUTS = 1 << 18  # of several images
+SPREAD_PATCHES = 455  # at once at most: one channel of them lies in the L2 cache
+POOLED_OUTPUTS = 1 << 18  # words of output of several images at once
 
 _INDEX, _INT64 = ir.IntType(32), ir.IntType(64)
 
@@ -51,10 +67,8 @@ class _Lanes:
         return _Lanes(self.builder, self.builder.sub(self.words, other.words))
 
     def __rmul__(self, factor: int) -> _Lanes:
-        kind = self.words.type
-        return _Lanes(
-            self.builder, self.builder.mul(self.words, ir.Constant(kind, [factor] * kind.count))
-        )
+        factors = ir.Constant(self.words.type, [factor] * self.words.type.count)
+        return _Lanes(self.builder, self.builder.mul(self.words, factors))
 
 
 def _every(builder: ir.IRBuilder, words: ir.Value, first: int, step: int, count: int) -> _Lanes:
@@ -65,7 +79,7 @@ def _every(builder: ir.IRBuilder, words: ir.Value, first: int, step: int, count:
     return _Lanes(builder, builder.shuffle_vector(words, undef, mask))
 
 
-def _joined(builder: ir.IRBuilder, parts: Six) -> ir.Value:
+def _joined(builder: ir.IRBuilder, parts: Terms) -> ir.Value:
     """Word 0 of each vector, then word 1 of each, …"""
     lanes, side = parts[0].words.type.count, len(parts)
     undef = ir.Constant(parts[0].words.type, ir.Undefined)
@@ -77,10 +91,10 @@ def _joined(builder: ir.IRBuilder, parts: Six) -> ir.Value:
     return builder.shuffle_vector(*halves, mask)
 
 
-def _spread_by(by: Filter) -> Any:
+def _spread_by(by: Bilinear) -> Any:
     @inline
     def spread(typingctx, image, row_words, out, plane):  # type: ignore[no-untyped-def]
-        """out[q·plane + i] = word q of the spread patch whose corner is image[i·side]; all lanes."""
+        """out[q·plane + i] = word q of the spread patch with its corner at image[i·side]."""
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             kind = kind_at(image)
@@ -107,7 +121,7 @@ def _spread_by(by: Filter) -> Any:
     return spread
 
 
-def _sum_by(by: Filter) -> Any:
+def _sum_by(by: Bilinear) -> Any:
     @inline
     def total(typingctx, products, plane, out, row_words):  # type: ignore[no-untyped-def]
         """Row y of the outputs of a vector of patches, patch after patch, to out[y·row_words :]."""
@@ -208,9 +222,7 @@ def spread_patches(image: Words, out: Words, scratch: Words, sizes: tuple[int, .
 
 
 @part
-def _write(
-    source: Place, step: int, p0: int, count: int, out: Place, at: tuple[int, ...]
-) -> None:
+def _write(source: Place, step: int, p0: int, count: int, out: Place, at: tuple[int, ...]) -> None:
     """Outputs of `count` patches from p0 on, in rows `step` words apart, to where they belong."""
     side, first, high, across, height, width, item = at
     p = p0
@@ -242,7 +254,7 @@ def multiply_patches(
 
     sizes: side, images, channels, outputs, row0 (a multiple of ROWS), row1, first, last, patches in
     a row, block, height and width of an output, words from image to image, words of a plane of
-    filters. in_strip: k·lanes.
+    kernels. in_strip: k·lanes.
     """
     side, images, channels, outputs, row0, row1, first, last = sizes[:8]
     across, block, height, width, item, plane = sizes[8:]
@@ -260,11 +272,11 @@ def multiply_patches(
             rows = min(ROWS_AT_ONCE, row1 - i0)
             apart = _odd(rows * wide, lanes)
             for q in range(PLANES):
-                filters, to = place_of(left, left_at + q * plane), on(products, q * apart)
+                kernel, to = place_of(left, left_at + q * plane), on(products, q * apart)
                 matrix = on(these, q * _odd(channels * wide, lanes))
                 for k0 in range(0, channels, KC):
                     depth = min(KC, channels - k0)
-                    lhs, rhs = on(filters, k0 * outputs + i0 * depth), on(matrix, k0 * wide)
+                    lhs, rhs = on(kernel, k0 * outputs + i0 * depth), on(matrix, k0 * wide)
                     meet(lhs, rhs, table, depth, rows, wide, to, wide, k0, corner)
             for i in range(rows):
                 for p in range(0, wide, lanes):
@@ -282,7 +294,7 @@ class Layout:
     """Where the patches of a convolution lie, and how many are spread at once."""
 
     shape: Geometry
-    by: Filter
+    by: Bilinear
     dtype: np.dtype[np.unsignedinteger]
 
     @property
@@ -292,7 +304,7 @@ class Layout:
 
     @property
     def block(self) -> int:
-        """Patches that meet some rows of the filters at once."""
+        """Patches that meet some rows of the kernels at once."""
         return BLOCK_BYTES // self.dtype.itemsize
 
     @property
@@ -315,51 +327,56 @@ class Layout:
 
         Several items are images that share a filter, so small that they are one tile of output.
         """
-        most = SPREAD_WORDS // (PLANES * max(self.channels, FEW_CHANNELS))
-        patches, item = self.down * self.across, self.shape.rows * self.shape.pixels
-        several = min(most // patches, POOLED_OUTPUTS // item) if self.shape.groups == 1 else 1
+        g = self.shape
+        most = min(SPREAD_PATCHES, SPREAD_WORDS // (PLANES * self.channels))
         count = -(-self.down // max(1, most // self.across))
         edges = [self.down * k // count for k in range(count + 1)]
-        for item in range(0, self.shape.items, max(1, several)):
-            last = min(self.shape.items, item + max(1, several))
-            yield item, last, list(pairwise(edges))
+        several = min(most // (self.down * self.across), POOLED_OUTPUTS // (g.rows * g.pixels))
+        several = max(1, several) if g.groups == 1 else 1
+        for item in range(0, g.items, several):
+            yield item, min(g.items, item + several), list(pairwise(edges))
 
     def spread(self, x: Words, first: int, last: int, band: Band) -> Words:
         """The spread patches of items first:last and of the rows of the band."""
-        g, by, lanes = self.shape, self.by, self.lanes
-        images, (height, width) = last - first, g.x_shape[2:]
-        patches = images * (band[1] - band[0]) * self.across
+        g, side, lanes = self.shape, self.by.side, self.lanes
+        (height, width), (top, left), high = g.x_shape[2:], g.pads[:2], band[1] - band[0]
+        patches = (last - first) * high * self.across
         blocks, rest = divmod(patches, self.block)
-        size = blocks * PLANES * self._odd(self.channels * self.block)
-        size += PLANES * self._odd(self.channels * -(-rest // lanes) * lanes)
-        reach = max(g.pads[1] + width, -(-self.across // lanes) * lanes * by.side + by.side)
-        row_words = -(-reach // lanes) * lanes
-        image_words = ((band[1] - band[0]) * by.side + TAPS - 1) * row_words
-        line = LINE // self.dtype.itemsize
-        scratch = np.empty(
-            line + image_words + PLANES * self._odd(patches + lanes) + lanes, self.dtype
-        )
-        out = aligned(size, self.dtype)
-        sizes = (by.side, images, first * self.channels * height * width, self.channels)
-        sizes += (height, width, g.pads[0], g.pads[1], *band, self.across, self.block)
-        spread_patches(x.reshape(-1), out, scratch, (*sizes, row_words, image_words))
+        words = blocks * self._odd(self.channels * self.block)
+        words += self._odd(self.channels * self._vectors(rest))
+        row_words = max(left + width, self._vectors(self.across) * side + side)
+        row_words = self._vectors(row_words)
+        image_words = (high * side + TAPS - 1) * row_words
+        scratch = image_words + PLANES * self._odd(patches + lanes) + LINE // self.dtype.itemsize
+        out = aligned(PLANES * words, self.dtype)
+        start = first * self.channels * height * width
+        spread_patches(
+            x.reshape(-1), out, np.empty(scratch, self.dtype),
+            (side, last - first, start, self.channels, height, width, top, left, *band,
+             self.across, self.block, row_words, image_words),
+        )  # fmt: skip
         return out
 
     def multiply(
-        self, filters: Words, spread: Words, first: int, last: int, band: Band,
+        self, kernels: Words, spread: Words, first: int, last: int, band: Band,
         rows: Band, out: Words, out_at: int,
     ) -> None:  # fmt: skip
         """Outputs of the same for some output channels; the first one goes to out[out_at :]."""
-        g, lanes = self.shape, self.lanes
-        words = LINE // self.dtype.itemsize + ROWS * lanes
-        words += PLANES * self._odd(ROWS_AT_ONCE * self.block) + self.by.side**2 * self.block
+        g, lanes, side = self.shape, self.lanes, self.by.side
+        scratch = LINE // self.dtype.itemsize + ROWS * lanes
+        scratch += PLANES * self._odd(ROWS_AT_ONCE * self.block) + side**2 * self.block
         plane = g.rows * self.channels
-        sizes = (self.by.side, last - first, self.channels, g.rows, *rows, *band)
-        sizes += (self.across, self.block, *g.out_shape[2:], g.rows * g.pixels, plane)
         multiply_patches(
-            filters, first % g.groups * PLANES * plane, spread, out, out_at,
-            np.empty(words, self.dtype), grid((KC,), (lanes,)), sizes,
+            kernels, first % g.groups * PLANES * plane, spread, out, out_at,
+            np.empty(scratch, self.dtype), grid((KC,), (lanes,)),
+            (side, last - first, self.channels, g.rows, *rows, *band,
+             self.across, self.block, *g.out_shape[2:], g.rows * g.pixels, plane),
         )  # fmt: skip
 
+    def _vectors(self, words: int) -> int:
+        """Words of as many vectors as hold so many."""
+        return -(-words // self.lanes) * self.lanes
+
     def _odd(self, words: int) -> int:
+        """The same, but of an odd number of vectors."""
         return (-(-words // self.lanes) | 1) * self.lanes

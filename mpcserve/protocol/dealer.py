@@ -61,9 +61,9 @@ class Dealer:
         self._fixed: dict[int, _Fixed] = {}
         made: dict[Hashable, product.Operand] = {}
         for id, index in plan.fixed.items():
-            i, key, w = plan[id], product.layout_of(plan[id], index), plan[id].inputs[index]
+            i, key, w = plan[id], product.layout_of(plan, plan[id], index), plan[id].inputs[index]
             if key not in made:
-                made[key] = product.ready(i, index, masks[w].total(i.attrs["ring"]))
+                made[key] = product.ready(plan, i, index, masks[w].total(i.attrs["ring"]))
             self._fixed[id] = (index, made[key])
             if plan.last_fixed[w] == id and w not in plan.static_reads:
                 del masks[w]  # a large model's would lie in memory twice

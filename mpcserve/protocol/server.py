@@ -362,9 +362,9 @@ def _packed(
     products: dict[int, product.Fixed] = {}
     made: dict[Hashable, product.Fixed] = {}
     for id, index in plan.fixed.items():
-        w, key = plan[id].inputs[index], product.layout_of(plan[id], index)
+        w, key = plan[id].inputs[index], product.layout_of(plan, plan[id], index)
         if key not in made:
-            made[key] = product.fix(role, plan[id], index, deltas[w], halves[w])
+            made[key] = product.fix(role, plan, plan[id], index, deltas[w], halves[w])
         products[id] = made[key]
         if plan.last_fixed[w] == id and w not in plan.static_reads:
             del deltas[w], halves[w]

@@ -22,8 +22,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mpcserve.kernels import linear, local, packing
+from mpcserve.kernels.linear_bilinear import Bilinear, bilinear_for
+from mpcserve.kernels.linear_image import geometry_of
 from mpcserve.kernels.tasks import Run, one_by_one
-from mpcserve.plan.plan import Instruction
+from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.protocol.opening import open_packed
 from mpcserve.protocol.parties import DealIO, Known, Mask, PrepareIO, Side, Steps
 from mpcserve.ring import Words, as_words, reduce, word_type
@@ -50,26 +52,33 @@ class Material(NamedTuple):
     halves: tuple[Words, Words] | None
 
 
-def layout_of(i: Instruction, index: int) -> Hashable:
+def layout_of(plan: Plan, i: Instruction, index: int) -> Hashable:
     """Equal for instructions that lay the same fixed operand out in the same way: in a loop over
     time, one copy serves every step."""
-    return i.inputs[index], index, i.op, i.attrs["ring"], i.attrs.get("groups")
+    by = _bilinear(plan, i) if index == 1 and i.op == "conv" else None
+    return i.inputs[index], index, i.op, i.attrs["ring"], i.attrs.get("groups"), by
 
 
-def ready(i: Instruction, index: int, w: Words) -> Operand:
+def ready(plan: Plan, i: Instruction, index: int, w: Words) -> Operand:
     """Lay a fixed operand out for the kernel, once per deployment, in words of the ring."""
     w = as_words(w, i.attrs["ring"])
     if index == 1 and i.op == "matmul":
         return linear.pack_matmul_b(np.ascontiguousarray(w))
     if index == 1 and i.op == "conv":
-        return linear.pack_conv_w(np.ascontiguousarray(w), i.attrs["groups"])
+        return linear.pack_conv_w(np.ascontiguousarray(w), i.attrs["groups"], _bilinear(plan, i))
     return np.asarray(w, order="C")
 
 
-def fix(side: Side, i: Instruction, index: int, delta: Words, half: Words) -> Fixed:
+def _bilinear(plan: Plan, i: Instruction) -> Bilinear | None:
+    """How a convolution by a fixed weight is computed with fewer products, if that is faster."""
+    x, w = (plan.value(j).shape for j in i.inputs[:2])
+    return bilinear_for(geometry_of(x, w, *_geometry(i)), i.attrs["ring"])
+
+
+def fix(side: Side, plan: Plan, i: Instruction, index: int, delta: Words, half: Words) -> Fixed:
     """Prepare a weight for one server."""
     online = np.asarray(delta - half if side == "alice" else np.negative(half))
-    return Fixed(index, ready(i, index, online), ready(i, index, delta))
+    return Fixed(index, ready(plan, i, index, online), ready(plan, i, index, delta))
 
 
 def _tiles(i: Instruction, a: Operand, b: Operand, run: Run) -> Iterator[linear.Tile]:
