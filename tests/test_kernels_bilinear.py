@@ -105,12 +105,13 @@ def test_a_convolution_agrees_with_wrapping_numpy(
     check(x, w, pads, groups, by, wrapping_conv2d(x, w, (1, 1), pads, (1, 1), groups))
 
 
-@pytest.mark.parametrize("limit", [1, 40, 200])
+@pytest.mark.parametrize("limit", [1, 100_000, 250_000])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_convolution_in_bands_is_the_same(
     groups: int, limit: int, draw: Draw, by: Bilinear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_patches, "SPREAD_PATCHES", limit)
+    monkeypatch.setattr(linear_patches, "SPREAD_BYTES", limit)
+    monkeypatch.setattr(linear_patches, "BAND_BYTES", limit)
     x, w, pads = draw(2, 6, 41, 37), draw(160, 6 // groups, 3, 3), (1, 1, 0, 2)
     check(x, w, pads, groups, by, wrapping_conv2d(x, w, (1, 1), pads, (1, 1), groups))
 
@@ -125,7 +126,7 @@ def test_small_images_that_share_a_kernel_are_computed_together(draw: Draw, by: 
 
 
 def test_spread_patches_take_at_most_the_stated_memory(by: Bilinear) -> None:
-    for channels, size in ((64, 224), (512, 28), (512, 14), (3, 224), (256, 112)):
+    for channels, size in ((64, 224), (512, 28), (512, 14), (256, 7), (3, 224), (256, 112)):
         shape = (2, channels, size, size), (channels, channels, 3, 3)
         g = geometry_of(*shape, (1, 1), (1, 1, 1, 1), (1, 1), 1)
         layout = Layout(g, by, np.dtype(np.uint64))
@@ -133,9 +134,11 @@ def test_spread_patches_take_at_most_the_stated_memory(by: Bilinear) -> None:
             assert [a for a, _ in bands[1:]] == [b for _, b in bands[:-1]]
             assert (bands[0][0], bands[-1][1]) == (0, layout.down)
             for low, high in bands:
+                words = layout.spread_words(last - first, (low, high))
                 patches = (last - first) * (high - low) * layout.across
-                assert 36 * channels * patches <= linear_patches.SPREAD_WORDS
-                assert (last - first) * (high - low) >= 1
+                assert 36 * channels * patches <= words
+                assert 8 * words <= 1.02 * linear_patches.SPREAD_BYTES
+                assert last - first == 1 or patches <= linear_patches.POOLED_PATCHES
 
 
 def test_tiles_are_worth_sending(draw: Draw, by: Bilinear) -> None:

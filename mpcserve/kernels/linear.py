@@ -106,11 +106,11 @@ class _Room:
     With `apart` every tile has a place of its own, since some are computed ahead of others.
     """
 
-    __slots__ = ("_apart", "_words", "whole")
+    __slots__ = ("_apart", "_scratch", "_words", "whole")
 
     def __init__(self, whole: Words | None, apart: bool = False) -> None:
         self.whole, self._apart = whole is not None, apart
-        self._words = whole
+        self._words, self._scratch = whole, np.empty(0, np.uint64)
 
     def take(self, start: int, stop: int, dtype: np.dtype[Any]) -> tuple[Words, int]:
         """Room for words start:stop, and which word of the product lies first in it."""
@@ -122,6 +122,15 @@ class _Room:
         if self._words is None or self._words.size < stop - start:
             self._words = np.empty(stop - start, dtype)
         return self._words[: stop - start], start
+
+    def scratch(self, size: int, dtype: np.dtype[Any]) -> Words:
+        """Words for what several tiles read, until they are asked for again: given back to the
+        system and taken anew, megabytes would be faulted in page by page."""
+        if self._apart:
+            return aligned(size, dtype)
+        if self._scratch.dtype != dtype or self._scratch.size < size:
+            self._scratch = aligned(size, dtype)
+        return self._scratch[:size]
 
     def zeros(self, size: int, dtype: np.dtype[Any]) -> Words:
         """All of the product where it is nothing but zeros."""
@@ -310,17 +319,22 @@ def _conv2d_by(x: Words, w: Packed, by: Bilinear, g: Geometry, room: _Room) -> I
     assert (g.strides, g.dilations) == ((1, 1), (1, 1)), "packed for another convolution"
     layout, item = Layout(g, by, x.dtype), g.rows * g.pixels
 
-    def fill(first: int, last: int, bands: Sequence[Band], only: Words | None, rows: Band) -> Tile:
+    def spread(first: int, last: int, band: Band) -> Words:
+        out = room.scratch(layout.spread_words(last - first, band), x.dtype)
+        layout.spread(x, first, last, band, out)
+        return out
+
+    def fill(first: int, last: int, bands: list[Band], only: Words | None, rows: Band) -> Tile:
         start = first * item + rows[0] * g.pixels
         words, shift = room.take(start, (last - 1) * item + rows[1] * g.pixels, x.dtype)
         for band in bands:
-            spread = layout.spread(x, first, last, band) if only is None else only
-            layout.multiply(w.words, spread, first, last, band, rows, words, start - shift)
+            patches = spread(first, last, band) if only is None else only
+            layout.multiply(w.words, patches, first, last, band, rows, words, start - shift)
         return start, words
 
     products = PLANES * g.w_shape[1] // by.side**2
     for first, last, bands in layout.chunks():
-        only = layout.spread(x, first, last, bands[0]) if len(bands) == 1 else None
+        only = spread(first, last, bands[0]) if len(bands) == 1 else None
         whole = room.whole or last - first > 1
         least = TILE_ROWS * (1 if len(bands) == 1 else 2)  # each tile spreads the bands anew
         for _, _, row0, row1 in _tiles(1, g.rows, g.pixels, products, whole, least):

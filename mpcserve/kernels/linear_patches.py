@@ -29,7 +29,6 @@ from mpcserve.kernels.linear_micro import (
     OUT,
     ROWS,
     Index,
-    aligned,
     both,
     copy_lanes,
     kind_at,
@@ -46,9 +45,9 @@ from mpcserve.ring import Words
 
 BLOCK_BYTES = 4 * LINE  # of a row of a block
 ROWS_AT_ONCE = 48  # of ROWS a multiple; their products with a block are 442 KB of an L2 cache
-SPREAD_WORDS = 1 << 20  # of patches at once: 8 MiB, more only if one row of patches needs more
-SPREAD_PATCHES = 455  # at once at most: one channel of them lies in the L2 cache
-POOLED_OUTPUTS = 1 << 18  # words of output of several images at once
+SPREAD_BYTES = 1 << 24  # of patches at once: of a whole image if that is enough, or else …
+BAND_BYTES = 1 << 22  # … of bands so small that half of a third-level cache is left to others
+POOLED_PATCHES, POOLED_OUTPUTS = 128, 1 << 18  # of several small images at once
 
 _INDEX, _INT64 = ir.IntType(32), ir.IntType(64)
 
@@ -325,40 +324,44 @@ class Layout:
     def chunks(self) -> Iterator[tuple[int, int, list[Band]]]:
         """Items first : last, and the bands of rows of patches to cut them into.
 
-        Several items are images that share a filter, so small that they are one tile of output.
+        Several items are images that share a kernel, so small that they are one tile of output.
         """
-        g = self.shape
-        most = min(SPREAD_PATCHES, SPREAD_WORDS // (PLANES * self.channels))
-        count = -(-self.down // max(1, most // self.across))
+        g, each = self.shape, PLANES * self.channels * self.dtype.itemsize
+        image, most = self.down * self.across, SPREAD_BYTES // each
+        count = 1
+        if image > most:
+            count = -(-self.down // max(1, BAND_BYTES // (each * self.across)))
         edges = [self.down * k // count for k in range(count + 1)]
-        several = min(most // (self.down * self.across), POOLED_OUTPUTS // (g.rows * g.pixels))
+        most = min(most, POOLED_PATCHES)
+        several = min(most // image, POOLED_OUTPUTS // (g.rows * g.pixels))
         several = max(1, several) if g.groups == 1 else 1
         for item in range(0, g.items, several):
             yield item, min(g.items, item + several), list(pairwise(edges))
 
-    def spread(self, x: Words, first: int, last: int, band: Band) -> Words:
+    def spread_words(self, images: int, band: Band) -> int:
+        """Words that `spread` writes."""
+        blocks, rest = divmod(images * (band[1] - band[0]) * self.across, self.block)
+        words = blocks * self._odd(self.channels * self.block)
+        return PLANES * (words + self._odd(self.channels * self._vectors(rest)))
+
+    def spread(self, x: Words, first: int, last: int, band: Band, out: Words) -> None:
         """The spread patches of items first:last and of the rows of the band."""
         g, side, lanes = self.shape, self.by.side, self.lanes
         (height, width), (top, left), high = g.x_shape[2:], g.pads[:2], band[1] - band[0]
         patches = (last - first) * high * self.across
-        blocks, rest = divmod(patches, self.block)
-        words = blocks * self._odd(self.channels * self.block)
-        words += self._odd(self.channels * self._vectors(rest))
         row_words = max(left + width, self._vectors(self.across) * side + side)
         row_words = self._vectors(row_words)
         image_words = (high * side + TAPS - 1) * row_words
         scratch = image_words + PLANES * self._odd(patches + lanes) + LINE // self.dtype.itemsize
-        out = aligned(PLANES * words, self.dtype)
         start = first * self.channels * height * width
         spread_patches(
             x.reshape(-1), out, np.empty(scratch, self.dtype),
             (side, last - first, start, self.channels, height, width, top, left, *band,
              self.across, self.block, row_words, image_words),
         )  # fmt: skip
-        return out
 
     def multiply(
-        self, kernels: Words, spread: Words, first: int, last: int, band: Band,
+        self, kernels: Words, patches: Words, first: int, last: int, band: Band,
         rows: Band, out: Words, out_at: int,
     ) -> None:  # fmt: skip
         """Outputs of the same for some output channels; the first one goes to out[out_at :]."""
@@ -367,7 +370,7 @@ class Layout:
         scratch += PLANES * self._odd(ROWS_AT_ONCE * self.block) + side**2 * self.block
         plane = g.rows * self.channels
         multiply_patches(
-            kernels, first % g.groups * PLANES * plane, spread, out, out_at,
+            kernels, first % g.groups * PLANES * plane, patches, out, out_at,
             np.empty(scratch, self.dtype), grid((KC,), (lanes,)),
             (side, last - first, self.channels, g.rows, *rows, *band,
              self.across, self.block, *g.out_shape[2:], g.rows * g.pixels, plane),
