@@ -6,9 +6,13 @@ finished while it lies in the cache, before the rest is computed. An operand tha
 is packed once. Which code runs, in which order and for how long depends on shapes alone, never on
 values. Calls share no scratch memory and release the GIL.
 
-Memory: outside the output, at most SOURCE_WORDS words for a padded copy of a convolution's input
-(more only if one output row of the image needs more) and about half a megabyte. Tables of indices,
-which follow from shapes, are kept for the next call: one or two megabytes for a usual model.
+A convolution by a packed weight of 3×3 taps can be computed by fewer products (`linear_bilinear`):
+then it is right mod 2^(bits − 2) or mod 2^bits, as the weight was packed.
+
+Memory: outside the output, at most SOURCE_WORDS words for a padded copy of a convolution's input,
+or SPREAD_BYTES for its spread patches (more only if one row of either needs more), and about a
+megabyte. Tables of indices, which follow from shapes, are kept for the next call: one or two
+megabytes for a usual model.
 """
 
 from __future__ import annotations

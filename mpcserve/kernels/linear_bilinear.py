@@ -102,7 +102,7 @@ def _toom_sums(m: Terms) -> Terms:
 
 
 KARATSUBA = Bilinear(
-    "karatsuba", 3, 0, 25, 1800, _karatsuba_spread, _karatsuba_weigh, _karatsuba_sums
+    "karatsuba", 3, 0, 25, 2048, _karatsuba_spread, _karatsuba_weigh, _karatsuba_sums
 )
 TOOM = Bilinear("toom", 4, 2, 16, 512, _toom_spread, _toom_weigh, _toom_sums)
 

@@ -329,7 +329,8 @@ class Layout:
         g, each = self.shape, PLANES * self.channels * self.dtype.itemsize
         image, most = self.down * self.across, SPREAD_BYTES // each
         count = 1
-        if image > most:
+        once = g.rows <= ROWS_AT_ONCE and image * each > BAND_BYTES  # then nothing is gained by all
+        if once or image > most:
             count = -(-self.down // max(1, BAND_BYTES // (each * self.across)))
         edges = [self.down * k // count for k in range(count + 1)]
         most = min(most, POOLED_PATCHES)

@@ -5,7 +5,9 @@
 
 modulo 2^ring, the narrowest ring that holds the accumulator. When one operand is fixed at
 deployment (a weight), alice keeps Δw − λw_A and bob −λw_B, packed for the kernel, and λx_i∘Δw is
-computed before the input arrives: online each server does ONE ring product. Each share is then
+computed before the input arrives: online each server does ONE ring product. A convolution of 3×3
+taps has fewer multiplications than its definition, if shapes and ring allow, and its weight is laid
+out in four times the memory (`kernels.linear_bilinear`). Each share is then
 truncated on its own (see `kernels.local.finish_product`), masked afresh and exchanged.
 
 Error: < 1 ulp of the result, unbiased. Cost: 1 round, `width` bits each way per output; `ring` bits
