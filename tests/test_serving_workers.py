@@ -10,6 +10,7 @@ import pytest
 
 from mpcserve.config import Address, Config, Limits, Servers
 from mpcserve.kernels import linear
+from mpcserve.kernels.linear_bilinear import KARATSUBA
 from mpcserve.protocol import Together
 from mpcserve.protocol.walk import Walk
 from mpcserve.serving import workers as workers_module
@@ -61,6 +62,10 @@ def test_tiles_that_are_computed_ahead_are_the_product(
         (linear.matmul_tiles(a, linear.pack_matmul_b(b), workers.run), a @ b),
         (
             linear.conv2d_tiles(x, linear.pack_conv_w(w, 1), *conv, workers.run),
+            linear.conv2d(x, w, *conv),
+        ),
+        (
+            linear.conv2d_tiles(x, linear.pack_conv_w(w, 1, KARATSUBA), *conv, workers.run),
             linear.conv2d(x, w, *conv),
         ),
     ):
