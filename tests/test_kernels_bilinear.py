@@ -12,7 +12,7 @@ import pytest
 from mpcserve.kernels import linear_patches
 from mpcserve.kernels.linear import conv2d, conv2d_tiles, pack_conv_w
 from mpcserve.kernels.linear_bilinear import KARATSUBA, TOOM, Bilinear, bilinear_for
-from mpcserve.kernels.linear_image import geometry_of
+from mpcserve.kernels.linear_image import Geometry, geometry_of
 from mpcserve.kernels.linear_micro import KC, ROWS
 from mpcserve.kernels.linear_patches import Layout
 from mpcserve.ring import Words
@@ -45,6 +45,11 @@ def by(request: pytest.FixtureRequest) -> Bilinear:
 def ring_of(x: Words, by: Bilinear) -> Words:
     """The bits that are right."""
     return np.array(2 ** (8 * x.itemsize - by.spare) - 1, x.dtype)
+
+
+def geometry(x: Words, w: Words, pads: Pads) -> Geometry:
+    """Of a convolution in one group."""
+    return geometry_of(x.shape, w.shape, (1, 1), pads, (1, 1), 1)
 
 
 def check(x: Words, w: Words, pads: Pads, groups: int, by: Bilinear, expected: Words) -> list[int]:
@@ -116,10 +121,19 @@ def test_a_convolution_in_bands_is_the_same(
     check(x, w, pads, groups, by, wrapping_conv2d(x, w, (1, 1), pads, (1, 1), groups))
 
 
+def test_bands_of_several_images_are_the_same(
+    draw: Draw, by: Bilinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_patches, "BAND_BYTES", 1)
+    x, w, pads = draw(5, 6, 13, 12), draw(20, 6, 3, 3), (1, 1, 0, 2)
+    chunks = list(Layout(geometry(x, w, pads), by, x.dtype).chunks())
+    assert len(chunks) < 5 and len(chunks[0][2]) > 1
+    check(x, w, pads, 1, by, wrapping_conv2d(x, w, (1, 1), pads, (1, 1), 1))
+
+
 def test_small_images_that_share_a_kernel_are_computed_together(draw: Draw, by: Bilinear) -> None:
     x, w, pads = draw(11, 5, 7, 7), draw(64, 5, 3, 3), (1, 1, 1, 1)
-    g = geometry_of(x.shape, w.shape, (1, 1), pads, (1, 1), 1)
-    chunks = list(Layout(g, by, x.dtype).chunks())
+    chunks = list(Layout(geometry(x, w, pads), by, x.dtype).chunks())
     assert len(chunks) < 11
     tiles = check(x, w, pads, 1, by, wrapping_conv2d(x, w, (1, 1), pads, (1, 1), 1))
     assert len(tiles) == len(chunks)

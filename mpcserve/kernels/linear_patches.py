@@ -39,14 +39,14 @@ from mpcserve.kernels.linear_micro import (
     on_line,
     store,
     zero_at,
-)  # fmt: skip
+)
 from mpcserve.kernels.places import Place, inline, on, part, place_of
 from mpcserve.ring import Words
 
 BLOCK_BYTES = 4 * LINE  # of a row of a block
 ROWS_AT_ONCE = 48  # of ROWS a multiple; their products with a block are 442 KB of an L2 cache
-SPREAD_BYTES = 1 << 24  # of patches at once: of a whole image if that is enough, or else …
-BAND_BYTES = 1 << 22  # … of bands so small that half of a third-level cache is left to others
+SPREAD_BYTES = 1 << 24  # of the patches of a whole image, for several tiles of output to read …
+BAND_BYTES = 1 << 22  # … or of a band of it, for one: they stay near, more only if a row needs more
 POOLED_PATCHES, POOLED_OUTPUTS = 128, 1 << 18  # of several small images at once
 
 _INDEX, _INT64 = ir.IntType(32), ir.IntType(64)
@@ -329,8 +329,8 @@ class Layout:
         g, each = self.shape, PLANES * self.channels * self.dtype.itemsize
         image, most = self.down * self.across, SPREAD_BYTES // each
         count = 1
-        once = g.rows <= ROWS_AT_ONCE and image * each > BAND_BYTES  # then nothing is gained by all
-        if once or image > most:
+        read_once = g.rows <= ROWS_AT_ONCE and image * each > BAND_BYTES
+        if image > most or read_once:
             count = -(-self.down // max(1, BAND_BYTES // (each * self.across)))
         edges = [self.down * k // count for k in range(count + 1)]
         most = min(most, POOLED_PATCHES)
