@@ -44,6 +44,10 @@ NATIVE = "+avx512dq" in _FEATURES
 # vectors of 256 bits. Narrower machines split the vectors; the result is the same.
 ROWS = 12 if NATIVE else 6
 
+# Panels that meet rows at once, where there are two vectors of registers for each row: a word of the
+# left is loaded and spread to all lanes once for both.
+PANELS = 2 if NATIVE else 1
+
 KC = 256  # depth of a panel: KC vectors of 512 bits are 16 KiB, half an L1 cache
 STRIP = 8  # panels gathered at once, so that memory is read in longer runs
 ROWS_L2 = 96  # rows that meet one panel: ROWS_L2 · KC words are 96 or 192 KiB of L2 cache
@@ -154,63 +158,78 @@ def _splat(builder: ir.IRBuilder, word: ir.Value, vector: ir.Type) -> ir.Value:
     return builder.shuffle_vector(first, undef, zeros)
 
 
-def _rows_loop(b: ir.IRBuilder, kind: _Kind, rows: int, at: dict[str, ir.Value]) -> None:
-    """IR: `rows` rows of the left panel against the right one; at least one step deep."""
+def _rows_loop(
+    b: ir.IRBuilder, kind: _Kind, rows: int, panels: int, at: dict[str, ir.Value]
+) -> None:
+    """IR: `rows` rows of the left panel against panels of the right; at least one step deep."""
     vector, size = kind.vector(), kind.bits // 8
     zero, one = ir.Constant(vector, [0] * kind.lanes), ir.Constant(_INT64, 1)
     before, loop = b.block, b.append_basic_block(f"rows{rows}")
     b.branch(loop)
     b.position_at_end(loop)
     left, offs = b.phi(at["left"].type), b.phi(at["offs"].type)
-    sums = [tuple(b.phi(vector) for _ in range(kind.parts)) for _ in range(rows)]
-    here = b.gep(at["right"], [b.load(offs)])
-    right = kind.prepare(b, load(b, here, vector, size))
-    new = []
+    places = [(row, panel) for row in range(rows) for panel in range(panels)]
+    sums = {p: tuple(b.phi(vector) for _ in range(kind.parts)) for p in places}
+    here, right = b.gep(at["right"], [b.load(offs)]), []
+    for _ in range(panels):
+        right.append(kind.prepare(b, load(b, here, vector, size)))
+        here = b.gep(here, [at["apart"]])
+    new = {}
     for row in range(rows):
-        word = b.load(b.gep(left, [ir.Constant(_INT64, row)]))
-        new.append(kind.add(b, sums[row], _splat(b, word, vector), right))
+        word = _splat(b, b.load(b.gep(left, [ir.Constant(_INT64, row)])), vector)
+        for panel in range(panels):
+            new[row, panel] = kind.add(b, sums[row, panel], word, right[panel])
     next_left, next_offs = b.gep(left, [ir.Constant(_INT64, rows)]), b.gep(offs, [one])
-    starts = [at["left"], at["offs"], *[zero] * (rows * kind.parts)]
-    steps = [next_left, next_offs, *chain(*new)]
-    for phi, start, step in zip([left, offs, *chain(*sums)], starts, steps, strict=True):
+    starts = [at["left"], at["offs"], *[zero] * (len(places) * kind.parts)]
+    steps = [next_left, next_offs, *chain(*new.values())]
+    phis = [left, offs, *chain(*sums.values())]
+    for phi, start, step in zip(phis, starts, steps, strict=True):
         phi.add_incoming(start, before)
         phi.add_incoming(step, loop)
     after = b.append_basic_block(f"rows{rows}.end")
     b.cbranch(b.icmp_unsigned("!=", next_offs, at["end"]), loop, after)
 
     b.position_at_end(after)
-    place = at["out"]
+    line = at["out"]
     for row in range(rows):
-        old = b.select(at["more"], load(b, place, vector, size), zero)
-        store(b, b.add(old, kind.read(b, new[row])), place, size)
-        place = b.gep(place, [at["step"]])
+        for panel in range(panels):
+            place = b.gep(line, [ir.Constant(_INT64, panel * kind.lanes)])
+            old = b.select(at["more"], load(b, place, vector, size), zero)
+            store(b, b.add(old, kind.read(b, new[row, panel])), place, size)
+        line = b.gep(line, [at["step"]])
 
 
-@inline
-def _multiply_panels(typingctx, left, right, offs, depth, rows, out, step, more):  # type: ignore[no-untyped-def]
-    """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j], added to out when `more` ≠ 0.
+def _panels(panels: int) -> Any:
+    @inline
+    def multiply(typingctx, left, right, apart, offs, depth, rows, out, step, more):  # type: ignore[no-untyped-def]
+        """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j], added to out when `more` ≠ 0.
 
-    i < rows ≤ ROWS, j < lanes, 1 ≤ depth.
-    """
+        i < rows ≤ ROWS, j < lanes, 1 ≤ depth; and so for the next panel, which lies `apart`.
+        """
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        names = ("left", "right", "offs", "depth", "rows", "out", "step", "more")
-        at = dict(zip(names, args, strict=True))
-        at["end"] = builder.gep(at["offs"], [at["depth"]])
-        at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_INT64, 0))
-        done = builder.append_basic_block("done")
-        choice = builder.switch(at["rows"], done)
-        for count in range(1, ROWS + 1):
-            block = builder.append_basic_block(f"enter{count}")
-            choice.add_case(ir.Constant(_INT64, count), block)
-            builder.position_at_end(block)
-            _rows_loop(builder, kind_at(left), count, at)
-            builder.branch(done)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            names = ("left", "right", "apart", "offs", "depth", "rows", "out", "step", "more")
+            at = dict(zip(names, args, strict=True))
+            at["end"] = builder.gep(at["offs"], [at["depth"]])
+            at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_INT64, 0))
+            done = builder.append_basic_block("done")
+            choice = builder.switch(at["rows"], done)
+            for count in range(1, ROWS + 1):
+                block = builder.append_basic_block(f"enter{count}")
+                choice.add_case(ir.Constant(_INT64, count), block)
+                builder.position_at_end(block)
+                _rows_loop(builder, kind_at(left), count, panels, at)
+                builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
 
-    whole = types.int64
-    return types.void(left, right, offs, whole, whole, out, whole, whole), codegen
+        whole = types.int64
+        return types.void(left, right, whole, offs, whole, whole, out, whole, whole), codegen
+
+    return multiply
+
+
+_multiply_panel, _multiply_panels = _panels(1), _panels(PANELS)
 
 
 @inline
@@ -348,14 +367,20 @@ def meet(
 ) -> None:
     """Packed rows times the panels of a strip of `columns`, added to out when `more`."""
     lanes = lanes_at(out)
-    for p0 in range(0, columns, lanes):
+    apart, several = depth * lanes, columns // (PANELS * lanes) * PANELS * lanes
+    for p0 in range(0, several, PANELS * lanes):
+        for i0 in range(0, rows, ROWS):
+            count, these = min(ROWS, rows - i0), on(left, i0 * depth)
+            place, panels = on(out, i0 * step + p0), on(right, p0 * depth)
+            _multiply_panels(these, panels, apart, offs, depth, count, place, step, more)
+    for p0 in range(several, columns, lanes):
         width, panel = min(lanes, columns - p0), on(right, p0 * depth)
         cut = width < lanes
         for i0 in range(0, rows, ROWS):
             count, these = min(ROWS, rows - i0), on(left, i0 * depth)
             place = on(out, i0 * step + p0)
             to, by, add = (corner, lanes, 0) if cut else (place, step, more)
-            _multiply_panels(these, panel, offs, depth, count, to, by, add)
+            _multiply_panel(these, panel, apart, offs, depth, count, to, by, add)
             if cut:
                 for i in range(count):
                     for lane in range(width):
