@@ -110,6 +110,17 @@ def test_a_convolution_agrees_with_wrapping_numpy(
     check(x, w, pads, groups, by, wrapping_conv2d(x, w, (1, 1), pads, (1, 1), groups))
 
 
+@pytest.mark.parametrize("ring", [39, 50, 51, 62])
+def test_a_convolution_is_right_in_the_ring_that_is_asked_for(ring: int) -> None:
+    """Whichever instruction multiplies words of that ring and of the bits that Toom spends."""
+    draw, ones = Draw(np.uint64), np.uint64(2**ring - 1)
+    x, w, pads = draw(1, 20, 19, 30), draw(18, 20, 3, 3), (1, 1, 1, 1)
+    packed = pack_conv_w(w, 1, TOOM)
+    expected = wrapping_conv2d(x, w, (1, 1), pads, (1, 1), 1) & ones
+    found = conv2d(x, packed, pads=pads, ring=ring)
+    assert np.array_equal(found & ones, expected)
+
+
 @pytest.mark.parametrize("limit", [1, 100_000, 250_000])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_convolution_in_bands_is_the_same(

@@ -95,6 +95,24 @@ def test_matmul_agrees_with_integers_for_every_number_of_rows(rows: int, draw: D
         assert np.array_equal(matmul(a, b), integer_matmul(a, b))
 
 
+@pytest.mark.parametrize("ring", [64, 53, 52, 39])
+def test_a_product_is_right_in_the_ring_that_is_asked_for(ring: int) -> None:
+    """Whichever instruction multiplies words of that ring; operands have all their bits."""
+    draw, ones = Draw(np.uint64), np.uint64(2**ring - 1)
+    for rows, deep, columns in ((1, 3, 8), (5, 300, 9), (12, 7, 16), (13, 33, 40), (97, 513, 71)):
+        a, b = draw(rows, deep), draw(deep, columns)
+        expected = integer_matmul(a, b) & ones
+        for right in (b, pack_matmul_b(b)):
+            assert np.array_equal(matmul(a, right, ring=ring) & ones, expected)
+            flat = np.concatenate([w.copy() for _, w in matmul_tiles(a, right, ring=ring)])
+            assert np.array_equal(flat & ones, expected.reshape(-1))
+    x, w = draw(2, 6, 9, 7), draw(26, 3, 3, 3)
+    expected = integer_conv2d(x, w, (2, 1), (1, 0, 1, 1), (1, 1), 2) & ones
+    for weight in (w, pack_conv_w(w, 2)):
+        found = conv2d(x, weight, (2, 1), (1, 0, 1, 1), (1, 1), 2, ring=ring)
+        assert np.array_equal(found & ones, expected)
+
+
 @pytest.mark.parametrize(("left", "right"), SHAPES + EMPTY)
 def test_matmul_agrees_with_wrapping_numpy(
     left: tuple[int, ...], right: tuple[int, ...], draw: Draw

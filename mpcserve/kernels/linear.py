@@ -1,6 +1,7 @@
 """Matrix products and convolutions: mod 2^64 on uint64 arrays, mod 2^32 on uint32 arrays.
 
-All arrays of a product are of one dtype. Callers with a narrower ring mask the result. Each product
+All arrays of a product are of one dtype. Callers with a narrower ring mask the result; who says so,
+by `ring`, may get other bits above it. Each product
 also exists as an iterator over tiles, front to back, for a caller who works on and sends what is
 finished while it lies in the cache, before the rest is computed. An operand that is used many times
 is packed once. Which code runs, in which order and for how long depends on shapes alone, never on
@@ -32,7 +33,7 @@ from mpcserve.kernels.linear_micro import KC, ROWS, Index, aligned, lanes_of, sc
 from mpcserve.kernels.linear_patches import Layout
 from mpcserve.kernels.linear_runs import ROWS_MAX, Runs, multiply_runs, scratch_for
 from mpcserve.kernels.tasks import Run, Task, one_by_one
-from mpcserve.ring import Words
+from mpcserve.ring import WORD_BITS, Words
 
 TILE_OUTPUTS = 1 << 16  # words of output that are worth sending on their own …
 TILE_PRODUCTS = 1 << 25  # … or a few milliseconds of work, whichever is less, but not below
@@ -96,12 +97,16 @@ class _Right:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Out:
-    """Row i of product t goes to words[at[t] + i·step :]; a product has so many rows."""
+    """Row i of product t goes to words[at[t] + i·step :]; a product has so many rows.
+
+    Of its words the low `bits` count.
+    """
 
     words: Words
     at: Index
     step: int
     rows: int
+    bits: int
 
 
 class _Room:
@@ -143,20 +148,22 @@ class _Room:
         return words
 
 
-def matmul(a: Words, b: Words | Packed) -> Words:
-    """a @ b in the ring of the operands.
+def matmul(a: Words, b: Words | Packed, *, ring: int = WORD_BITS) -> Words:
+    """a @ b mod 2^ring.
 
     Shapes: [..., m, k] and [..., k, n] → [..., m, n]; leading dimensions broadcast.
     """
     out = np.empty(_matmul_shape(a.shape, b.shape), a.dtype)
-    for task in _matmul(a, b, _Room(out.reshape(-1))):
+    for task in _matmul(a, b, _Room(out.reshape(-1)), ring):
         task()
     return out
 
 
-def matmul_tiles(a: Words, b: Words | Packed, run: Run = one_by_one) -> Iterator[Tile]:
+def matmul_tiles(
+    a: Words, b: Words | Packed, run: Run = one_by_one, *, ring: int = WORD_BITS
+) -> Iterator[Tile]:
     """matmul(a, b) front to back, tile by tile; `run` may compute some ahead."""
-    return run(_matmul(a, b, _Room(None, run is not one_by_one)))
+    return run(_matmul(a, b, _Room(None, run is not one_by_one), ring))
 
 
 def conv2d(
@@ -166,15 +173,17 @@ def conv2d(
     pads: tuple[int, int, int, int] = (0, 0, 0, 0),
     dilations: tuple[int, int] = (1, 1),
     groups: int = 1,
+    *,
+    ring: int = WORD_BITS,
 ) -> Words:
-    """Cross-correlation of zero-padded images in the ring of the operands, as ONNX Conv.
+    """Cross-correlation of zero-padded images mod 2^ring, as ONNX Conv.
 
     pads: top, left, bottom, right.
     Shapes: x [N, C, H, W], w [O, C / groups, kh, kw] → [N, O, H', W'].
     """
     shape = geometry_of(x.shape, w.shape, strides, pads, dilations, groups)
     out = np.empty(shape.out_shape, x.dtype)
-    for task in _conv2d(x, w, shape, _Room(out.reshape(-1))):
+    for task in _conv2d(x, w, shape, _Room(out.reshape(-1)), ring):
         task()
     return out
 
@@ -187,10 +196,12 @@ def conv2d_tiles(
     dilations: tuple[int, int],
     groups: int,
     run: Run = one_by_one,
+    *,
+    ring: int = WORD_BITS,
 ) -> Iterator[Tile]:
     """conv2d(x, w, …) front to back, tile by tile."""
     shape = geometry_of(x.shape, w.shape, strides, pads, dilations, groups)
-    return run(_conv2d(x, w, shape, _Room(None, run is not one_by_one)))
+    return run(_conv2d(x, w, shape, _Room(None, run is not one_by_one), ring))
 
 
 def pack_matmul_b(b: Words) -> Packed:
@@ -251,7 +262,7 @@ def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
 
 
-def _matmul(a: Words, b: Words | Packed, room: _Room) -> Iterator[Task[Tile]]:
+def _matmul(a: Words, b: Words | Packed, room: _Room, ring: int) -> Iterator[Task[Tile]]:
     _check(a.dtype, b.dtype)
     shape = _matmul_shape(a.shape, b.shape)
     if prod(shape) == 0 or a.shape[-1] == 0:
@@ -268,21 +279,24 @@ def _matmul(a: Words, b: Words | Packed, room: _Room) -> Iterator[Task[Tile]]:
     def fill(tile: _Tile) -> Tile:
         start, stop = tile[0] * item + tile[2] * wide, (tile[1] - 1) * item + tile[3] * wide
         words, shift = room.take(start, stop, a.dtype)
-        _multiply(left, right, _Out(words, at - shift if shift else at, wide, height), tile)
+        out = _Out(words, at - shift if shift else at, wide, height, ring)
+        _multiply(left, right, out, tile)
         return start, words
 
     for tile in _tiles(items, height, wide, a.shape[-1], room.whole):
         yield partial(fill, tile)
 
 
-def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[Task[Tile]]:
+def _conv2d(
+    x: Words, w: Words | Packed, g: Geometry, room: _Room, ring: int
+) -> Iterator[Task[Tile]]:
     _check(x.dtype, w.dtype)
     if prod(g.out_shape) == 0 or g.deep == 0:
         yield lambda: (0, room.zeros(prod(g.out_shape), x.dtype))
         return
     x = _contiguous(x)
     if isinstance(w, Packed) and w.by:
-        yield from _conv2d_by(x, w, w.by, g, room)
+        yield from _conv2d_by(x, w, w.by, g, room, ring)
         return
     channel, item = g.pixels, g.rows * g.pixels
 
@@ -308,7 +322,7 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[T
             )
             begin = first * item + band[0] * g.out_shape[3] - shift
             at = grid((last - first,), (item,)) + begin
-            _multiply(left, right, _Out(words, at, channel, g.rows), tile)
+            _multiply(left, right, _Out(words, at, channel, g.rows, ring), tile)
         return start, words
 
     for first, last, bands in g.chunks():
@@ -318,7 +332,9 @@ def _conv2d(x: Words, w: Words | Packed, g: Geometry, room: _Room) -> Iterator[T
             yield partial(fill, left, first, last, bands, only, tile)
 
 
-def _conv2d_by(x: Words, w: Packed, by: Bilinear, g: Geometry, room: _Room) -> Iterator[Task[Tile]]:
+def _conv2d_by(
+    x: Words, w: Packed, by: Bilinear, g: Geometry, room: _Room, ring: int
+) -> Iterator[Task[Tile]]:
     assert w.groups == g.groups, (w.groups, g.groups)
     assert (g.strides, g.dilations) == ((1, 1), (1, 1)), "packed for another convolution"
     layout, item = Layout(g, by, x.dtype), g.rows * g.pixels
@@ -333,7 +349,7 @@ def _conv2d_by(x: Words, w: Packed, by: Bilinear, g: Geometry, room: _Room) -> I
         words, shift = room.take(start, (last - 1) * item + rows[1] * g.pixels, x.dtype)
         for band in bands:
             patches = spread(first, last, band) if only is None else only
-            layout.multiply(w.words, patches, first, last, band, rows, words, start - shift)
+            layout.multiply(w.words, patches, first, last, band, rows, words, start - shift, ring)
         return start, words
 
     products = PLANES * g.w_shape[1] // by.side**2
@@ -367,7 +383,7 @@ def _multiply(left: _Left, right: _Right, out: _Out, tile: _Tile) -> None:
         left.words, left.at, right.words, right.at, right.offs, right.base,
         out.words, out.at, scratch, grid((KC,), (lanes_of(dtype),)),
         (int(left.packed), left.row_step, left.col_step),
-        (int(right.packed), deep, right.wide, out.rows, out.step), tile,
+        (int(right.packed), deep, right.wide, out.rows, out.step, out.bits), tile,
     )  # fmt: skip
 
 

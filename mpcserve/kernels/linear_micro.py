@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numpy.typing import DTypeLike, NDArray
 
@@ -40,12 +41,16 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # lo·lo + 2^32·(lo·hi + hi·lo): a widening product and a 32-bit one, summed apart, then joined.
 NATIVE = "+avx512dq" in _FEATURES
 
+# Does one instruction multiply eight words of 52 bits and add the low halves (vpmadd52luq)? Rings
+# of at most so many bits use it in 64-bit words: what lies above the ring is nobody's concern.
+FUSED_BITS = 52 if "+avx512ifma" in _FEATURES and NATIVE else 0
+
 # Rows of sums in registers: 12 of 32 vectors of 512 bits, or 6 (6 pairs, of 64-bit words) of 16
 # vectors of 256 bits. Narrower machines split the vectors; the result is the same.
 ROWS = 12 if NATIVE else 6
 
-# Panels that meet rows at once, where there are two vectors of registers for each row: a word of the
-# left is loaded and spread to all lanes once for both.
+# Panels that meet rows at once, where there are two vectors of registers for each row: a word of
+# the left is loaded and spread to all lanes once for both.
 PANELS = 2 if NATIVE else 1
 
 KC = 256  # depth of a panel: KC vectors of 512 bits are 16 KiB, half an L1 cache
@@ -116,8 +121,23 @@ class _Halves(_Kind):
         return builder.add(sums[0], builder.shl(cross, shift))
 
 
+class _Fused(_Kind):
+    """IR for words of which FUSED_BITS count."""
+
+    __slots__ = ()
+
+    def add(self, builder: ir.IRBuilder, sums: Many, left: ir.Value, right: Many) -> Many:
+        """sums + the low FUSED_BITS of left · right."""
+        vector = self.vector()
+        kind = ir.FunctionType(vector, [vector] * 3)
+        name = "llvm.x86.avx512.vpmadd52l.uq.512"
+        multiply = cgutils.get_or_insert_function(builder.module, kind, name)
+        return (builder.call(multiply, (sums[0], left, right[0])),)
+
+
 _KIND64 = _Kind(64, 8) if NATIVE else _Halves(64, 4, parts=2)
 _KIND32 = _Kind(32, 2 * _KIND64.lanes)
+_FUSED = _Fused(64, 8)
 
 
 def lanes_of(dtype: DTypeLike) -> int:
@@ -199,32 +219,47 @@ def _rows_loop(
         line = b.gep(line, [at["step"]])
 
 
+def _rows_loops(builder: ir.IRBuilder, kind: _Kind, panels: int, at: dict[str, ir.Value]) -> None:
+    """IR: as many rows as there are."""
+    done = builder.append_basic_block("done")
+    choice = builder.switch(at["rows"], done)
+    for count in range(1, ROWS + 1):
+        block = builder.append_basic_block(f"enter{count}")
+        choice.add_case(ir.Constant(_INT64, count), block)
+        builder.position_at_end(block)
+        _rows_loop(builder, kind, count, panels, at)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
 def _panels(panels: int) -> Any:
     @inline
-    def multiply(typingctx, left, right, apart, offs, depth, rows, out, step, more):  # type: ignore[no-untyped-def]
-        """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j], added to out when `more` ≠ 0.
+    def multiply(typingctx, left, right, apart, offs, depth, rows, out, step, more, bits):  # type: ignore[no-untyped-def]
+        """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j]; added to it when `more` ≠ 0.
 
-        i < rows ≤ ROWS, j < lanes, 1 ≤ depth; and so for the next panel, which lies `apart`.
+        i < rows ≤ ROWS, j < lanes, 1 ≤ depth; mod 2^bits. So for the next panel, `apart` words on.
         """
+        whole = types.int64
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             names = ("left", "right", "apart", "offs", "depth", "rows", "out", "step", "more")
-            at = dict(zip(names, args, strict=True))
+            at = dict(zip(names, args, strict=False))
             at["end"] = builder.gep(at["offs"], [at["depth"]])
             at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_INT64, 0))
-            done = builder.append_basic_block("done")
-            choice = builder.switch(at["rows"], done)
-            for count in range(1, ROWS + 1):
-                block = builder.append_basic_block(f"enter{count}")
-                choice.add_case(ir.Constant(_INT64, count), block)
-                builder.position_at_end(block)
-                _rows_loop(builder, kind_at(left), count, panels, at)
-                builder.branch(done)
-            builder.position_at_end(done)
+            kind = kind_at(left)
+            if kind is _KIND64 and FUSED_BITS:
+                fits = builder.icmp_signed("<=", args[-1], ir.Constant(_INT64, FUSED_BITS))
+                with builder.if_else(fits) as (fused, exact):
+                    with fused:
+                        _rows_loops(builder, _FUSED, panels, at)
+                    with exact:
+                        _rows_loops(builder, kind, panels, at)
+            else:
+                _rows_loops(builder, kind, panels, at)
             return context.get_dummy_value()
 
-        whole = types.int64
-        return types.void(left, right, whole, offs, whole, whole, out, whole, whole), codegen
+        sizes = (whole, whole, out, whole, whole, whole)
+        return types.void(left, right, whole, offs, *sizes), codegen
 
     return multiply
 
@@ -364,15 +399,19 @@ def meet(
     step: int,
     more: int,
     corner: Place,
+    bits: int,
 ) -> None:
-    """Packed rows times the panels of a strip of `columns`, added to out when `more`."""
+    """Packed rows times the panels of a strip of `columns`, added to out when `more`.
+
+    Right mod 2^bits.
+    """
     lanes = lanes_at(out)
     apart, several = depth * lanes, columns // (PANELS * lanes) * PANELS * lanes
     for p0 in range(0, several, PANELS * lanes):
         for i0 in range(0, rows, ROWS):
             count, these = min(ROWS, rows - i0), on(left, i0 * depth)
             place, panels = on(out, i0 * step + p0), on(right, p0 * depth)
-            _multiply_panels(these, panels, apart, offs, depth, count, place, step, more)
+            _multiply_panels(these, panels, apart, offs, depth, count, place, step, more, bits)
     for p0 in range(several, columns, lanes):
         width, panel = min(lanes, columns - p0), on(right, p0 * depth)
         cut = width < lanes
@@ -380,7 +419,7 @@ def meet(
             count, these = min(ROWS, rows - i0), on(left, i0 * depth)
             place = on(out, i0 * step + p0)
             to, by, add = (corner, lanes, 0) if cut else (place, step, more)
-            _multiply_panel(these, panel, apart, offs, depth, count, to, by, add)
+            _multiply_panel(these, panel, apart, offs, depth, count, to, by, add, bits)
             if cut:
                 for i in range(count):
                     for lane in range(width):
@@ -401,7 +440,7 @@ def both(*arguments: str) -> Callable[[F], F]:
 
 @both(
     *(IN, AT, IN, AT, AT, AT, OUT, AT, OUT, AT),
-    *("UniTuple(int64, 3)", "UniTuple(int64, 5)", "UniTuple(int64, 4)"),
+    *("UniTuple(int64, 3)", "UniTuple(int64, 6)", "UniTuple(int64, 4)"),
 )
 def multiply(
     left: Words,
@@ -415,17 +454,18 @@ def multiply(
     scratch: Words,
     in_strip: Index,
     left_form: tuple[int, int, int],
-    sizes: tuple[int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int],
     tile: tuple[int, int, int, int],
 ) -> None:
     """Rows row0:row1 of products item0:item1; row i of item t goes to out[out_at[t] + i·step :].
 
     left_form: packed or not, and if not the steps of rows and columns. sizes: is the right packed
-    (then offs and base are not read), depth, columns, rows of an item, step. tile: item0, item1,
-    row0 (a multiple of ROWS), row1. scratch: as scratch_words says. in_strip: k·lanes.
+    (then offs and base are not read), depth, columns, rows of an item, step, bits of a word that
+    count. tile: item0, item1, row0 (a multiple of ROWS), row1. scratch: as scratch_words says.
+    in_strip: k·lanes.
     """
     left_packed, row_step, col_step = left_form
-    right_packed, deep, wide, height, step = sizes
+    right_packed, deep, wide, height, step, bits = sizes
     item0, item1, row0, row1 = tile
     corner = on_line(place_of(scratch, 0))
     lanes = lanes_at(corner)
@@ -458,7 +498,7 @@ def multiply(
                         else:
                             rhs = strip
                             _gather(source, taps, start, columns, depth, rhs)
-                    meet(lhs, rhs, table, depth, rows, columns, place, step, k0, corner)
+                    meet(lhs, rhs, table, depth, rows, columns, place, step, k0, corner, bits)
 
 
 @both(*(IN, AT, "int64", IN, AT, OUT, AT, "int64", "UniTuple(int64, 4)"))

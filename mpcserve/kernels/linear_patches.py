@@ -238,7 +238,7 @@ def _write(source: Place, step: int, p0: int, count: int, out: Place, at: tuple[
         p += many
 
 
-@both(IN, "int64", IN, OUT, "int64", OUT, AT, "UniTuple(int64, 14)")
+@both(IN, "int64", IN, OUT, "int64", OUT, AT, "UniTuple(int64, 15)")
 def multiply_patches(
     left: Words,
     left_at: int,
@@ -253,10 +253,10 @@ def multiply_patches(
 
     sizes: side, images, channels, outputs, row0 (a multiple of ROWS), row1, first, last, patches in
     a row, block, height and width of an output, words from image to image, words of a plane of
-    kernels. in_strip: k·lanes.
+    kernels, bits of a product that count. in_strip: k·lanes.
     """
     side, images, channels, outputs, row0, row1, first, last = sizes[:8]
-    across, block, height, width, item, plane = sizes[8:]
+    across, block, height, width, item, plane, bits = sizes[8:]
     corner, table = on_line(place_of(scratch, 0)), place_of(in_strip, 0)
     lanes = lanes_at(corner)
     products = on(corner, ROWS * lanes)
@@ -276,7 +276,7 @@ def multiply_patches(
                 for k0 in range(0, channels, KC):
                     depth = min(KC, channels - k0)
                     lhs, rhs = on(kernel, k0 * outputs + i0 * depth), on(matrix, k0 * wide)
-                    meet(lhs, rhs, table, depth, rows, wide, to, wide, k0, corner)
+                    meet(lhs, rhs, table, depth, rows, wide, to, wide, k0, corner, bits)
             for i in range(rows):
                 for p in range(0, wide, lanes):
                     place, to = on(products, i * wide + p), on(summed, p * side)
@@ -363,9 +363,9 @@ class Layout:
 
     def multiply(
         self, kernels: Words, patches: Words, first: int, last: int, band: Band,
-        rows: Band, out: Words, out_at: int,
+        rows: Band, out: Words, out_at: int, ring: int,
     ) -> None:  # fmt: skip
-        """Outputs of the same for some output channels; the first one goes to out[out_at :]."""
+        """Outputs of the same for some output channels, mod 2^ring, from out[out_at] on."""
         g, lanes, side = self.shape, self.lanes, self.by.side
         scratch = LINE // self.dtype.itemsize + ROWS * lanes
         scratch += PLANES * self._odd(ROWS_AT_ONCE * self.block) + side**2 * self.block
@@ -374,7 +374,8 @@ class Layout:
             kernels, first % g.groups * PLANES * plane, patches, out, out_at,
             np.empty(scratch, self.dtype), grid((KC,), (lanes,)),
             (side, last - first, self.channels, g.rows, *rows, *band,
-             self.across, self.block, *g.out_shape[2:], g.rows * g.pixels, plane),
+             self.across, self.block, *g.out_shape[2:], g.rows * g.pixels, plane,
+             ring + self.by.spare),
         )  # fmt: skip
 
     def _vectors(self, words: int) -> int:

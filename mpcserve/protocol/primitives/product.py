@@ -91,8 +91,8 @@ def _tiles(i: Instruction, a: Operand, b: Operand, run: Run) -> Iterator[linear.
         assert isinstance(b, np.ndarray)
         return iter([(0, np.asarray(a * b, order="C").reshape(-1))])
     if i.op == "matmul":
-        return linear.matmul_tiles(a, b, run)
-    return linear.conv2d_tiles(a, b, *_geometry(i), run)
+        return linear.matmul_tiles(a, b, run, ring=i.attrs["ring"])
+    return linear.conv2d_tiles(a, b, *_geometry(i), run, ring=i.attrs["ring"])
 
 
 def _whole(i: Instruction, a: Operand, b: Operand) -> Words:
@@ -101,7 +101,9 @@ def _whole(i: Instruction, a: Operand, b: Operand) -> Words:
     if i.op == "mul":
         assert isinstance(b, np.ndarray)
         return np.asarray(a * b, order="C")
-    return linear.matmul(a, b) if i.op == "matmul" else linear.conv2d(a, b, *_geometry(i))
+    if i.op == "matmul":
+        return linear.matmul(a, b, ring=i.attrs["ring"])
+    return linear.conv2d(a, b, *_geometry(i), ring=i.attrs["ring"])
 
 
 def _geometry(i: Instruction) -> tuple[Pair, Pads, Pair, int]:
