@@ -79,7 +79,7 @@ def test_monomials_are_all_subset_products() -> None:
 @pytest.mark.parametrize("c", range(1, 9))
 def test_a_chunk_shares_less_than_and_equal(c: int, dtype: type[np.unsignedinteger]) -> None:
     rng = np.random.default_rng(c)
-    size = 2500
+    size = 2700  # 43 words: a block, a vector of words, and 3
     d, lam = rng.integers(0, 2 << c, size, dtype), rng.integers(0, 2 << c, size, dtype)
     d[:500] = lam[:500]
     words, chunks, rows = (size + 63) // 64, np.array([c]), 1 << c

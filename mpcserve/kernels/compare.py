@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcserve.kernels.bits import BLOCK, Bytes, slice_word
+from mpcserve.kernels.folding import LANES, LOW, fold_lanes, fold_word
 from mpcserve.kernels.jit import kernel
-from mpcserve.kernels.places import Place, on, part, place_of
+from mpcserve.kernels.places import Place, fetch, on, part, place_of
 from mpcserve.ring import Words
 
 Rows = NDArray[np.int64]
@@ -33,15 +34,23 @@ def scratch(chunk: int) -> Words:
 
 
 @part
-def _slice_block(x: Bytes, size: int, first: int, words: int, width: int, planes: Place) -> None:
-    """planes[i·BLOCK + w] = bit i of elements 64·(first + w) and on."""
+def _slice_block(
+    x: Bytes, size: int, first: int, words: int, width: int, planes: Place, soon: Place, rows: int
+) -> None:
+    """planes[i·BLOCK + w] = bit i of elements 64·(first + w) and on.
+
+    Meanwhile what will be read is fetched: x's next block, and `rows` rows from `soon` on. The
+    machine does not foresee it, for reading pauses while a block is sliced or its rows are folded.
+    """
     for w in range(words):
+        fetch(place_of(x, 64 * (first + BLOCK + w) * size), 64 * size, 1)
+        fetch(on(soon, w * rows), rows, 8)
         slice_word(x, size, 64 * (first + w), 0, (width + 7) >> 3, on(planes, w), BLOCK)
 
 
 @part
 def _compare(
-    delta: Place, mono: Place, bits: int, words: int, one: np.uint64, lts: Place, eqs: Place
+    delta: Place, mono: Place, bits: int, words: int, one: Place, lts: Place, eqs: Place
 ) -> None:
     """Shares of [Δ < λ] and [Δ = λ] for one chunk, from shares of λ's monomials.
 
@@ -50,18 +59,17 @@ def _compare(
         eq[S] = [Δ = λ on bits ≤ k] · λ_S,   lt[S] = [Δ < λ on bits ≤ k] · λ_S
     by eq'[S] = ¬Δ_k·eq[S] ⊕ eq[S∪k],   lt'[S] = ¬Δ_k·(λ_{S∪k} ⊕ lt[S]) ⊕ lt[S∪k].
     """
-    for w in range(words):
-        no, high = ~delta[w], mono[w]
-        eqs[w] = (no & one) ^ high
-        lts[w] = no & high
-    for s in range(1, 1 << (bits - 1)):
-        low, high = on(mono, (2 * s - 1) * words), on(mono, 2 * s * words)
-        eq, lt = on(eqs, s * BLOCK), on(lts, s * BLOCK)
-        for w in range(words):
-            no = ~delta[w]
-            eq[w] = (no & low[w]) ^ high[w]
-            lt[w] = no & high[w]
-    for k in range(1, bits):
+    low = min(bits, LOW)
+    whole = words // LANES * LANES
+    for s in range(1 << (bits - low)):
+        rows = on(mono, (s << low) * words)
+        empty = on(rows, -words) if s else one
+        lt, eq = on(lts, s * BLOCK), on(eqs, s * BLOCK)
+        for w in range(0, whole, LANES):
+            fold_lanes(on(delta, w), on(empty, w), on(rows, w), words, low, on(lt, w), on(eq, w))
+        for w in range(whole, words):
+            fold_word(on(delta, w), on(empty, w), on(rows, w), words, low, on(lt, w), on(eq, w))
+    for k in range(low, bits):
         bit = on(delta, k * BLOCK)
         for s in range(1 << (bits - 1 - k)):
             with_k = on(mono, ((s << (k + 1)) + (1 << k) - 1) * words)
@@ -116,18 +124,22 @@ def open_chunks(
     """
     one = _ALL if leader else _U0
     planes, total = place_of(scratch, 0), beta.size
-    width = 1
+    ones = on(planes, _PLANES * BLOCK)
+    for w in range(BLOCK):
+        ones[w] = one
+    width = needed = 1
     for j in range(chunks.size):
         width += chunks[j]
+        needed += (1 << chunks[j]) - 1
     for first in range(0, total, BLOCK):
         words = min(BLOCK, total - first)
-        _slice_block(x, size, first, words, width, planes)
         mono, mask = place_of(dealt, first * rows), place_of(masks, first * count)
+        _slice_block(x, size, first, words, width, planes, mono, needed)
         out, bit = place_of(opened, first * count), planes
         for j in range(chunks.size):
-            lts = place_of(scratch, _PLANES * BLOCK)
+            lts = on(ones, BLOCK)
             eqs = on(lts, BLOCK << (chunks[j] - 1))
-            _compare(bit, mono, chunks[j], words, one, lts, eqs)
+            _compare(bit, mono, chunks[j], words, ones, lts, eqs)
             mono, bit = on(mono, ((1 << chunks[j]) - 1) * words), on(bit, chunks[j] * BLOCK)
             if j == chunks.size - 1:
                 fresh = place_of(beta, first)
@@ -251,8 +263,8 @@ def chunk_monomials(
         width += chunks[j]
     for first in range(0, total, BLOCK):
         words = min(BLOCK, total - first)
-        _slice_block(x, size, first, words, width, planes)
         mono, bit = place_of(out, first * rows), planes
+        _slice_block(x, size, first, words, width, planes, mono, 0)
         for j in range(chunks.size):
             for i in range(chunks[j]):
                 alone = on(mono, ((1 << i) - 1) * words)

@@ -22,6 +22,9 @@ Place = Any
 inline: Callable[[Callable[..., Any]], Any] = intrinsic
 pointer: Any = types.CPointer
 
+LINE = 64
+"""Bytes of a cache line; where they are more, some are fetched twice."""
+
 
 def part(function: F) -> F:
     """Compiled, with the types that it meets, into the kernels that call it."""
@@ -70,6 +73,28 @@ def store_word(typingctx, place, n, word):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(place, types.int64, types.uint64), codegen
+
+
+@inline
+def _fetch_line(typingctx, place):  # type: ignore[no-untyped-def]
+    """Have the place's cache line read; the place may be no memory at all."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), (place, flag, flag, flag))
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (place,), kind)
+        to_read, near, data = flag(0), flag(3), flag(1)
+        builder.call(prefetch, (builder.bitcast(args[0], place), to_read, near, data))
+        return context.get_dummy_value()
+
+    return types.void(place), codegen
+
+
+@part
+def fetch(place: Place, count: int, size: int) -> None:
+    """Have `count` words of `size` bytes read ahead; it does nothing but warm the cache."""
+    for n in range(0, count, LINE // size):
+        _fetch_line(on(place, n))
 
 
 @inline
