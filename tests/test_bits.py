@@ -73,7 +73,7 @@ def test_bits_move_and_join_without_a_byte() -> None:
 
 
 @pytest.mark.parametrize("width", [4, 17, 33, 64])
-@pytest.mark.parametrize("size", [1, 64, 77])
+@pytest.mark.parametrize("size", [1, 64, 77, 1100])
 def test_a_tally_counts_bits_in_one_round(width: int, size: int) -> None:
     rng = np.random.default_rng([SEED, width, size])
     p, _, bit = writer(3, size)

@@ -19,7 +19,7 @@ from mpcserve.ring import Words
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _BLOCK = 512
 """Elements a block: all that a pass reads and writes of them stays in the first-level cache."""
-SELECT_ROOM = _BLOCK
+SELECT_ROOM = 2 * _BLOCK
 """Words that `select_share` needs for itself."""
 
 
@@ -209,17 +209,40 @@ def select_share(
     """
     flip = _ALL if not when else np.uint64(0)
     packed = start
-    taken = place_of(room, 0)
+    taken, held = place_of(room, 0), place_of(room, _BLOCK)
+    in_place = old.ctypes.data == out.ctypes.data
     for at in range(start, stop, _BLOCK):
-        size = min(_BLOCK, stop - at)
+        size, before = min(_BLOCK, stop - at), place_of(old, at)
+        if in_place:  # LLVM makes no lanes of a loop that writes where it reads
+            for k in range(size):
+                held[k] = before[k]
+            before = held
         for w in range((size + 63) >> 6):
             spread(bit[(at >> 6) + w] ^ flip, on(taken, w << 6))
         _select(place_of(delta, at), place_of(half, at), taken, place_of(beta, at),
                 place_of(cross, at), place_of(carry, at), place_of(top, at),
                 place_of(beta_top, at), size, width, offset, leader, out_width,
-                place_of(old, at), place_of(out, at), delta.dtype.type, out.dtype.type)  # fmt: skip
+                before, place_of(out, at), delta.dtype.type, out.dtype.type)  # fmt: skip
         if space.size:
             packed = _pack_done(out, packed, at + size, start, out_width, space)
+
+
+@part
+def _bits_from(plane: Words, start: int) -> Any:
+    """The 64 bits from `start` on, 0 behind the last word."""
+    word, shift = start >> 6, np.uint64(start & 63)
+    after = plane[word + 1] if word + 1 < plane.size else np.uint64(0)
+    return plane[word] >> shift | after << np.uint64(1) << (np.uint64(63) - shift)
+
+
+@part
+def _tally(
+    taken: Words, dealt: Place, value: Any, keep: Any, size: int, out: Place, T: Any
+) -> None:
+    """out[:size] += value · share of b; `taken`: all ones where δ is set."""
+    for e in range(size):
+        s = taken[e]
+        out[e] = T(out[e] + T(value * T(T(s & keep) + T(T(dealt[e] ^ s) - s))))
 
 
 @kernel(*_signatures("void(uint64[::1], int64, W[:, ::1], W[::1], int64, boolean, W[::1])"))
@@ -233,12 +256,14 @@ def tally_share(
     T = out.dtype.type
     mask = T(_ALL >> np.uint64(64 - width))
     keep = T(1) if leader else T(0)
-    one = T(1)
-    for k in range(values.size):
-        at = k * dealt.shape[1] + start
-        for e in range(out.size):
-            d = T((bit[(at + e) >> 6] >> np.uint64((at + e) & 63)) & np.uint64(1))
-            share = T(T(d * keep) + T(T(one - T(d + d)) * dealt[k, start + e]))
-            out[e] = T(out[e] + T(values[k] * share))
-    for e in range(out.size):
-        out[e] = T(out[e] & mask)
+    taken = np.empty(_BLOCK, out.dtype)
+    for begin in range(0, out.size, _BLOCK):
+        size = min(_BLOCK, out.size - begin)
+        for k in range(values.size):
+            at = k * dealt.shape[1] + start + begin
+            for e in range(0, size, 64):
+                spread(_bits_from(bit, at + e), place_of(taken, e))
+            _tally(taken, place_of(dealt, at), values[k], keep, size, place_of(out, begin), T)
+        here = place_of(out, begin)
+        for e in range(size):
+            here[e] = T(here[e] & mask)

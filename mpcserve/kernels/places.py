@@ -33,7 +33,7 @@ def part(function: F) -> F:
 
 @inline
 def place_of(typingctx, array, n):  # type: ignore[no-untyped-def]
-    """Where word n of a contiguous array lies."""
+    """Where word n of a contiguous array lies, in the order of its memory."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data = context.make_array(array)(context, builder, value=args[0]).data
