@@ -251,7 +251,7 @@ def test_all_joins_any_number_of_bits_in_one_round(count: int) -> None:
 @pytest.mark.parametrize("width", [14, 40])
 def test_select_of_many_pairs_is_one_round(width: int) -> None:
     rng = np.random.default_rng([SEED, width])
-    p, size = PlanWriter(), 130
+    p, size = PlanWriter(), 1100
     a, b = p.input((size,), width, bound=10), p.input((size,), width, bound=10)
     c = p.input((size,), 12, bound=10)
     low = p.sign(c, 12, even_chunks(12, 5), [3])

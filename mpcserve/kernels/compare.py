@@ -185,6 +185,19 @@ def _all_equal(
         _fold(on(opened, e * words), 1 << (chunks - 1 - e), words, work)
 
 
+@part
+def _dealt_rows(table: Rows) -> tuple[int, int]:
+    """The first dealt row of a merge, and how many there are: they lie together.
+
+    A few of each block: the machine does not foresee those of the next.
+    """
+    first, count = NOWHERE, 0
+    for s in range(table.size):
+        if table[s] >= 0:
+            first, count = min(first, table[s]), count + 1
+    return first, count
+
+
 @kernel(
     "void(uint64[::1], int64, int64, uint64[::1], int64, uint64[::1], int64[::1], int64, boolean,"
     " boolean, uint64[::1], uint64[::1], uint64[::1])"
@@ -218,12 +231,14 @@ def merge_group(
     """
     skipped = 0 if with_eq else 1
     subsets = 1 << (chunks - skipped)
+    lowest, dealt_rows = _dealt_rows(table)
     one, work = place_of(scratch, 0), place_of(scratch, BLOCK)
     for w in range(BLOCK):
         one[w] = _ALL if leader else _U0
     for first in range(0, lt.size, BLOCK):
         words = min(BLOCK, lt.size - first)
         given, fresh = place_of(dealt, first * rows), place_of(masks, first * count)
+        fetch(on(given, BLOCK * rows + lowest * words), dealt_rows * words, 8)
         said = on(place_of(opened, first * count), start * words)
         row = subsets
         for j in range(chunks - 1):
