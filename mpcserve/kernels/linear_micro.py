@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numpy.typing import DTypeLike, NDArray
 
@@ -131,7 +130,7 @@ class _Fused(_Kind):
         vector = self.vector()
         kind = ir.FunctionType(vector, [vector] * 3)
         name = "llvm.x86.avx512.vpmadd52l.uq.512"
-        multiply = cgutils.get_or_insert_function(builder.module, kind, name)
+        multiply = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         return (builder.call(multiply, (sums[0], left, right[0])),)
 
 
