@@ -30,7 +30,7 @@ import llvmlite  # type: ignore[import-untyped]
 import numba
 import numpy as np
 
-from mpcserve.kernels import linear, linear_micro
+from mpcserve.kernels import linear, linear_panels
 from mpcserve.kernels.linear_bilinear import bilinear_for
 from mpcserve.kernels.linear_image import geometry_of
 from mpcserve.ring import Words
@@ -103,10 +103,10 @@ def machine() -> dict[str, Any]:
         "llvmlite": llvmlite.__version__,
         "commit": commit.stdout.strip() or "unknown",
         "tiles": ", ".join(
-            f"{linear_micro.ROWS} rows of {linear_micro.lanes_of(dtype)} {dtype}"
+            f"{linear_panels.ROWS} rows of {linear_panels.lanes_of(dtype)} {dtype}"
             for dtype in DTYPES
         ),
-        "uint64": "in one instruction" if linear_micro.NATIVE else "by 32-bit halves",
+        "uint64": "in one instruction" if linear_panels.NATIVE else "by 32-bit halves",
     }
 
 

@@ -13,7 +13,8 @@ from mpcserve.kernels import linear_patches
 from mpcserve.kernels.linear import conv2d, conv2d_tiles, pack_conv_w
 from mpcserve.kernels.linear_bilinear import KARATSUBA, TOOM, Bilinear, bilinear_for
 from mpcserve.kernels.linear_image import Geometry, geometry_of
-from mpcserve.kernels.linear_micro import KC, ROWS
+from mpcserve.kernels.linear_micro import KC
+from mpcserve.kernels.linear_panels import ROWS
 from mpcserve.kernels.linear_patches import Layout
 from mpcserve.ring import Words
 from tests.linear_support import (

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike
 
-from mpcserve.kernels import linear, linear_image, linear_micro, linear_runs
+from mpcserve.kernels import linear, linear_image, linear_micro, linear_panels, linear_runs
 from mpcserve.kernels.linear import (
     conv2d,
     conv2d_tiles,
@@ -82,14 +82,14 @@ EMPTY += [((2, 3, 0), (0, 4)), ((2, 3, 4), (4, 0)), ((2, 0, 0), (2, 0, 0))]
 @pytest.mark.parametrize("edge", range(5))
 def test_matmul_of_edge_values_wraps_as_integers_do(edge: int, dtype: DTypeLike) -> None:
     for other in edges(dtype):
-        a = np.full((linear_micro.ROWS + 1, 3), edges(dtype)[edge])
-        b = np.full((3, linear_micro.lanes_of(dtype) + 1), other)
+        a = np.full((linear_panels.ROWS + 1, 3), edges(dtype)[edge])
+        b = np.full((3, linear_panels.lanes_of(dtype) + 1), other)
         assert np.array_equal(matmul(a, b), integer_matmul(a, b))
 
 
-@pytest.mark.parametrize("rows", range(1, 2 * linear_micro.ROWS + 2))
+@pytest.mark.parametrize("rows", range(1, 2 * linear_panels.ROWS + 2))
 def test_matmul_agrees_with_integers_for_every_number_of_rows(rows: int, draw: Draw) -> None:
-    lanes = linear_micro.lanes_of(draw.dtype)
+    lanes = linear_panels.lanes_of(draw.dtype)
     for wide in (1, lanes - 1, lanes, 2 * lanes + 3):
         a, b = draw(rows, 11), draw(11, wide)
         assert np.array_equal(matmul(a, b), integer_matmul(a, b))
@@ -304,10 +304,10 @@ def test_conv2d_tiles_come_in_pieces_that_are_worth_sending(draw: Draw) -> None:
 
 
 def test_tiles_begin_where_a_packed_panel_begins() -> None:
-    assert linear.TILE_ROWS % linear_micro.ROWS == 0
-    assert linear_micro.ROWS_L2 % linear_micro.ROWS == 0
+    assert linear.TILE_ROWS % linear_panels.ROWS == 0
+    assert linear_micro.ROWS_L2 % linear_panels.ROWS == 0
     for item0, item1, row0, row1 in linear._tiles(3, 1000, 100, 1000, whole=False):
-        assert (item1 - item0, row0 % linear_micro.ROWS) == (1, 0)
+        assert (item1 - item0, row0 % linear_panels.ROWS) == (1, 0)
         assert row1 > row0
 
 
@@ -365,10 +365,10 @@ def test_kernels_run_side_by_side_in_threads(draw: Draw) -> None:
 
 OTHER_MACHINE = """
 import numpy as np
-from mpcserve.kernels import linear, linear_micro
+from mpcserve.kernels import linear, linear_panels
 from mpcserve.kernels.linear_bilinear import KARATSUBA, TOOM
 
-assert not linear_micro.NATIVE
+assert not linear_panels.NATIVE
 rng = np.random.default_rng(5)
 edges = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1, 2**32 - 1, 2**32, 2**31], np.uint64)
 for m, k, n in ((1, 9, 4), (7, 600, 13), (6, 3, 8), (13, 1100, 5), (8, 20, 33), (9, 30, 1)):

@@ -29,7 +29,8 @@ import numpy as np
 from mpcserve.kernels import linear_micro as micro
 from mpcserve.kernels.linear_bilinear import PLANES, Bilinear, weigh
 from mpcserve.kernels.linear_image import Band, Geometry, Source, geometry_of, grid, prepare
-from mpcserve.kernels.linear_micro import KC, ROWS, Index, aligned, lanes_of, scratch_words
+from mpcserve.kernels.linear_micro import KC, Index, aligned, scratch_words
+from mpcserve.kernels.linear_panels import ROWS, lanes_of
 from mpcserve.kernels.linear_patches import Layout
 from mpcserve.kernels.linear_runs import ROWS_MAX, Runs, multiply_runs, scratch_for
 from mpcserve.kernels.tasks import Run, Task, one_by_one

@@ -21,21 +21,15 @@ from numba import types
 
 from mpcserve.kernels.linear_bilinear import KARATSUBA, PLANES, POINTS, TAPS, TOOM, Bilinear, Terms
 from mpcserve.kernels.linear_image import Band, Geometry, grid
-from mpcserve.kernels.linear_micro import (
-    AT,
-    IN,
-    KC,
+from mpcserve.kernels.linear_micro import AT, IN, KC, OUT, Index, both, meet
+from mpcserve.kernels.linear_panels import (
     LINE,
-    OUT,
     ROWS,
-    Index,
-    both,
     copy_lanes,
     kind_at,
     lanes_at,
     lanes_of,
     load,
-    meet,
     on_line,
     store,
     zero_at,

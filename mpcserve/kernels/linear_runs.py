@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpcserve.kernels.linear_micro import AT, IN, OUT, Index, added, both
+from mpcserve.kernels.linear_micro import AT, IN, OUT, Index, both
+from mpcserve.kernels.linear_panels import added
 from mpcserve.kernels.places import Place, on, part, place_of
 from mpcserve.ring import Words
 
