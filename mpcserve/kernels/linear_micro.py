@@ -138,18 +138,25 @@ def meet(
     more: int,
     corner: Place,
     bits: int,
+    ahead: Place,
+    words: int,
 ) -> None:
     """Packed rows times the panels of a strip of `columns`, added to out when `more`.
 
-    Right mod 2^bits.
+    Right mod 2^bits. Meanwhile `words` words are fetched from `ahead` on.
     """
     lanes = lanes_at(out)
+    calls = (columns + PANELS * lanes - 1) // (PANELS * lanes) * ((rows + ROWS - 1) // ROWS)
+    pace = (words + calls * depth - 1) // (calls * depth)
     apart, several = depth * lanes, columns // (PANELS * lanes) * PANELS * lanes
     for p0 in range(0, several, PANELS * lanes):
         for i0 in range(0, rows, ROWS):
             count, these = min(ROWS, rows - i0), on(left, i0 * depth)
             place, panels = on(out, i0 * step + p0), on(right, p0 * depth)
-            multiply_panels(these, panels, apart, offs, depth, count, place, step, more, bits)
+            multiply_panels(
+                these, panels, apart, offs, depth, count, place, step, more, bits, ahead, pace
+            )
+            ahead = on(ahead, depth * pace)
     for p0 in range(several, columns, lanes):
         width, panel = min(lanes, columns - p0), on(right, p0 * depth)
         cut = width < lanes
@@ -157,13 +164,22 @@ def meet(
             count, these = min(ROWS, rows - i0), on(left, i0 * depth)
             place = on(out, i0 * step + p0)
             to, by, add = (corner, lanes, 0) if cut else (place, step, more)
-            multiply_panel(these, panel, apart, offs, depth, count, to, by, add, bits)
+            multiply_panel(these, panel, apart, offs, depth, count, to, by, add, bits, ahead, pace)
+            ahead = on(ahead, depth * pace)
             if cut:
                 for i in range(count):
                     for lane in range(width):
                         word = corner[i * lanes + lane]
                         place[lane] = place[lane] + word if more else word
                     place = on(place, step)
+
+
+@part
+def _read_next(k0: int, i0: int, deep: int, height: int) -> tuple[int, int]:
+    """What of a packed left operand is read after the rows from i0 on, from k0 on: where, how much."""
+    later, then = (k0 + KC, i0) if k0 + KC < deep else (0, i0 + ROWS_L2)
+    depth = min(KC, deep - later)
+    return later * height + then * depth, max(0, min(ROWS_L2, height - then)) * depth
 
 
 AT = "Array(int64, 1, 'C', readonly=True)"
@@ -181,20 +197,10 @@ def both(*arguments: str) -> Callable[[F], F]:
     *("UniTuple(int64, 3)", "UniTuple(int64, 6)", "UniTuple(int64, 4)"),
 )
 def multiply(
-    left: Words,
-    left_at: Index,
-    right: Words,
-    right_at: Index,
-    offs: Index,
-    base: Index,
-    out: Words,
-    out_at: Index,
-    scratch: Words,
-    in_strip: Index,
-    left_form: tuple[int, int, int],
-    sizes: tuple[int, int, int, int, int, int],
-    tile: tuple[int, int, int, int],
-) -> None:
+    left: Words, left_at: Index, right: Words, right_at: Index, offs: Index, base: Index,
+    out: Words, out_at: Index, scratch: Words, in_strip: Index, left_form: tuple[int, int, int],
+    sizes: tuple[int, int, int, int, int, int], tile: tuple[int, int, int, int],
+) -> None:  # fmt: skip
     """Rows row0:row1 of products item0:item1; row i of item t goes to out[out_at[t] + i·step :].
 
     left_form: packed or not, and if not the steps of rows and columns. sizes: is the right packed
@@ -216,10 +222,14 @@ def multiply(
             rows = min(ROWS_L2, row1 - i0)
             few = rows <= FEW_ROWS and deep <= FEW_DEEP and not right_packed
             width = lanes if few else STRIP * lanes
+            strips = (wide + width - 1) // width
             for k0 in range(0, deep, KC):
                 depth = min(KC, deep - k0)
                 lhs = place_of(left, left_at[item])
+                ahead, words = lhs, 0
                 if left_packed:
+                    word, words = _read_next(k0, i0, deep, height)
+                    ahead, words = on(lhs, word), (words + strips - 1) // strips
                     lhs = on(lhs, k0 * height + i0 * depth)
                 else:
                     lhs = on(lhs, i0 * row_step + k0 * col_step)
@@ -236,7 +246,11 @@ def multiply(
                         else:
                             rhs = strip
                             _gather(source, taps, start, columns, depth, rhs)
-                    meet(lhs, rhs, table, depth, rows, columns, place, step, k0, corner, bits)
+                    meet(
+                        lhs, rhs, table, depth, rows, columns, place, step, k0, corner, bits,
+                        ahead, words,
+                    )  # fmt: skip
+                    ahead = on(ahead, words)
 
 
 @both(*(IN, AT, "int64", IN, AT, OUT, AT, "int64", "UniTuple(int64, 4)"))

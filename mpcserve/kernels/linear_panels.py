@@ -16,7 +16,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numpy.typing import DTypeLike
 
-from mpcserve.kernels.places import inline
+from mpcserve.kernels.places import fetch_line, inline
 
 # numba's own description of the CPU, part of the key of its cache: code compiled for one machine is
 # never run with the constants of another.
@@ -154,9 +154,10 @@ def _rows_loop(
     before, loop = b.block, b.append_basic_block(f"rows{rows}")
     b.branch(loop)
     b.position_at_end(loop)
-    left, offs = b.phi(at["left"].type), b.phi(at["offs"].type)
+    left, offs, ahead = (b.phi(at[name].type) for name in ("left", "offs", "ahead"))
     places = [(row, panel) for row in range(rows) for panel in range(panels)]
     sums = {p: tuple(b.phi(vector) for _ in range(kind.parts)) for p in places}
+    fetch_line(b, ahead)
     here, right = b.gep(at["right"], [b.load(offs)]), []
     for _ in range(panels):
         right.append(kind.prepare(b, load(b, here, vector, size)))
@@ -167,9 +168,9 @@ def _rows_loop(
         for panel in range(panels):
             new[row, panel] = kind.add(b, sums[row, panel], word, right[panel])
     next_left, next_offs = b.gep(left, [ir.Constant(_INT64, rows)]), b.gep(offs, [one])
-    starts = [at["left"], at["offs"], *[zero] * (len(places) * kind.parts)]
-    steps = [next_left, next_offs, *chain(*new.values())]
-    phis = [left, offs, *chain(*sums.values())]
+    starts = [at["left"], at["offs"], at["ahead"], *[zero] * (len(places) * kind.parts)]
+    steps = [next_left, next_offs, b.gep(ahead, [at["pace"]]), *chain(*new.values())]
+    phis = [left, offs, ahead, *chain(*sums.values())]
     for phi, start, step in zip(phis, starts, steps, strict=True):
         phi.add_incoming(start, before)
         phi.add_incoming(step, loop)
@@ -201,21 +202,23 @@ def _rows_loops(builder: ir.IRBuilder, kind: _Kind, panels: int, at: dict[str, i
 
 def _panels(panels: int) -> Any:
     @inline
-    def multiply(typingctx, left, right, apart, offs, depth, rows, out, step, more, bits):  # type: ignore[no-untyped-def]
+    def multiply(  # type: ignore[no-untyped-def]
+        typingctx, left, right, apart, offs, depth, rows, out, step, more, bits, ahead, pace
+    ):
         """out[i·step + j] = Σ_k left[k·rows + i] · right[offs[k] + j]; added to it when `more` ≠ 0.
 
         i < rows ≤ ROWS, j < lanes, 1 ≤ depth; mod 2^bits. So for the next panel, `apart` words on.
+        Meanwhile depth · pace words from `ahead` on are fetched.
         """
-        whole = types.int64
+        names = ("left", "right", "apart", "offs", "depth", "rows", "out", "step", "more", "bits")
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            names = ("left", "right", "apart", "offs", "depth", "rows", "out", "step", "more")
-            at = dict(zip(names, args, strict=False))
+            at = dict(zip((*names, "ahead", "pace"), args, strict=True))
             at["end"] = builder.gep(at["offs"], [at["depth"]])
             at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_INT64, 0))
             kind = kind_at(left)
             if kind is _KIND64 and FUSED_BITS:
-                fits = builder.icmp_signed("<=", args[-1], ir.Constant(_INT64, FUSED_BITS))
+                fits = builder.icmp_signed("<=", at["bits"], ir.Constant(_INT64, FUSED_BITS))
                 with builder.if_else(fits) as (fused, exact):
                     with fused:
                         _rows_loops(builder, _FUSED, panels, at)
@@ -225,8 +228,8 @@ def _panels(panels: int) -> Any:
                 _rows_loops(builder, kind, panels, at)
             return context.get_dummy_value()
 
-        sizes = (whole, whole, out, whole, whole, whole)
-        return types.void(left, right, whole, offs, *sizes), codegen
+        n = types.int64
+        return types.void(left, right, n, offs, n, n, out, n, n, n, ahead, n), codegen
 
     return multiply
 

@@ -270,7 +270,19 @@ def multiply_patches(
                 for k0 in range(0, channels, KC):
                     depth = min(KC, channels - k0)
                     lhs, rhs = on(kernel, k0 * outputs + i0 * depth), on(matrix, k0 * wide)
-                    meet(lhs, rhs, table, depth, rows, wide, to, wide, k0, corner, bits)
+                    # What is read next of the kernels: deeper, of the next plane, of more rows.
+                    later, plane_on, then = k0 + KC, q, i0
+                    if later >= channels:
+                        later, plane_on = 0, q + 1
+                    if plane_on == PLANES:
+                        plane_on, then = 0, i0 + ROWS_AT_ONCE
+                    deeper = min(KC, channels - later)
+                    words = max(0, min(ROWS_AT_ONCE, outputs - then)) * deeper
+                    ahead = place_of(left, left_at + plane_on * plane)
+                    ahead = on(ahead, later * outputs + then * deeper)
+                    meet(
+                        lhs, rhs, table, depth, rows, wide, to, wide, k0, corner, bits, ahead, words
+                    )
             for i in range(rows):
                 for p in range(0, wide, lanes):
                     place, to = on(products, i * wide + p), on(summed, p * side)

@@ -75,16 +75,21 @@ def store_word(typingctx, place, n, word):  # type: ignore[no-untyped-def]
     return types.void(place, types.int64, types.uint64), codegen
 
 
+def fetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """IR: have a cache line read; the address may be no memory at all."""
+    place, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), (place, flag, flag, flag))
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", (place,), kind)
+    to_read, near, data = flag(0), flag(3), flag(1)
+    builder.call(prefetch, (builder.bitcast(address, place), to_read, near, data))
+
+
 @inline
 def _fetch_line(typingctx, place):  # type: ignore[no-untyped-def]
-    """Have the place's cache line read; the place may be no memory at all."""
+    """Have the place's cache line read."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        place, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), (place, flag, flag, flag))
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (place,), kind)
-        to_read, near, data = flag(0), flag(3), flag(1)
-        builder.call(prefetch, (builder.bitcast(args[0], place), to_read, near, data))
+        fetch_line(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(place), codegen
