@@ -176,7 +176,7 @@ def meet(
 
 @part
 def _read_next(k0: int, i0: int, deep: int, height: int) -> tuple[int, int]:
-    """What of a packed left operand is read after the rows from i0 on, from k0 on: where, how much."""
+    """(where, how many words): what of a packed left operand is read after the block at i0, k0."""
     later, then = (k0 + KC, i0) if k0 + KC < deep else (0, i0 + ROWS_L2)
     depth = min(KC, deep - later)
     return later * height + then * depth, max(0, min(ROWS_L2, height - then)) * depth
