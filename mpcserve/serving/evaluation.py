@@ -194,7 +194,7 @@ def drive(
     reply: memoryview | None = None
     rounds = 0
     try:
-        with peer.attended(standby):
+        with peer.attended(standby, brisk=True):
             while True:
                 step = next(steps) if reply is None else steps.send(reply)
                 if rounds:  # the peer's tag comes before its first round

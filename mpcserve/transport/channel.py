@@ -281,14 +281,15 @@ class Channel:
         self.inbox.aim(self._ahead)
 
     @contextmanager
-    def attended(self, standby: float = STANDBY_S) -> Iterator[None]:
+    def attended(self, standby: float = STANDBY_S, brisk: bool = False) -> Iterator[None]:
         """While this lasts this thread reads and writes the socket itself: none is woken for it.
 
-        `standby`: seconds for which nobody may read, while this thread does other things.
+        `standby`: seconds for which nobody may read, while this thread does other things. `brisk`:
+        the peer does the same as this side, so what it sends is due about when it is waited for.
         """
         self.out.inline = LARGEST_BYTES
         try:
-            with self.link.reading.attended(self, standby):
+            with self.link.reading.attended(self, standby, brisk):
                 yield
         finally:
             self.out.inline = SMALL_BYTES

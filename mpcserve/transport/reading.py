@@ -46,7 +46,7 @@ class Reading:
         self._trouble: Exception | None = None  # met by another thread: the reader's to raise
         self._ended = False
         self._flowing = False
-        self._standby = BRIEF_S
+        self._standby, self._brisk = BRIEF_S, False
         self._claim = threading.Lock()  # the right to be the next to read
 
     def read(self) -> bool | None:
@@ -70,14 +70,15 @@ class Reading:
             self._turn.release()
 
     @contextmanager
-    def attended(self, stream: object, standby: float) -> Iterator[None]:
+    def attended(self, stream: object, standby: float, brisk: bool) -> Iterator[None]:
         """While this lasts, `wait_for` and `glance` read for the stream.
 
         `standby`: seconds for which nobody may read, while the attending thread does other things.
+        `brisk`: what it waits for is due any moment.
         """
         with self._lock:
             self._attended.append(stream)
-            self._standby = standby
+            self._standby, self._brisk = standby, brisk
             self._settle()
         try:
             yield
@@ -131,7 +132,7 @@ class Reading:
             left = deadline - time.monotonic()
             if left <= 0:
                 return
-            self._once(min(left, self._tick))
+            self._once(min(left, self._tick), self._brisk)
 
     def _in_turn(self, read: Callable[[], object]) -> None:
         """A thread other than the reader reads: what goes wrong is left to the reader."""
@@ -155,10 +156,10 @@ class Reading:
             self._intake.interrupt()
             return self._turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
-    def _once(self, seconds: float) -> bool | None:
+    def _once(self, seconds: float, brisk: bool = False) -> bool | None:
         if self._ended:
             return False
-        got = self._intake.read(seconds)
+        got = self._intake.read(seconds, brisk)
         self._flowing = got is not None and len(got) >= _LARGE
         if got is None:
             return None
