@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from llvmlite.binding import add_symbol  # type: ignore[import-untyped]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,5 +38,19 @@ def kernel(*signatures: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         jit = numba.njit(list(signatures), cache=True, nogil=True, boundscheck=False)
         return cast(F, jit(function))
+
+    return decorate
+
+
+def shared(symbol: str, signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a C function of this name once: kernels that call it hold no copy of it.
+
+    Whoever calls must hold what this returns.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        compiled = numba.cfunc(signature, cache=True)(function)
+        add_symbol(symbol, compiled.address)
+        return compiled
 
     return decorate

@@ -1,7 +1,7 @@
 """Values of any width, back to back: how they travel.
 
-A value is read and written as the eight bytes that it begins in, shifted; no value waits for the
-one before it. Bytes of machines with another byte order are not served.
+All but the last go through the lanes of vectors; what is left is read as the eight bytes that it
+begins in, shifted. Bytes of machines with another byte order are not served.
 """
 
 from __future__ import annotations
@@ -9,70 +9,82 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core.cgutils import get_or_insert_function
 from numpy.typing import NDArray
 
-from mpcserve.kernels.jit import kernel
-from mpcserve.kernels.places import Place, load_word, part, place_of, store_word
+from mpcserve.kernels.jit import kernel, shared
+from mpcserve.kernels.lanes import REACH, pack_lanes, unpack_lanes
+from mpcserve.kernels.places import (
+    Place,
+    inline,
+    load_word,
+    part,
+    place_of,
+    pointer,
+    store_word,
+)
 from mpcserve.ring import HALF_BITS, WORD_BITS, Words, word_type
 
 Bytes = NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
 
-SPARE = 8
+SPARE = REACH // 2
 """Bytes behind a packed array that `pack_from` may write zeros to."""
 
 _U0 = np.uint64(0)
-_U7 = np.uint64(7)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-_PAIRS, _SHIFTED = 28, 57
-"""Widths up to which two values, and up to which one, shifted by 7 bits, fit a word."""
+_SHIFTED = 57
+"""Width up to which a value, shifted by 7 bits, fits a word."""
 
 
-@part
-def pack_from(x: Place, count: int, width: int, out: Place) -> None:
+def _pack_from(x: Place, count: int, width: int, out: Place) -> None:
     """x[:count], each below 2^width, to the bytes from `out` on.
 
     The last byte is filled up with zeros, and up to SPARE bytes behind it.
     """
-    w = np.uint64(width)
-    before = _U0
-    bit = 0
-    if width == 64:
-        for k in range(count):
-            store_word(out, 8 * k, np.uint64(x[k]))
-    elif width == 32:
-        for k in range(0, count - 1, 2):
-            both = np.uint64(x[k]) | np.uint64(x[k + 1]) << w
-            store_word(out, 4 * k, both)
-        if count & 1:
-            store_word(out, 4 * (count - 1), np.uint64(x[count - 1]))
-    elif width < 4:  # a byte holds bits of more than the last two values
-        for k in range(count):
-            fill = np.uint64(bit & 7)
-            before |= np.uint64(x[k]) << fill
-            store_word(out, bit >> 3, before)
-            before >>= (fill + w) >> np.uint64(3) << np.uint64(3)
-            bit += width
-    elif width <= _PAIRS:
-        for k in range(0, count - 1, 2):
-            both = np.uint64(x[k]) | np.uint64(x[k + 1]) << w
-            fill = np.uint64(bit & 7)
-            store_word(out, (bit >> 3), both << fill | before >> (w + w - fill))
-            before = both
-            bit += width + width
-        if count & 1:
-            fill = np.uint64(bit & 7)
-            last = np.uint64(x[count - 1])
-            store_word(out, (bit >> 3), last << fill | before >> (w + w - fill))
-    else:
-        for k in range(count):
-            v = np.uint64(x[k])
-            fill = np.uint64(bit & 7)
-            store_word(out, (bit >> 3), v << fill | before >> (w - fill))
-            if width > _SHIFTED:
-                out[(bit >> 3) + 8] = np.uint8(v >> np.uint64(1) >> (np.uint64(63) - fill))
-            before = v
-            bit += width
+    done = pack_lanes(x, count, width, out)
+    at, fill, held = done * width >> 3, 0, _U0
+    for k in range(done, count):
+        v, shift = np.uint64(x[k]), np.uint64(fill)
+        held |= v << shift
+        store_word(out, at, held)
+        fill += width
+        if fill < 64:
+            held >>= np.uint64(fill & 56)
+        else:  # the bits that did not fit the word
+            held = v >> np.uint64(1) >> (np.uint64(63) - shift)
+        at += fill >> 3
+        fill &= 7
+    store_word(out, at, held)
+
+
+def _symbol(word: types.Type) -> str:
+    return f"mpcserve_pack_{word}"
+
+
+def _packer(word: types.Type) -> Any:
+    kind = types.void(pointer(word), types.int64, types.int64, pointer(types.uint8))
+    return shared(_symbol(word), kind)(_pack_from)
+
+
+_PACKERS = _packer(types.uint32), _packer(types.uint64)
+
+
+@inline
+def pack_from(typingctx, x, count, width, out):  # type: ignore[no-untyped-def]
+    """Call `_pack_from`, of which all kernels share one: its loops are many."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
+        packer = get_or_insert_function(  # type: ignore[no-untyped-call]
+            builder.module, kind, _symbol(x.dtype)
+        )
+        builder.call(packer, args)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64, out), codegen
 
 
 @part
@@ -104,22 +116,14 @@ def _unpack(packed: Bytes, width: int, more: bool, out: Words) -> None:
     """out ← the packed values, plus what it held if there is `more` (mod 2^width)."""
     T = out.dtype.type
     mask = T(_ALL >> np.uint64(64 - width))
-    to = place_of(out, 0)
-    data, size = place_of(packed, 0), packed.size
-    safe = max(0, min(out.size, (size - 9) * 8 // width))
-    bit = 0
-    if more:
-        for k in range(safe):
-            to[k] = T(T(to[k] + T(_value_at(data, bit, width))) & mask)
-            bit += width
-    else:
-        for k in range(safe):
-            to[k] = T(T(_value_at(data, bit, width)) & mask)
-            bit += width
+    keep = T(_ALL) if more else T(0)
+    data, size, to = place_of(packed, 0), packed.size, place_of(out, 0)
+    done = unpack_lanes(data, max(0, size - REACH + 1), width, more, to, out.size)
+    safe = max(done, min(out.size, (size - 9) * 8 // width))
+    for k in range(done, safe):
+        to[k] = T(T(T(to[k] & keep) + T(_value_at(data, k * width, width))) & mask)
     for k in range(safe, out.size):
-        old = out[k] if more else T(0)
-        out[k] = T(T(old + T(_last_value(data, size, bit, width))) & mask)
-        bit += width
+        to[k] = T(T(T(to[k] & keep) + T(_last_value(data, size, k * width, width))) & mask)
 
 
 @kernel("void(uint64[::1], int64, uint8[::1])", "void(uint32[::1], int64, uint8[::1])")
