@@ -12,8 +12,8 @@ from mpcserve.kernels import packing
 from mpcserve.protocol.parties import Round, Steps
 from mpcserve.ring import Words
 
-TILE = 1 << 15
-"""Elements a tile: 256 KiB of words, half of a common second-level cache."""
+TILE = 1 << 16
+"""Elements a tile: 256 KiB of 32-bit words, which with what is packed of them fit an L2 cache."""
 
 
 def tiles(size: int) -> Iterator[slice]:
