@@ -148,9 +148,10 @@ def test_what_a_guard_makes_of_nan_is_calibrated() -> None:
     x[np.abs(x) < 0.1] = 1.0
     plan, got = served(model, x[:8], calibrate=x)
     assert np.abs(got - plain(model, x[:8])[0]).max() < 1e-3
-    _, got = served(model, x[:8], calibrate=x, target_error=1e-3)
-    # Rounding is random: the target is met as a rule, and never missed by half.
-    assert np.abs(got - plain(model, x[:8])[0]).max() < 1.5e-3
+    # Rounding is random, and a target is met as a rule: once in thirty runs one of 32 errors is above.
+    made = compile_model(model, calibrate=x, batch=8, target_error=1e-3)
+    runs = [Together(made.plan, made.weights).infer([x[:8]])[0][0] for _ in range(5)]
+    assert np.median([np.abs(run - plain(model, x[:8])[0]).max() for run in runs]) < 1e-3
     # The guard itself costs nothing.
     assert plan.value(plan.outputs[0].id).bound - plan.value(plan.outputs[0].id).frac_bits >= 6
 
