@@ -5,7 +5,8 @@ as fast or more. pyOpenSSL makes contexts, verifies and shakes hands over a pair
 Its `send`, `bio_read`, `bio_write` and `recv_into` copy once more than OpenSSL does, so the four
 functions behind them are called where the data lie.
 
-A connection must not be used by two threads at once, and one reads while others write: a lock.
+OpenSSL's connection must not be used by two threads at once, and one thread reads while others
+write: each call holds a lock.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mpcserve.wire import Buffer
 READ_BYTES = 256 << 10  # taken from the socket, and decrypted, at once
 _RECORD = 16 << 10  # the most plaintext of a TLS record
 
-# What a bank's auditors expect first; its keys are as long as those of our own streams.
+# By speed; keys of 128 bits are as long as those of our own streams.
 _CIPHERS = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 
 _lib: Any = SSL._lib  # type: ignore[attr-defined]
