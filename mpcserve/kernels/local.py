@@ -14,7 +14,7 @@ import numpy as np
 from mpcserve.kernels.jit import kernel
 from mpcserve.kernels.packing import Bytes, pack_from
 from mpcserve.kernels.places import Place, on, part, place_of, spread
-from mpcserve.ring import Words
+from mpcserve.ring import Words, word_type
 
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _BLOCK = 512
@@ -145,43 +145,71 @@ def extend_share(
         out[k] = T(T(T(public - chosen) + lam[k]) & out_mask)
 
 
+_TOPS = tuple(
+    (w, v, h)
+    for w in ("uint32", "uint64")
+    for v, h in (("uint32", "uint16"), ("uint32", "uint32"), ("uint64", "uint64"))
+)
+
+
+def _triples(template: str) -> tuple[str, ...]:
+    """For words of x (W), of the result (V), and of what is dealt above x's width (H)."""
+    return tuple(template.replace("W", w).replace("V", v).replace("H", h) for w, v, h in _TOPS)
+
+
+def tops_type(width: int, out_width: int) -> type[np.unsignedinteger[Any]]:
+    """The words of λ_msb and β·λ_msb: halves where those do, as a selection waits for memory."""
+    return np.uint16 if out_width - width <= 16 and out_width <= 32 else word_type(out_width)
+
+
+@kernel(*_triples("void(W[::1], int64, V[::1], V[::1], V[::1], V[::1], H[::1], H[::1])"))
+def wide_pair(
+    lam: Words, width: int, carry: Words, top: Words, beta_top: Words,
+    high: Words, short_top: Words, short_beta_top: Words,
+) -> None:  # fmt: skip
+    """A selection's Λ_1 = λ − carry·2^width; top and beta_top in words of their own."""
+    T, V, H = lam.dtype.type, high.dtype.type, short_top.dtype.type
+    mask, shift = T(_ALL >> np.uint64(64 - width)), V(width)
+    for k in range(lam.size):
+        high[k] = V(V(T(lam[k] & mask)) - V(carry[k] << shift))
+        short_top[k], short_beta_top[k] = H(top[k]), H(beta_top[k])
+
+
 @part
 def _select(
-    delta: Place, half: Place, taken: Place, beta: Place, cross: Place, carry: Place, top: Place,
+    delta: Place, high: Place, taken: Place, beta: Place, cross: Place, top: Place,
     beta_top: Place, size: int, width: int, offset: np.uint64, leader: bool, out_width: int,
     old: Place, out: Place, D: Any, V: Any,
 ) -> None:  # fmt: skip
     """out[:size] ← old + share of b·x; see `select_share`. `taken`: all ones where δ' is set."""
-    mask, high, o = D(_ALL >> np.uint64(64 - width)), D(width - 1), D(offset)
+    mask, last, o = D(_ALL >> np.uint64(64 - width)), D(width - 1), D(offset)
     shift, wide = (V(width), V(_ALL)) if out_width > width else (V(0), V(0))
     out_mask, one = V(_ALL >> np.uint64(64 - out_width)), V(1)
     keep = V(_ALL) if leader else V(0)
     for k in range(size):
         d = D(D(delta[k] + o) & mask)
-        low = V(V(V(D(d >> high)) - one) & wide)  # all ones where Δ'_msb = 0
+        low = V(V(V(D(d >> last)) - one) & wide)  # all ones where Δ'_msb = 0
         p, s = V(V(d) - V(o)), taken[k]
-        share = V(V(p & keep) - V(D(half[k] & mask)))
-        share = V(share + V(V(V(carry[k] & wide) + V(top[k] & low)) << shift))
+        share = V(V(V(p & keep) - high[k]) + V(V(V(top[k]) & low) << shift))
         crossed = V(V(beta[k] * p) - cross[k])
-        crossed = V(crossed + V(V(beta_top[k] & low) << shift))
+        crossed = V(crossed + V(V(V(beta_top[k]) & low) << shift))
         chosen = V(V(share & s) + V(V(crossed ^ s) - s))
         out[k] = V(V(old[k] + chosen) & out_mask)
 
 
 _SELECT = (
-    "void(W[::1], W[::1], uint64[::1], V[::1], V[::1], V[::1], V[::1], V[::1], int64, int64,"
+    "void(W[::1], uint64[::1], V[::1], V[::1], V[::1], H[::1], H[::1], int64, int64,"
     " int64, uint64, boolean, V[::1], int64, boolean, V[::1], V[::1], uint8[::1])"
 )
 
 
-@kernel(*_pairs(_SELECT), _SELECT.replace("W", "uint32").replace("V", "uint64"))
+@kernel(*_triples(_SELECT))
 def select_share(
     delta: Words,
-    half: Words,
     bit: Words,
+    high: Words,
     beta: Words,
     cross: Words,
-    carry: Words,
     top: Words,
     beta_top: Words,
     start: int,
@@ -203,9 +231,9 @@ def select_share(
     Λ_1 = λ − carry·2^width and Λ_0 = Λ_1 − λ_msb·2^width. Of several pairs, which are summed, the
     first has the mask's share as `old`; `out` may be it. Packed if `space` is given.
 
-    Shapes: bit [ceil(N / 64)], room [SELECT_ROOM], all others [N]; start is a multiple of 64. half,
-    beta, cross: shares of λ, β and β·λ; carry, top and beta_top, of the carry, λ_msb and β·λ_msb,
-    count only if out_width > width.
+    Shapes: bit [ceil(N / 64)], room [SELECT_ROOM], all others [N]; start is a multiple of 64. high,
+    beta, cross: shares of Λ_1, β and βΛ_1; top and beta_top, of λ_msb and β·λ_msb, count only if
+    out_width > width.
     """
     flip = _ALL if not when else np.uint64(0)
     packed = start
@@ -219,9 +247,9 @@ def select_share(
             before = held
         for w in range((size + 63) >> 6):
             spread(bit[(at >> 6) + w] ^ flip, on(taken, w << 6))
-        _select(place_of(delta, at), place_of(half, at), taken, place_of(beta, at),
-                place_of(cross, at), place_of(carry, at), place_of(top, at),
-                place_of(beta_top, at), size, width, offset, leader, out_width,
+        _select(place_of(delta, at), place_of(high, at), taken, place_of(beta, at),
+                place_of(cross, at), place_of(top, at), place_of(beta_top, at),
+                size, width, offset, leader, out_width,
                 before, place_of(out, at), delta.dtype.type, out.dtype.type)  # fmt: skip
         if space.size:
             packed = _pack_done(out, packed, at + size, start, out_width, space)

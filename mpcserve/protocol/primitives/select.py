@@ -36,12 +36,11 @@ class ExtendMaterial(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One server's shares of λ, β, β·λ and, where the result is wider, carry, λ_msb and β·λ_msb."""
+    """One server's shares of Λ_1, β, β·λ and, where the result is wider, λ_msb and β·λ_msb."""
 
-    half: Words
+    high: Words
     beta: Words
     cross: Words
-    carry: Words
     top: Words
     beta_top: Words
 
@@ -144,11 +143,14 @@ def prepare_select(
 def _prepare_pair(io: PrepareIO, i: Instruction, half: Words, m: int) -> Pair:
     n, shape = i.value.width, (i.value.size,)
     beta, cross = io.dealt(shape, n), io.dealt(shape, n)
-    if n > m:
-        carry, top, beta_top = (as_words(io.dealt(shape, n - m), n) for _ in range(3))
-    else:
-        carry = top = beta_top = beta  # which do not count then
-    return Pair(np.ascontiguousarray(half).reshape(-1), beta, cross, carry, top, beta_top)
+    lam = np.ascontiguousarray(half).reshape(-1)
+    if n <= m:  # no wrap can be lost: `beta` stands for what does not count then
+        return Pair(as_words(lam, n), beta, cross, beta, beta)
+    carry, *tops = (as_words(io.dealt(shape, n - m), n) for _ in range(3))
+    high, short = np.empty(shape, word_type(n)), local.tops_type(m, n)
+    top, beta_top = np.empty(shape, short), np.empty(shape, short)
+    local.wide_pair(lam, m, carry, *tops, high, top, beta_top)
+    return Pair(high, beta, cross, top, beta_top)
 
 
 def evaluate_select(
@@ -161,10 +163,7 @@ def evaluate_select(
     """1 round of n bits each way, however many pairs."""
     n = i.value.width
     out = np.empty(i.value.size, word_type(n))
-    flats = [
-        np.ascontiguousarray(x).reshape(-1).astype(pair.half.dtype, copy=False)
-        for x, pair in zip(deltas[1::2], material.pairs, strict=True)
-    ]
+    flats = [np.ascontiguousarray(x).reshape(-1) for x in deltas[1::2]]
     whole = n in (HALF_BITS, WORD_BITS)
 
     def piece(part: slice) -> memoryview:
@@ -176,9 +175,8 @@ def evaluate_select(
         ):
             local.select_share(
                 x,
-                pair.half,
                 bit,
-                *pair[1:],
+                *pair,
                 part.start,
                 part.stop,
                 width,
