@@ -271,6 +271,18 @@ class Session:
 
     # ── bytes in, events out ──
 
+    @property
+    def under_way(self) -> tuple[bytes, int]:
+        """Of the DATA frame whose payload comes next: its stream and how many bytes; or 0."""
+        return self._stream, self._left if self._kind is Kind.DATA else 0
+
+    def passed(self, size: int) -> None:
+        """So many of these bytes went where they belong without coming by `receive`."""
+        assert 0 < size <= self._left
+        self._left -= size
+        if not self._left:
+            self._kind = None
+
     def receive(self, data: Buffer) -> Iterator[Event]:
         """The events in `data`, in order; exhaust it before the next call.
 

@@ -30,7 +30,7 @@ IMPORTS = {
     "randomness": LOW | {"kernels"},
     "protocol": LOW | {"kernels", "plan", "randomness"},
     "wire": {"errors", "version"},
-    "transport": {"config", "errors", "wire"},
+    "transport": {"config", "errors", "kernels", "wire"},
     "serving": LOW | {"config", "plan", "protocol", "randomness", "transport", "wire"},
     "cli": LOW
     | {"arrays", "bundled", "compiler", "config", "plan", "protocol", "reference", "serving"}

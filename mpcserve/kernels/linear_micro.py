@@ -22,16 +22,20 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpcserve.kernels.jit import F, kernel
 from mpcserve.kernels.linear_panels import (
+    FEW_COLUMNS,
     LINE,
     PANELS,
+    ROOM,
     ROWS,
     added,
     copy_lanes,
     lanes_at,
     lanes_of,
+    multiply_columns,
     multiply_panel,
     multiply_panels,
     on_line,
+    row_lanes_at,
     zero_at,
 )
 from mpcserve.kernels.places import Place, on, part, place_of
@@ -46,8 +50,11 @@ FEW_ROWS, FEW_DEEP = 4, 64  # up to here columns are read where they lie: copyin
 
 
 def aligned(words: int, dtype: np.dtype[Any]) -> Words:
-    """Uninitialised, from the beginning of a cache line: no vector of a panel crosses one."""
-    raw: Words = np.empty(words + LINE // dtype.itemsize, dtype)
+    """Uninitialised, from the beginning of a cache line: no vector of a panel crosses one.
+
+    There is ROOM behind it.
+    """
+    raw: Words = np.empty(words + LINE // dtype.itemsize + ROOM, dtype)
     skip = -raw.ctypes.data % LINE // dtype.itemsize
     return raw[skip : skip + words]
 
@@ -55,7 +62,7 @@ def aligned(words: int, dtype: np.dtype[Any]) -> Words:
 def scratch_words(dtype: DTypeLike, rows: int, deep: int, right_packed: bool) -> int:
     """What `multiply` needs: a tile for cut-off columns, a strip of the right, `rows` to pack."""
     strip = 0 if right_packed else STRIP * lanes_of(dtype)
-    line = LINE // np.dtype(dtype).itemsize
+    line = LINE // np.dtype(dtype).itemsize + ROOM
     return line + ROWS * lanes_of(dtype) + (strip + min(ROWS_L2, rows)) * min(KC, deep)
 
 
@@ -159,18 +166,26 @@ def meet(
             ahead = on(ahead, depth * pace)
     for p0 in range(several, columns, lanes):
         width, panel = min(lanes, columns - p0), on(right, p0 * depth)
-        cut = width < lanes
+        cut, few = width < lanes, width <= FEW_COLUMNS
+        across, along = (1, row_lanes_at(corner)) if few else (lanes, 1)
         for i0 in range(0, rows, ROWS):
             count, these = min(ROWS, rows - i0), on(left, i0 * depth)
             place = on(out, i0 * step + p0)
             to, by, add = (corner, lanes, 0) if cut else (place, step, more)
-            multiply_panel(these, panel, apart, offs, depth, count, to, by, add, bits, ahead, pace)
+            if few:
+                multiply_columns(
+                    these, panel, offs, depth, count, width, corner, bits, ahead, pace
+                )
+            else:
+                multiply_panel(
+                    these, panel, apart, offs, depth, count, to, by, add, bits, ahead, pace
+                )
             ahead = on(ahead, depth * pace)
             if cut:
                 for i in range(count):
-                    for lane in range(width):
-                        word = corner[i * lanes + lane]
-                        place[lane] = place[lane] + word if more else word
+                    for j in range(width):
+                        word = corner[i * across + j * along]
+                        place[j] = place[j] + word if more else word
                     place = on(place, step)
 
 

@@ -6,6 +6,7 @@ vector is, and which instructions multiply words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -37,6 +38,11 @@ ROWS = 12 if NATIVE else 6
 # Panels that meet rows at once, where there are two vectors of registers for each row: a word of
 # the left is loaded and spread to all lanes once for both.
 PANELS = 2 if NATIVE else 1
+
+# A panel of so few columns: rows lie in the lanes instead, which one column would leave empty.
+FEW_COLUMNS = ROWS // 2
+
+ROOM = 16  # words that lie readable behind a packed left operand
 
 LINE = 64  # bytes of a cache line
 
@@ -187,6 +193,55 @@ def _rows_loop(
         line = b.gep(line, [at["step"]])
 
 
+def _columns_loop(b: ir.IRBuilder, kind: _Kind, columns: int, at: dict[str, ir.Value]) -> None:
+    """IR: rows of the left panel, in lanes, against so many columns; at least one step deep."""
+    vector, size = kind.vector(), kind.bits // 8
+    zero, one = ir.Constant(vector, [0] * kind.lanes), ir.Constant(_INT64, 1)
+    parts = range(-(-ROWS // kind.lanes))
+    before, loop = b.block, b.append_basic_block(f"columns{columns}")
+    b.branch(loop)
+    b.position_at_end(loop)
+    left, offs, ahead = (b.phi(at[name].type) for name in ("left", "offs", "ahead"))
+    places = [(column, part) for column in range(columns) for part in parts]
+    sums = {p: tuple(b.phi(vector) for _ in range(kind.parts)) for p in places}
+    fetch_line(b, ahead)
+    rows = []
+    for part in parts:
+        here = b.gep(left, [ir.Constant(_INT64, part * kind.lanes)])
+        rows.append(kind.prepare(b, load(b, here, vector, size)))
+    new, here = {}, b.gep(at["right"], [b.load(offs)])
+    for column in range(columns):
+        word = _splat(b, b.load(b.gep(here, [ir.Constant(_INT64, column)])), vector)
+        for part in parts:
+            new[column, part] = kind.add(b, sums[column, part], word, rows[part])
+    next_offs = b.gep(offs, [one])
+    starts = [at["left"], at["offs"], at["ahead"], *[zero] * (len(places) * kind.parts)]
+    steps = [b.gep(left, [at["rows"]]), next_offs, b.gep(ahead, [at["pace"]])]
+    phis = [left, offs, ahead, *chain(*sums.values())]
+    for phi, start, step in zip(phis, starts, [*steps, *chain(*new.values())], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(step, loop)
+    after = b.append_basic_block(f"columns{columns}.end")
+    b.cbranch(b.icmp_unsigned("!=", next_offs, at["end"]), loop, after)
+    b.position_at_end(after)
+    for number, p in enumerate(places):
+        place = b.gep(at["out"], [ir.Constant(_INT64, number * kind.lanes)])
+        store(b, kind.read(b, new[p]), place, size)
+
+
+def _columns_loops(builder: ir.IRBuilder, kind: _Kind, at: dict[str, ir.Value]) -> None:
+    """IR: as many columns as there are."""
+    done = builder.append_basic_block("done")
+    choice = builder.switch(at["columns"], done)
+    for count in range(1, FEW_COLUMNS + 1):
+        block = builder.append_basic_block(f"enter{count}")
+        choice.add_case(ir.Constant(_INT64, count), block)
+        builder.position_at_end(block)
+        _columns_loop(builder, kind, count, at)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
 def _rows_loops(builder: ir.IRBuilder, kind: _Kind, panels: int, at: dict[str, ir.Value]) -> None:
     """IR: as many rows as there are."""
     done = builder.append_basic_block("done")
@@ -198,6 +253,23 @@ def _rows_loops(builder: ir.IRBuilder, kind: _Kind, panels: int, at: dict[str, i
         _rows_loop(builder, kind, count, panels, at)
         builder.branch(done)
     builder.position_at_end(done)
+
+
+def _of_kind(
+    builder: ir.IRBuilder, place: Any, at: dict[str, ir.Value], write: Callable[[_Kind], None]
+) -> None:
+    """IR: what is written for the kind of words at a place, of which `bits` count."""
+    kind = kind_at(place)
+    at["end"] = builder.gep(at["offs"], [at["depth"]])
+    if kind is not _KIND64 or not FUSED_BITS:
+        write(kind)
+        return
+    fits = builder.icmp_signed("<=", at["bits"], ir.Constant(_INT64, FUSED_BITS))
+    with builder.if_else(fits) as (fused, exact):
+        with fused:
+            write(_FUSED)
+        with exact:
+            write(kind)
 
 
 def _panels(panels: int) -> Any:
@@ -214,18 +286,8 @@ def _panels(panels: int) -> Any:
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             at = dict(zip((*names, "ahead", "pace"), args, strict=True))
-            at["end"] = builder.gep(at["offs"], [at["depth"]])
             at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_INT64, 0))
-            kind = kind_at(left)
-            if kind is _KIND64 and FUSED_BITS:
-                fits = builder.icmp_signed("<=", at["bits"], ir.Constant(_INT64, FUSED_BITS))
-                with builder.if_else(fits) as (fused, exact):
-                    with fused:
-                        _rows_loops(builder, _FUSED, panels, at)
-                    with exact:
-                        _rows_loops(builder, kind, panels, at)
-            else:
-                _rows_loops(builder, kind, panels, at)
+            _of_kind(builder, left, at, lambda kind: _rows_loops(builder, kind, panels, at))
             return context.get_dummy_value()
 
         n = types.int64
@@ -235,6 +297,37 @@ def _panels(panels: int) -> Any:
 
 
 multiply_panel, multiply_panels = _panels(1), _panels(PANELS)
+
+
+@inline
+def multiply_columns(  # type: ignore[no-untyped-def]
+    typingctx, left, right, offs, depth, rows, columns, out, bits, ahead, pace
+):
+    """out[j·row_lanes + i] = Σ_k left[k·rows + i] · right[offs[k] + j]; nothing is added to it.
+
+    i < rows ≤ ROWS, j < columns ≤ FEW_COLUMNS, 1 ≤ depth; mod 2^bits. Up to ROOM words behind the
+    left panel are read. Meanwhile depth · pace words from `ahead` on are fetched.
+    """
+    names = ("left", "right", "offs", "depth", "rows", "columns", "out", "bits", "ahead", "pace")
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at = dict(zip(names, args, strict=True))
+        _of_kind(builder, left, at, lambda kind: _columns_loops(builder, kind, at))
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(left, right, offs, n, n, n, out, n, ahead, n), codegen
+
+
+@inline
+def row_lanes_at(typingctx, place):  # type: ignore[no-untyped-def]
+    """Lanes of whole vectors that hold ROWS of the words at a place."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        lanes = kind_at(place).lanes
+        return ir.Constant(_INT64, -(-ROWS // lanes) * lanes)
+
+    return types.int64(place), codegen
 
 
 @inline

@@ -69,6 +69,23 @@ class Inbox:
             while chunk:
                 chunk = self._collect(chunk)
 
+    def fill(self, most: int, read: Callable[[memoryview], int]) -> tuple[int, int]:
+        """Up to `most` bytes of DATA come: where somebody waits, `read` puts them in their place.
+
+        For how many there was room, and how many came.
+        """
+        with self._lock:
+            place = self._target[:most]
+            if not place:
+                return 0, 0
+            got = read(place)
+            self.received += got
+            self.consumed += got
+            self._target = self._target[got:]
+            if not self._target:
+                self._came.notify_all()
+            return len(place), got
+
     def put_message(self, message: dict[str, object], size: int) -> bool:
         """A message has come. False if too many are unread."""
         with self._lock:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
+from cryptography.hazmat.bindings._rust import _openssl
 from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL
 
 from mpcserve.errors import ConfigError
+from mpcserve.kernels.records import read_records
 from mpcserve.transport.options import Counters
 from mpcserve.transport.tls import ISSUE, TlsError, TlsFiles, left, role_of
 from mpcserve.wire import Buffer
@@ -37,15 +38,39 @@ _ffi: Any = SSL._ffi  # type: ignore[attr-defined]
 _NO_MORE = (_lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN)
 
 
+
+
+def _address(place: Any) -> int:
+    return int(_ffi.cast("intptr_t", place))
+
+
+def _function(name: str) -> int:
+    return _address(_ffi.addressof(_openssl.lib, name))
+
+
+_SSL_READ, _BIO_WRITE = _function("SSL_read"), _function("BIO_write")
+
+
 class Codec(Protocol):
     """Plaintext to wire bytes and back."""
 
     def encrypt(self, pieces: Sequence[Buffer]) -> Buffer:
-        """The wire bytes of these pieces, after all that was encrypted before."""
+        """The wire bytes of these pieces, after all before; valid until the next call."""
         ...
 
-    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
-        """The plaintext in what was received; each view is valid until the next."""
+    def put(self, received: memoryview) -> None:
+        """Wire bytes have come; they are read before more are put, and before they change."""
+        ...
+
+    def read(self, most: int = 0) -> memoryview:
+        """Some of the plaintext in them, valid until the next read; empty: no more.
+
+        At least a record is read if there is one, and no more than one or `most` bytes.
+        """
+        ...
+
+    def read_into(self, place: memoryview) -> int:
+        """Fill this place with plaintext: how much of it. If that is not all, there is no more."""
         ...
 
     @property
@@ -59,13 +84,28 @@ class PlainCodec:
 
     answers = False
 
+    def __init__(self) -> None:
+        self._left = memoryview(b"")
+
     def encrypt(self, pieces: Sequence[Buffer]) -> bytes:
         """The pieces, joined."""
         return b"".join(pieces)
 
-    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
-        """The bytes themselves."""
-        yield received
+    def put(self, received: memoryview) -> None:
+        """These are the bytes."""
+        self._left = received
+
+    def read(self, most: int = 0) -> memoryview:
+        """As many."""
+        size = max(most, _RECORD)
+        some, self._left = self._left[:size], self._left[size:]
+        return some
+
+    def read_into(self, place: memoryview) -> int:
+        """Copies."""
+        some, self._left = self._left[: len(place)], self._left[len(place) :]
+        place[: len(some)] = some
+        return len(some)
 
 
 class TlsCodec:
@@ -81,9 +121,12 @@ class TlsCodec:
         self._ssl = self._connection._ssl
         self._incoming, self._outgoing = self._connection._into_ssl, self._connection._from_ssl
         _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # all, or an error
-        self._plain = bytearray(READ_BYTES)
-        self._plain_at = _ffi.from_buffer(self._plain)
-        self._wire_at = _ffi.new("char **")
+        self._view = memoryview(bytearray(READ_BYTES))
+        self._plain = _ffi.from_buffer(self._view)
+        self._wire = memoryview(bytearray(READ_BYTES))
+        self._come = memoryview(b"")  # of what has come, what OpenSSL was not given yet
+        self._start = _ffi.new("char **")
+        self._reads = _SSL_READ, _address(self._ssl), _BIO_WRITE, _address(self._incoming)
 
     @property
     def answers(self) -> bool:
@@ -91,7 +134,7 @@ class TlsCodec:
         with self._lock:
             return self._pending() > 0
 
-    def encrypt(self, pieces: Sequence[Buffer]) -> Buffer:
+    def encrypt(self, pieces: Sequence[Buffer]) -> memoryview:
         """TLS records of the pieces; with none, what OpenSSL itself has to say.
 
         Raises: TlsError.
@@ -102,19 +145,36 @@ class TlsCodec:
                     done = _lib.SSL_write(self._ssl, _ffi.from_buffer(piece), len(piece))
                     if done <= 0:
                         self._fail(done)
-            return self._taken()
+            size = self._pending()
+            if size > len(self._wire):
+                self._wire = memoryview(bytearray(size))
+            if size:
+                _lib.BIO_read(self._outgoing, _ffi.from_buffer(self._wire), size)
+            return self._wire[:size]
 
-    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
+    def put(self, received: memoryview) -> None:
+        """Wire bytes for OpenSSL: at once if they are few."""
+        if len(received) > _RECORD:
+            self._come = received
+        elif received:
+            self._put(received)
+
+    def read(self, most: int = 0) -> memoryview:
         """Raises: TlsError, also for an alert of the peer."""
         with self._lock:
-            self._put(received)
-        view = memoryview(self._plain)
-        more = True
-        while more:
-            with self._lock:
-                filled, more = self._fill()
-            if filled:
-                yield view[:filled]
+            if self._come:
+                size = min(max(most, _RECORD), READ_BYTES)
+                return self._view[: self._fill(self._plain, size, most or 1)]
+            got = _lib.SSL_read(self._ssl, self._plain, READ_BYTES)
+            if got <= 0:
+                self._nothing(got)
+                got = 0
+            return self._view[:got]
+
+    def read_into(self, place: memoryview) -> int:
+        """Raises: as `read`."""
+        with self._lock:
+            return self._fill(_ffi.from_buffer(place), len(place), len(place))
 
     def handshake(self, sock: socket.socket, deadline: float, counters: Counters) -> str:
         """Shake hands on a connected socket; the role of the peer's certificate.
@@ -146,37 +206,29 @@ class TlsCodec:
 
     def _pending(self) -> int:
         """Wire bytes to be sent."""
-        return cast(int, _lib.BIO_get_mem_data(self._outgoing, self._wire_at))
-
-    def _taken(self) -> memoryview:
-        """What is to be sent."""
-        wire = np.empty(self._pending(), np.uint8)
-        if wire.size:
-            _lib.BIO_read(self._outgoing, _ffi.from_buffer(wire), wire.size)
-        return memoryview(wire.data)
+        return cast(int, _lib.BIO_get_mem_data(self._outgoing, self._start))
 
     def _put(self, received: Buffer) -> None:
-        """What has come."""
-        if received:
+        with self._lock:
             _lib.BIO_write(self._incoming, _ffi.from_buffer(received), len(received))
 
-    def _fill(self) -> tuple[int, bool]:
-        """Decrypt until the buffer is full (then True) or nothing is left.
+    def _fill(self, place: Any, size: int, least: int) -> int:
+        """Decrypt to this place, until there are `least` bytes or no more: how many."""
+        come = self._come
+        wire = _address(_ffi.from_buffer(come)) if come else 0
+        filled, taken, last = read_records(
+            *self._reads, wire, len(come), _address(place), size, least
+        )
+        self._come = come[taken:]
+        if last <= 0:
+            self._nothing(last)
+        return filled
 
-        A read returns one record. There is always room for a whole one, so OpenSSL never keeps a
-        part.
-        """
-        read, tls, at, most = _lib.SSL_read, self._ssl, self._plain_at, READ_BYTES - _RECORD
-        filled = 0
-        while filled <= most:
-            got = read(tls, at + filled, _RECORD)
-            if got <= 0:
-                # close_notify is no end: the one that counts is GOODBYE
-                if _lib.SSL_get_error(tls, got) not in _NO_MORE:
-                    self._fail(got)
-                return filled, False
-            filled += got
-        return filled, True
+    def _nothing(self, result: int) -> None:
+        """A read gave no bytes: raise, unless there were none."""
+        # close_notify is no end: the one that counts is GOODBYE
+        if _lib.SSL_get_error(self._ssl, result) not in _NO_MORE:
+            self._fail(result)
 
     def _fail(self, result: int) -> None:
         """Raise what a call of OpenSSL that gave this result has met."""
@@ -186,7 +238,7 @@ class TlsCodec:
             raise TlsError(_words(error)) from None
 
     def _send_answers(self, sock: socket.socket, deadline: float, counters: Counters) -> None:
-        answers = self._taken()
+        answers = self.encrypt(())
         if answers:
             counters.wire_sent += len(answers)
             sock.settimeout(left(deadline))

@@ -289,14 +289,37 @@ class Link:
         self.counters.wire_received += len(received)
         if self._reason is not None:
             return  # the link has ended: this is only read so that closing does not reset it
-        for plain in self._made_of.codec.decrypt(received):
+        codec = self._made_of.codec
+        codec.put(received)
+        while True:
+            stream, left = self.session.under_way
+            room, got = self._fill(stream, left) if left else (0, 0)
+            if got < room:
+                break
+            if got:
+                continue
+            plain = codec.read(left)
+            if not plain:
+                break
             self.counters.overhead_received += len(plain)
             for event in self.session.receive(plain):
                 self._dispatch(event)
                 if self._reason is not None:
                     return
-        if self._made_of.codec.answers:
+        if codec.answers:
             self.sender.let_codec_answer()
+
+    def _fill(self, stream: bytes, left: int) -> tuple[int, int]:
+        """Decrypt DATA to where it is waited for: for how much there was room, how much came."""
+        channel = self._streams.live(stream)
+        if channel is None:
+            return 0, 0
+        room, got = channel.inbox.fill(left, self._made_of.codec.read_into)
+        if got:
+            self.session.passed(got)
+            self.counters.payload_received += got
+            channel.grant_credit()
+        return room, got
 
     def _look_after(self, now: float) -> None:
         """Once a tick: is the peer alive, does a stream wait for nobody."""

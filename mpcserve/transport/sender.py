@@ -279,7 +279,7 @@ class Sender:
             except BlockingIOError:
                 done = 0
             if done < len(batch):
-                self._rest = memoryview(batch)[done:]
+                self._rest = memoryview(bytes(batch[done:]))
                 with self._lock:
                     self._work.notify()
             return True
