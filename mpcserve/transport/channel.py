@@ -252,14 +252,14 @@ class Channel:
         if not view.nbytes:
             return
         view = view.cast("B")
-        step = self.link.sender.frame_bytes
+        mine = fresh or isinstance(view.obj, bytes)
+        step, size = self.link.sender.frame_bytes, len(view)
         with self._sending:
-            for at in range(0, len(view), step):
-                piece = view[at : at + step]
-                payload = piece if fresh or isinstance(view.obj, bytes) else bytes(piece)
+            for at in range(0, size, step):
+                piece = view[at : at + step] if size > step else view
                 header = self.link.session.data_header(self.stream, len(piece))
                 self.payload_sent += len(piece)
-                self._send(header, payload)
+                self._send(header, piece if mine else bytes(piece))
 
     def receive(self, n: int, what: str, timeout: float) -> memoryview:
         """Exactly n DATA bytes, in a buffer of their own; `what` names them in errors.

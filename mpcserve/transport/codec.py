@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from cryptography.hazmat.bindings._rust import _openssl
 from cryptography.hazmat.primitives import serialization
@@ -75,7 +75,7 @@ class Codec(Protocol):
 
     @property
     def answers(self) -> bool:
-        """True if the peer's bytes made the codec itself say something: encrypt() it."""
+        """True if what was read made the codec itself say something: encrypt() it."""
         ...
 
 
@@ -126,13 +126,8 @@ class TlsCodec:
         self._wire = memoryview(bytearray(READ_BYTES))
         self._come = memoryview(b"")  # of what has come, what OpenSSL was not given yet
         self._start = _ffi.new("char **")
+        self.answers = False  # OpenSSL has something of its own to say: an alert, a key update
         self._reads = _SSL_READ, _address(self._ssl), _BIO_WRITE, _address(self._incoming)
-
-    @property
-    def answers(self) -> bool:
-        """True if OpenSSL has something of its own to say (an alert, a key update)."""
-        with self._lock:
-            return self._pending() > 0
 
     def encrypt(self, pieces: Sequence[Buffer]) -> memoryview:
         """TLS records of the pieces; with none, what OpenSSL itself has to say.
@@ -145,7 +140,8 @@ class TlsCodec:
                     done = _lib.SSL_write(self._ssl, _ffi.from_buffer(piece), len(piece))
                     if done <= 0:
                         self._fail(done)
-            size = self._pending()
+            size = _lib.BIO_get_mem_data(self._outgoing, self._start)
+            self.answers = False
             if size > len(self._wire):
                 self._wire = memoryview(bytearray(size))
             if size:
@@ -204,10 +200,6 @@ class TlsCodec:
 
     # ── helpers, `_lock` held ──
 
-    def _pending(self) -> int:
-        """Wire bytes to be sent."""
-        return cast(int, _lib.BIO_get_mem_data(self._outgoing, self._start))
-
     def _put(self, received: Buffer) -> None:
         with self._lock:
             _lib.BIO_write(self._incoming, _ffi.from_buffer(received), len(received))
@@ -229,6 +221,7 @@ class TlsCodec:
         # close_notify is no end: the one that counts is GOODBYE
         if _lib.SSL_get_error(self._ssl, result) not in _NO_MORE:
             self._fail(result)
+        self.answers = _lib.BIO_get_mem_data(self._outgoing, self._start) > 0
 
     def _fail(self, result: int) -> None:
         """Raise what a call of OpenSSL that gave this result has met."""

@@ -107,7 +107,16 @@ class Reading:
         Returns at once where the stream is not the only one attended: rely on the reader then.
         """
         if self._sole is stream and self._take_over(deadline):
-            self._in_turn(lambda: self._read_for(wants, deadline))
+            try:
+                while wants() and not self._ended and self._trouble is None:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        break
+                    self._once(min(left, self._tick), self._brisk)
+            except BaseException as error:
+                self._leave(error)
+            finally:
+                self._turn.release()
 
     @contextmanager
     def relied_on(self) -> Iterator[None]:
@@ -125,28 +134,23 @@ class Reading:
     def glance(self, stream: object) -> None:
         """Read what has come, where the stream is the only one attended; wait for nothing."""
         if self._sole is stream and self._turn.acquire(blocking=False):
-            self._in_turn(lambda: self._once(0.0))
+            try:
+                self._once(0.0)
+            except BaseException as error:
+                self._leave(error)
+            finally:
+                self._turn.release()
 
-    def _read_for(self, wants: Callable[[], bool], deadline: float) -> None:
-        while wants() and not self._ended and self._trouble is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
-            self._once(min(left, self._tick), self._brisk)
-
-    def _in_turn(self, read: Callable[[], object]) -> None:
-        """A thread other than the reader reads: what goes wrong is left to the reader."""
-        try:
-            read()
-        except Exception as error:
-            self._trouble = error
-            self._needed.set()
-        except BaseException:  # Ctrl-C: what this thread had read may be lost
+    def _leave(self, error: BaseException) -> None:
+        """What another thread has met while it read is left to the reader."""
+        interrupted = not isinstance(error, Exception)
+        if interrupted:  # Ctrl-C: what this thread had read may be lost
             self._trouble = ConnectionAbortedError("the thread that read was interrupted")
-            self._needed.set()
-            raise
-        finally:
-            self._turn.release()
+        else:
+            self._trouble = error
+        self._needed.set()
+        if interrupted:
+            raise error
 
     def _take_over(self, deadline: float) -> bool:
         """Let this thread read: the reader gives way, and does not come between."""

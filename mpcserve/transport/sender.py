@@ -89,6 +89,7 @@ class Sender:
         self._parting = b""  # the very last frame
         self._held = True  # until HELLO, which must be the first frame
         self._window = 0  # of the peer, per stream
+        self.frame_bytes = 0  # the payload of a DATA frame: half a window always fits
         self._stopping: float | None = None  # when to give up sending what is queued
         self.finished_at: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -108,15 +109,11 @@ class Sender:
     def open(self, window: int) -> None:
         """The peer's HELLO has come: a stream may have `window` DATA bytes in flight."""
         self._window = window
+        self.frame_bytes = min(MAX_DATA, window // 2)
 
     def outbox(self) -> Outbox:
         """The queue of a new stream."""
         return Outbox(self._lock)
-
-    @property
-    def frame_bytes(self) -> int:
-        """The payload of a DATA frame, small enough that half a window always fits."""
-        return min(MAX_DATA, self._window // 2)
 
     # ── called by any thread ──
 
@@ -125,8 +122,36 @@ class Sender:
 
         `payload` must not change afterwards.
         """
-        inline = len(header) + len(payload) <= out.inline
-        return inline and self._send_now(out, header, payload)
+        size = len(payload)
+        if len(header) + size > out.inline or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            if out.error is not None or self._held or self._more or self._rest:
+                return False
+            if self._stopping is not None:
+                return False
+            if out.sent + size > out.credited + self._window:
+                return False
+            out.sent += size
+            out.taken += size
+            self._counters.payload_sent += size
+            self._counters.overhead_sent += len(header)
+            joined = size < _JOIN_BYTES
+            batch = self._encrypt([b"".join((header, payload))] if joined else [header, payload])
+            try:
+                done = self._eager.send(batch)
+            except BlockingIOError:
+                done = 0
+            if done < len(batch):
+                self._rest = memoryview(bytes(batch[done:]))
+                with self._lock:
+                    self._work.notify()
+            return True
+        except OSError as error:
+            self._on_lost(error)
+            return True  # the next call raises the reason
+        finally:
+            self._turn.release()
 
     def queue(self, out: Outbox, header: bytes, payload: Buffer) -> bool:
         """Queue one frame; waits for room and credit, one thread per stream at a time.
@@ -260,35 +285,6 @@ class Sender:
 
     # ── helpers, `_turn` held ──
 
-    def _send_now(self, out: Outbox, header: bytes, payload: Buffer) -> bool:
-        """Send in this thread if nothing is before us; False if it has to be queued."""
-        if not self._turn.acquire(blocking=False):
-            return False
-        try:
-            if out.error is not None or self._held or self._more or self._rest:
-                return False
-            if self._stopping is not None:
-                return False
-            if out.sent + len(payload) > out.credited + self._window:
-                return False
-            out.sent += len(payload)
-            out.taken += len(payload)
-            batch = self._encode([(header, payload)])
-            try:
-                done = self._eager.send(batch)
-            except BlockingIOError:
-                done = 0
-            if done < len(batch):
-                self._rest = memoryview(bytes(batch[done:]))
-                with self._lock:
-                    self._work.notify()
-            return True
-        except OSError as error:
-            self._on_lost(error)
-            return True  # the next call raises the reason
-        finally:
-            self._turn.release()
-
     def _encode(self, frames: list[Frame]) -> Buffer:
         """Encrypt and count."""
         pieces: list[Buffer] = []
@@ -304,6 +300,9 @@ class Sender:
                 small.clear()
         if small:
             pieces.append(b"".join(small))
+        return self._encrypt(pieces)
+
+    def _encrypt(self, pieces: list[Buffer]) -> Buffer:
         batch = self._codec.encrypt(pieces)
         self._counters.wire_sent += len(batch)
         return batch
