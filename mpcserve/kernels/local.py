@@ -162,44 +162,52 @@ def tops_type(width: int, out_width: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if out_width - width <= 16 and out_width <= 32 else word_type(out_width)
 
 
-@kernel(*_triples("void(W[::1], int64, V[::1], V[::1], V[::1], V[::1], H[::1], H[::1])"))
-def wide_pair(
-    lam: Words, width: int, carry: Words, top: Words, beta_top: Words,
-    high: Words, short_top: Words, short_beta_top: Words,
+@kernel(*_triples(f"void(W[::1], int64, int64, {', '.join(['V[::1]'] * 7)}, H[::1], H[::1])"))
+def ready_pair(
+    half: Words, width: int, out_width: int, carry: Words, top: Words, beta_top: Words,
+    cross: Words, lam: Words, zero: Words, one: Words, top_zero: Words, top_one: Words,
 ) -> None:  # fmt: skip
-    """A selection's Λ_1 = λ − carry·2^width; top and beta_top in words of their own."""
-    T, V, H = lam.dtype.type, high.dtype.type, short_top.dtype.type
-    mask, shift = T(_ALL >> np.uint64(64 - width)), V(width)
-    for k in range(lam.size):
-        high[k] = V(V(T(lam[k] & mask)) - V(carry[k] << shift))
-        short_top[k], short_beta_top[k] = H(top[k]), H(beta_top[k])
+    """What `select_share` adds where δ' is clear and where it is set: all but Δ and β tell of it.
+
+    half, cross: shares of λ and β·λ; carry, top and beta_top, of the carry, λ_msb and β·λ_msb,
+    count only if out_width > width; lam: the output's mask share. As integers Λ_1 is λ, and so
+    half − carry·2^width a share of it.
+    """
+    T, V, H = half.dtype.type, zero.dtype.type, top_zero.dtype.type
+    mask = T(_ALL >> np.uint64(64 - min(width, out_width)))
+    shift, wide = (V(width), V(_ALL)) if out_width > width else (V(0), V(0))
+    for k in range(half.size):
+        high = V(V(T(half[k] & mask)) - V(V(carry[k] & wide) << shift))
+        c, m, t = cross[k], lam[k], beta_top[k]
+        zero[k], one[k] = V(m - c), V(V(m - high) + c)
+        top_zero[k], top_one[k] = H(t), H(V(top[k] - t))
 
 
 @part
 def _select(
-    delta: Place, high: Place, taken: Place, beta: Place, cross: Place, top: Place,
-    beta_top: Place, size: int, width: int, offset: np.uint64, leader: bool, out_width: int,
+    delta: Place, taken: Place, zero: Place, one: Place, beta: Place, top_zero: Place,
+    top_one: Place, size: int, width: int, offset: np.uint64, leader: bool, out_width: int,
     old: Place, out: Place, D: Any, V: Any,
 ) -> None:  # fmt: skip
     """out[:size] ← old + share of b·x; see `select_share`. `taken`: all ones where δ' is set."""
     mask, last, o = D(_ALL >> np.uint64(64 - width)), D(width - 1), D(offset)
     shift, wide = (V(width), V(_ALL)) if out_width > width else (V(0), V(0))
-    out_mask, one = V(_ALL >> np.uint64(64 - out_width)), V(1)
+    out_mask, unit = V(_ALL >> np.uint64(64 - out_width)), V(1)
     keep = V(_ALL) if leader else V(0)
     for k in range(size):
         d = D(D(delta[k] + o) & mask)
-        low = V(V(V(D(d >> last)) - one) & wide)  # all ones where Δ'_msb = 0
+        low = V(V(V(D(d >> last)) - unit) & wide)  # all ones where Δ'_msb = 0
         p, s = V(V(d) - V(o)), taken[k]
-        share = V(V(V(p & keep) - high[k]) + V(V(V(top[k]) & low) << shift))
-        crossed = V(V(beta[k] * p) - cross[k])
-        crossed = V(crossed + V(V(V(beta_top[k]) & low) << shift))
-        chosen = V(V(share & s) + V(V(crossed ^ s) - s))
-        out[k] = V(V(old[k] + chosen) & out_mask)
+        t = V(V(beta[k] * p) ^ s)  # −βP − 1 where s is set, else βP
+        known = V(zero[k] ^ V(V(zero[k] ^ one[k]) & s))
+        top = V(V(top_zero[k]) ^ V(V(V(top_zero[k]) ^ V(top_one[k])) & s))
+        share = V(V(V(t - s) + V(p & V(keep & s))) + V(V(top & low) << shift))
+        out[k] = V(V(old[k] + V(known + share)) & out_mask)
 
 
 _SELECT = (
     "void(W[::1], uint64[::1], V[::1], V[::1], V[::1], H[::1], H[::1], int64, int64,"
-    " int64, uint64, boolean, V[::1], int64, boolean, V[::1], V[::1], uint8[::1])"
+    " int64, uint64, boolean, boolean, int64, boolean, V[::1], V[::1], uint8[::1])"
 )
 
 
@@ -207,50 +215,51 @@ _SELECT = (
 def select_share(
     delta: Words,
     bit: Words,
-    high: Words,
+    zero: Words,
+    one: Words,
     beta: Words,
-    cross: Words,
-    top: Words,
-    beta_top: Words,
+    top_zero: Words,
+    top_one: Words,
     start: int,
     stop: int,
     width: int,
     offset: np.uint64,
     when: bool,
-    old: Words,
+    more: bool,
     out_width: int,
     leader: bool,
     room: Words,
     out: Words,
     space: Bytes,
 ) -> None:
-    """out[start:stop] ← old + share of b·x (mod 2^out_width), for b = [secret bit = `when`].
+    """out[start:stop] ← share of b·x (mod 2^out_width), for b = [secret bit = `when`].
 
     The bit is open as δ = bit ⊕ β, so b = δ' + (1 − 2δ')·β with δ' = δ for when = 1, else ¬δ. With
     x = P − Λ_h as in `extend_share`:  b·x = δ'·(P − Λ_h) + (1 − 2δ')·(β·P − βΛ_h), where
-    Λ_1 = λ − carry·2^width and Λ_0 = Λ_1 − λ_msb·2^width. Of several pairs, which are summed, the
-    first has the mask's share as `old`; `out` may be it. Packed if `space` is given.
+    Λ_1 = λ − carry·2^width and Λ_0 = Λ_1 − λ_msb·2^width. What needs neither P nor h is `zero`
+    where δ' is clear and `one` where it is set; what needs h is top_zero or top_one, which count
+    only if out_width > width. Of several pairs all but the first are added (`more`). Packed if
+    `space` is given.
 
-    Shapes: bit [ceil(N / 64)], room [SELECT_ROOM], all others [N]; start is a multiple of 64. high,
-    beta, cross: shares of Λ_1, β and βΛ_1; top and beta_top, of λ_msb and β·λ_msb, count only if
-    out_width > width.
+    Shapes: bit [ceil(N / 64)], room [SELECT_ROOM], all others [N]; start is a multiple of 64. beta:
+    a share of β.
     """
     flip = _ALL if not when else np.uint64(0)
     packed = start
     taken, held = place_of(room, 0), place_of(room, _BLOCK)
-    in_place = old.ctypes.data == out.ctypes.data
+    for k in range(_BLOCK):
+        held[k] = out.dtype.type(0)
     for at in range(start, stop, _BLOCK):
-        size, before = min(_BLOCK, stop - at), place_of(old, at)
-        if in_place:  # LLVM makes no lanes of a loop that writes where it reads
+        size, to = min(_BLOCK, stop - at), place_of(out, at)
+        if more:  # LLVM makes no lanes of a loop that writes where it reads
             for k in range(size):
-                held[k] = before[k]
-            before = held
+                held[k] = to[k]
         for w in range((size + 63) >> 6):
             spread(bit[(at >> 6) + w] ^ flip, on(taken, w << 6))
-        _select(place_of(delta, at), place_of(high, at), taken, place_of(beta, at),
-                place_of(cross, at), place_of(top, at), place_of(beta_top, at),
-                size, width, offset, leader, out_width,
-                before, place_of(out, at), delta.dtype.type, out.dtype.type)  # fmt: skip
+        _select(place_of(delta, at), taken, place_of(zero, at), place_of(one, at),
+                place_of(beta, at), place_of(top_zero, at), place_of(top_one, at),
+                size, width, offset, leader, out_width, held, to,
+                delta.dtype.type, out.dtype.type)  # fmt: skip
         if space.size:
             packed = _pack_done(out, packed, at + size, start, out_width, space)
 

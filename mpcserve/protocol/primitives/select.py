@@ -36,20 +36,17 @@ class ExtendMaterial(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One server's shares of Λ_1, β, β·λ and, where the result is wider, λ_msb and β·λ_msb."""
+    """One server's shares of what b·x adds for δ' = 0 and 1, of β, and of what a wrap adds."""
 
-    high: Words
+    zero: Words
+    one: Words
     beta: Words
-    cross: Words
-    top: Words
-    beta_top: Words
+    top_zero: Words
+    top_one: Words
 
 
-class SelectMaterial(NamedTuple):
-    """What is dealt of every pair; the output's mask."""
-
-    pairs: tuple[Pair, ...]
-    lam: Words
+SelectMaterial = tuple[Pair, ...]
+"""The first pair's holds the output's mask."""
 
 
 def _offset(i: Instruction, width: int) -> np.uint64:
@@ -134,23 +131,34 @@ def prepare_select(
     io: PrepareIO, i: Instruction, halves: Sequence[Words]
 ) -> tuple[Words, SelectMaterial]:
     """This side's shares."""
-    widths = i.attrs["widths"]
-    pairs = tuple(_prepare_pair(io, i, *p) for p in zip(halves[1::2], widths, strict=True))
+    drawn, widths = [], i.attrs["widths"]
+    for half, m in zip(halves[1::2], widths, strict=True):
+        drawn.append((half, m, *_dealt(io, i, m)))
     lam = io.mask(i.value.shape, i.value.width)
-    return lam, SelectMaterial(pairs, lam.reshape(-1))
+    first, none = lam.reshape(-1), np.zeros(i.value.size if len(widths) > 1 else 0, lam.dtype)
+    masks = (first, *[none] * (len(widths) - 1))
+    return lam, tuple(_ready(i, *part, m) for part, m in zip(drawn, masks, strict=True))
 
 
-def _prepare_pair(io: PrepareIO, i: Instruction, half: Words, m: int) -> Pair:
+def _dealt(io: PrepareIO, i: Instruction, m: int) -> tuple[Words, ...]:
+    """β, β·λ, carry, λ_msb, β·λ_msb; where no wrap can be lost β stands for the last three."""
     n, shape = i.value.width, (i.value.size,)
     beta, cross = io.dealt(shape, n), io.dealt(shape, n)
-    lam = np.ascontiguousarray(half).reshape(-1)
-    if n <= m:  # no wrap can be lost: `beta` stands for what does not count then
-        return Pair(as_words(lam, n), beta, cross, beta, beta)
-    carry, *tops = (as_words(io.dealt(shape, n - m), n) for _ in range(3))
-    high, short = np.empty(shape, word_type(n)), local.tops_type(m, n)
-    top, beta_top = np.empty(shape, short), np.empty(shape, short)
-    local.wide_pair(lam, m, carry, *tops, high, top, beta_top)
-    return Pair(high, beta, cross, top, beta_top)
+    if n <= m:
+        return beta, cross, beta, beta, beta
+    return beta, cross, *(as_words(io.dealt(shape, n - m), n) for _ in range(3))
+
+
+def _ready(
+    i: Instruction, half: Words, m: int, beta: Words, cross: Words, carry: Words, top: Words,
+    beta_top: Words, lam: Words,
+) -> Pair:  # fmt: skip
+    n, size = i.value.width, i.value.size
+    zero, one = (np.empty(size, word_type(n)) for _ in range(2))
+    tops = [np.empty(size, local.tops_type(m, n)) for _ in range(2)]
+    half = np.ascontiguousarray(half).reshape(-1)
+    local.ready_pair(half, m, n, carry, top, beta_top, cross, lam, zero, one, *tops)
+    return Pair(zero, one, beta, *tops)
 
 
 def evaluate_select(
@@ -171,7 +179,7 @@ def evaluate_select(
         space = unused if whole else packing.packed_space(part.stop - part.start, n)
         room, last = np.empty(local.SELECT_ROOM, out.dtype), len(flats) - 1
         for number, (x, bit, pair, width) in enumerate(
-            zip(flats, deltas[::2], material.pairs, i.attrs["widths"], strict=True)
+            zip(flats, deltas[::2], material, i.attrs["widths"], strict=True)
         ):
             local.select_share(
                 x,
@@ -182,7 +190,7 @@ def evaluate_select(
                 width,
                 _offset(i, width),
                 bool(i.attrs["when"]),
-                out if number else material.lam,
+                number > 0,
                 n,
                 side == "alice",
                 room,
