@@ -35,6 +35,10 @@ T = TypeVar("T")
 BLOCK_BYTES = 32 << 10
 """Pieces of one round that are smaller than this are sent together."""
 
+GLANCE_BYTES = 192 << 10
+"""After so much of a round was sent, as much may have come: it is read before it leaves the caches,
+but not in portions that cost more to ask for than to decrypt."""
+
 
 @dataclass(frozen=True, slots=True)
 class Live:
@@ -213,9 +217,13 @@ def drive(
 
 def _post(step: Round, peer: Channel, name: str) -> None:
     """Send pieces as they are produced. An error names the round, as one of receive does."""
+    unread = 0  # about as much as was sent
     for piece in in_blocks(step.pieces, BLOCK_BYTES):
         try:
             peer.send(piece, fresh=True)
         except PeerError as e:
             raise type(e)(f"{e.message} ({name})", e.hint) from None
-        peer.glance()  # for other streams too: computing a piece takes milliseconds
+        unread += len(piece)
+        if unread >= GLANCE_BYTES:
+            unread = 0
+            peer.glance()
