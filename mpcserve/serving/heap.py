@@ -10,8 +10,11 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = 1, -1, -3, -8
 """Of glibc's malloc.h."""
+
+NO_FAST_BINS = 0
+"""Otherwise whoever frees a large array joins all small pieces that were freed before."""
 
 KEPT_BYTES = 256 << 20
 """So much may lie free at the end of the heap: an evaluation's values, and those of the next."""
@@ -34,6 +37,7 @@ def share_one_heap() -> None:
         with contextlib.suppress(AttributeError):
             option = ctypes.CDLL(None).mallopt
             option(M_ARENA_MAX, 1)
+            option(M_MXFAST, NO_FAST_BINS)
             option(M_MMAP_THRESHOLD, APART_BYTES)
             option(M_TRIM_THRESHOLD, KEPT_BYTES)
 
