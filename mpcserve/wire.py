@@ -29,8 +29,6 @@ Source: the shape of h11, <https://h11.readthedocs.io>; credit as in HTTP/2, RFC
 from __future__ import annotations
 
 import enum
-import json
-import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +37,7 @@ from typing import NamedTuple, TypeAlias
 
 from mpcserve import errors
 from mpcserve.errors import MpcError, PeerError, WireError
+from mpcserve.messages import json_of, parse_message
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -52,9 +51,6 @@ MAX_CONTROL = 1 << 20
 MAX_HELLO = 4 << 10
 MAX_ERROR = 16 << 10
 MAX_ERROR_TEXT = 2000  # characters of a message or a hint; at four bytes each both fit MAX_ERROR
-MAX_DEPTH = 16  # nesting of a JSON message
-MAX_VALUES = 1 << 17  # values in a JSON message
-MAX_DIGITS = 20  # of an integer in a message: 2^64 has 20
 MIN_WINDOW = 1 << 10
 MAX_WINDOW = 1 << 62
 
@@ -228,7 +224,7 @@ class Session:
     def hello(self) -> bytes:
         """Introduce this side: must be the first frame it sends."""
         greeting = {"protocol": PROTOCOL, "role": self.role, "window": self.window}
-        return frame(Kind.HELLO, LINK_STREAM, _json(greeting))
+        return frame(Kind.HELLO, LINK_STREAM, json_of(greeting))
 
     def ping(self, token: bytes) -> bytes:
         """Ask for a sign of life."""
@@ -240,7 +236,7 @@ class Session:
 
     def message(self, stream: bytes, message: Mapping[str, object]) -> bytes:
         """A CONTROL message. Raises: WireError if it exceeds 1 MiB of JSON."""
-        payload = _json(message)
+        payload = json_of(message)
         if len(payload) > MAX_CONTROL:
             raise WireError(
                 f"a message to {self.peer} has {len(payload)} bytes of JSON, expected at most "
@@ -258,7 +254,7 @@ class Session:
         """Tell the peer that a stream (zero: the link) failed, and how."""
         kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _ERRORS), "PeerError")
         message, hint = _one_line(error.message), _one_line(error.hint)
-        told = _json({"kind": kind, "message": message, "hint": hint})
+        told = json_of({"kind": kind, "message": message, "hint": hint})
         return frame(Kind.ERROR, stream, told)
 
     def credit(self, stream: bytes, total: int) -> bytes:
@@ -273,15 +269,17 @@ class Session:
 
     @property
     def under_way(self) -> tuple[bytes, int]:
-        """Of the DATA frame whose payload comes next: its stream and how many bytes; or 0."""
-        return self._stream, self._left if self._kind is Kind.DATA else 0
+        """Stream of the DATA that may come next, and how many bytes of its frame do.
 
-    def passed(self, size: int) -> None:
-        """So many of these bytes went where they belong without coming by `receive`."""
-        assert 0 < size <= self._left
-        self._left -= size
-        if not self._left:
-            self._kind = None
+        The last one's, if its frame has ended; stream zero if it is no DATA that comes next.
+        """
+        if self._pending or self._kind not in (None, Kind.DATA):
+            return LINK_STREAM, 0
+        return self._stream, self._left
+
+    def went_by(self, left: int) -> None:
+        """DATA of that stream was taken elsewhere; of its last frame so many bytes are to come."""
+        self._kind, self._left = Kind.DATA if left else None, left
 
     def receive(self, data: Buffer) -> Iterator[Event]:
         """The events in `data`, in order; exhaust it before the next call.
@@ -439,66 +437,7 @@ def frame(kind: Kind, stream: bytes, payload: bytes) -> bytes:
     return _HEADER.pack(_FRAME_VERSION, kind, 0, len(payload), stream) + payload
 
 
-def parse_message(payload: bytes) -> dict[str, object]:
-    """A JSON object of bounded depth, size and numbers.
-
-    Raises: ValueError (RecursionError for absurd nesting) on anything else.
-    """
-    message = json.loads(
-        payload.decode("utf-8"),
-        parse_int=_integer,
-        parse_float=_finite,
-        parse_constant=_finite,
-    )
-    if not isinstance(message, dict):
-        raise ValueError(f"a JSON {type(message).__name__}")
-    _check_values(message)
-    return message
-
-
 _KINDS = frozenset(int(kind) for kind in Kind)
-
-
-def _json(message: Mapping[str, object]) -> bytes:
-    text = json.dumps(message, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    return text.encode(errors="replace")  # a lone surrogate becomes "?": the peer would refuse it
-
-
-def _integer(digits: str) -> int:
-    # int() of a megabyte of digits takes quadratic time.
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number that is not finite")
-    return value
-
-
-def _check_values(message: dict[str, object]) -> None:
-    """Bound depth and count; refuse lone surrogates, which no log could print."""
-    level: list[object] = [message]
-    seen = 0
-    for _ in range(MAX_DEPTH):
-        deeper: list[object] = []
-        for value in level:
-            if isinstance(value, dict):
-                deeper.extend(value.values())
-                deeper.extend(value)
-            elif isinstance(value, list):
-                deeper.extend(value)
-            elif isinstance(value, str):
-                value.encode()  # UnicodeEncodeError is a ValueError
-        seen += len(deeper)
-        if seen > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES} values")
-        level = deeper
-        if not level:
-            return
-    raise ValueError(f"nesting deeper than {MAX_DEPTH}")
 
 
 def _one_line(text: str) -> str:

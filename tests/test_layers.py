@@ -29,7 +29,8 @@ IMPORTS = {
     "kernels": LOW,
     "randomness": LOW | {"kernels"},
     "protocol": LOW | {"kernels", "plan", "randomness"},
-    "wire": {"errors", "version"},
+    "messages": set[str](),
+    "wire": {"errors", "messages", "version"},
     "transport": {"config", "errors", "kernels", "wire"},
     "serving": LOW | {"config", "plan", "protocol", "randomness", "transport", "wire"},
     "cli": LOW

@@ -46,15 +46,17 @@ def readers_of(*links: Link) -> set[str]:
     """Names of the threads that have read one of these links, from now on."""
     names = set()
 
-    def watched(take: Callable[[memoryview], None]) -> Callable[[memoryview], None]:
-        def noted(got: memoryview) -> None:
-            names.add(threading.current_thread().name)
-            take(got)
+    def watched(read: Callable[..., int | None]) -> Callable[..., int | None]:
+        def noted(seconds: float, brisk: bool = False) -> int | None:
+            got = read(seconds, brisk)
+            if got:
+                names.add(threading.current_thread().name)
+            return got
 
         return noted
 
     for link in links:
-        link.reading._take = watched(link.reading._take)
+        link.receiver.read = watched(link.receiver.read)  # type: ignore[method-assign]
     return names
 
 
@@ -279,11 +281,12 @@ def test_a_link_whose_reading_thread_is_interrupted_ends(network: Network) -> No
     stream = new_id()
     channel, other = bob.channel(stream), alice.channel(stream)
 
-    def interrupted(got: memoryview) -> None:
-        raise KeyboardInterrupt
+    def interrupted(seconds: float, brisk: bool = False) -> None:
+        if bob.receiver._intake.wait(seconds):
+            raise KeyboardInterrupt
 
     with channel.attended(standby=3600.0):
-        bob.reading._take = interrupted
+        bob.receiver.read = interrupted  # type: ignore[method-assign]
         later = threading.Timer(0.1, other.send, (bytes(10),))
         later.start()
         with pytest.raises(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import ssl
 import threading
@@ -13,11 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from mpcserve.errors import ConfigError, MpcError, PeerError, PeerLost, PeerTimeout, Refused
+from mpcserve.errors import (
+    ConfigError,
+    MpcError,
+    PeerError,
+    PeerLost,
+    PeerTimeout,
+    Refused,
+    WireError,
+)
 from mpcserve.transport import LinkOptions, Listener, TlsFiles, connect
 from mpcserve.transport.codec import codecs
 from mpcserve.transport.link import Connected, Link
 from mpcserve.transport.options import Counters, Hooks
+from mpcserve.wire import MAX_DATA, Session
 from tests.transport_support import WAIT, Authority, Log, new_id
 
 pytestmark = pytest.mark.slow
@@ -179,6 +189,122 @@ def test_hello_must_agree_with_the_certificate(alice: TlsFiles, bob: TlsFiles, l
         with pytest.raises(PeerError, match="says HELLO as carol, its certificate says bob"):
             link.wait_open(WAIT)
         assert "says HELLO as carol, its certificate says bob" in told(log).message
+
+
+class Fragmenter:
+    """A bob that cuts what it says into TLS records, and those into segments, as it likes."""
+
+    def __init__(self, address: str, files: TlsFiles) -> None:
+        host, port = address.split(":")
+        self.sock = socket.create_connection((host, int(port)), WAIT)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.codec = codecs(files)(False)
+        assert self.codec.handshake(self.sock, time.monotonic() + WAIT, Counters()) == "alice"
+        self.session = Session("bob", 1 << 30, "alice")
+
+    def say(self, plain: bytes, rng: random.Random, records: int, segments: int) -> None:
+        """Records of up to so many bytes, in segments of up to so many."""
+        wire, at = bytearray(), 0
+        while at < len(plain):
+            size = rng.randint(1, records)
+            wire += self.codec.encrypt([plain[at : at + size]])
+            at += size
+        at = 0
+        while at < len(wire):
+            size = rng.randint(1, segments)
+            self.sock.sendall(wire[at : at + size])
+            at += size
+            if rng.random() < 0.2:
+                time.sleep(0.0005)
+
+
+@pytest.mark.parametrize(("records", "segments"), [(7, 300), (40, 50), (30_000, 9_000)])
+def test_rounds_arrive_however_they_are_cut(
+    alice: TlsFiles, bob: TlsFiles, log: Log, records: int, segments: int
+) -> None:
+    """In frames of any size, between those of other streams and of the link, read ahead or not."""
+    rng = random.Random(records)
+    most = 3 * records + 100
+    sizes = [rng.randint(1, most) for _ in range(60)]
+    data, other = rng.randbytes(sum(sizes)), rng.randbytes(5_000)
+    with listening(alice, log) as address:
+        peer = Fragmenter(address, bob)
+        mine, theirs, s = new_id(), new_id(), peer.session
+        plain, left, noise = bytearray(), data, other
+        while left:
+            size = rng.randint(1, min(2 * most, len(left), MAX_DATA))
+            plain += s.data_header(mine, size) + left[:size]
+            left = left[size:]
+            if rng.random() < 0.5:
+                plain += s.ping(bytes(8))
+            if noise and rng.random() < 0.5:
+                size = rng.randint(1, len(noise))
+                plain += s.data_header(theirs, size) + noise[:size]
+                noise = noise[size:]
+        if noise:
+            plain += s.data_header(theirs, len(noise)) + noise
+        peer.say(s.hello(), rng, records, segments)
+        link = log.link()
+        channel, quiet = link.channel(mine), link.channel(theirs)
+        sender = threading.Thread(target=peer.say, args=(bytes(plain), rng, records, segments))
+        got = []
+        with channel.attended(brisk=True):
+            sender.start()
+            for k, size in enumerate(sizes):
+                if k % 3:
+                    channel.expect(size)
+                    channel.glance()
+                got.append(bytes(channel.receive(size, "a round", WAIT)))
+        sender.join()
+        assert b"".join(got) == data
+        assert bytes(quiet.receive(len(other), "the rest", WAIT)) == other
+        counters = link.counters
+        assert counters.payload_received == len(data) + len(other)
+        overhead = len(plain) + len(s.hello()) - counters.payload_received
+        assert counters.overhead_received == overhead
+        assert channel.payload_received == len(data)
+        peer.sock.close()
+
+
+@pytest.mark.parametrize("length", [0, MAX_DATA + 1, 0xFFFFFFFF])
+def test_a_frame_of_a_wrong_length_ends_the_link_amid_a_round(
+    alice: TlsFiles, bob: TlsFiles, log: Log, length: int
+) -> None:
+    rng = random.Random(length)
+    with listening(alice, log) as address:
+        peer = Fragmenter(address, bob)
+        mine, s = new_id(), peer.session
+        peer.say(s.hello(), rng, 1000, 1000)
+        channel = log.link().channel(mine)
+        header = bytearray(s.data_header(mine, 1))
+        header[4:8] = length.to_bytes(4, "big")
+        with channel.attended(brisk=True):
+            good = s.data_header(mine, 10) + bytes(10)
+            peer.say(good + bytes(header) + bytes(50), rng, 1000, 1000)
+            assert bytes(channel.receive(10, "a round", WAIT)) == bytes(10)
+            with pytest.raises(WireError, match=f"bytes in a DATA frame, got {length}"):
+                channel.receive(20, "a round", WAIT)
+        assert f"bytes in a DATA frame, got {length}" in told(log).message
+        peer.sock.close()
+
+
+def test_wire_bytes_that_were_changed_end_the_link_amid_a_round(
+    alice: TlsFiles, bob: TlsFiles, log: Log
+) -> None:
+    rng = random.Random(1)
+    with listening(alice, log) as address:
+        peer = Fragmenter(address, bob)
+        mine, s = new_id(), peer.session
+        peer.say(s.hello(), rng, 1000, 1000)
+        channel = log.link().channel(mine)
+        with channel.attended(brisk=True):
+            wire = bytearray(peer.codec.encrypt([s.data_header(mine, 1000) + bytes(1000)]))
+            wire[500] ^= 1
+            peer.sock.sendall(wire)
+            with pytest.raises(PeerError, match="bad record mac"):
+                channel.receive(1000, "a round", WAIT)
+        assert "bad record mac" in told(log).message
+        peer.sock.close()
 
 
 # ── certificates ──

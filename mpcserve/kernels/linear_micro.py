@@ -173,9 +173,7 @@ def meet(
             place = on(out, i0 * step + p0)
             to, by, add = (corner, lanes, 0) if cut else (place, step, more)
             if few:
-                multiply_columns(
-                    these, panel, offs, depth, count, width, corner, bits, ahead, pace
-                )
+                multiply_columns(these, panel, offs, depth, count, width, corner, bits, ahead, pace)
             else:
                 multiply_panel(
                     these, panel, apart, offs, depth, count, to, by, add, bits, ahead, pace

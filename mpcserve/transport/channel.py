@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, WireError
+from mpcserve.transport.codec import Codec, Received
 from mpcserve.transport.reading import STANDBY_S
 from mpcserve.transport.sender import LARGEST_BYTES, SMALL_BYTES, Outbox
 from mpcserve.wire import Buffer
@@ -69,22 +70,19 @@ class Inbox:
             while chunk:
                 chunk = self._collect(chunk)
 
-    def fill(self, most: int, read: Callable[[memoryview], int]) -> tuple[int, int]:
-        """Up to `most` bytes of DATA come: where somebody waits, `read` puts them in their place.
-
-        For how many there was room, and how many came.
-        """
+    def fill(self, codec: Codec, file: int, left: int, start: bytes) -> Received | None:
+        """`Codec.receive` into the place that waits for DATA; None if none does."""
         with self._lock:
-            place = self._target[:most]
-            if not place:
-                return 0, 0
-            got = read(place)
-            self.received += got
-            self.consumed += got
-            self._target = self._target[got:]
             if not self._target:
-                self._came.notify_all()
-            return len(place), got
+                return None
+            got = codec.receive(file, self._target, left, start)
+            if got is not None and got.filled:
+                self.received += got.filled
+                self.consumed += got.filled
+                self._target = self._target[got.filled :]
+                if not self._target:
+                    self._came.notify_all()
+            return got
 
     def put_message(self, message: dict[str, object], size: int) -> bool:
         """A message has come. False if too many are unread."""

@@ -11,21 +11,22 @@ write: each call holds a lock.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cryptography.hazmat.bindings._rust import _openssl
 from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL
 
 from mpcserve.errors import ConfigError
-from mpcserve.kernels.records import read_records
+from mpcserve.kernels.records import HEADER_BYTES, read_data, write_records
 from mpcserve.transport.options import Counters
 from mpcserve.transport.tls import ISSUE, TlsError, TlsFiles, left, role_of
-from mpcserve.wire import Buffer
+from mpcserve.wire import MAX_DATA, Buffer
 
 READ_BYTES = 256 << 10  # taken from the socket, and decrypted, at once
 _RECORD = 16 << 10  # the most plaintext of a TLS record
@@ -38,8 +39,6 @@ _ffi: Any = SSL._ffi  # type: ignore[attr-defined]
 _NO_MORE = (_lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN)
 
 
-
-
 def _address(place: Any) -> int:
     return int(_ffi.cast("intptr_t", place))
 
@@ -48,34 +47,48 @@ def _function(name: str) -> int:
     return _address(_ffi.addressof(_openssl.lib, name))
 
 
-_SSL_READ, _BIO_WRITE = _function("SSL_read"), _function("BIO_write")
+_SSL_READ, _SSL_WRITE = _function("SSL_read"), _function("SSL_write")
+_BIO_READ, _BIO_WRITE = _function("BIO_read"), _function("BIO_write")
+
+
+class Received(NamedTuple):
+    """What `Codec.receive` has done.
+
+    come: wire bytes; 0 at the end, −1 for nothing or an error. filled: bytes of payload. left: of
+    the frame under way, to come. headers: of frames. more: what else came is to be decrypted.
+    """
+
+    come: int
+    filled: int
+    left: int
+    headers: int
+    more: bool
 
 
 class Codec(Protocol):
-    """Plaintext to wire bytes and back."""
+    """Plaintext to wire bytes and back. `answers`: what was read made it say something itself."""
+
+    answers: bool
 
     def encrypt(self, pieces: Sequence[Buffer]) -> Buffer:
-        """The wire bytes of these pieces, after all before; valid until the next call."""
-        ...
+        """The wire bytes of these pieces, after all before; valid until the next call.
 
-    def put(self, received: memoryview) -> None:
-        """Wire bytes have come; they are read before more are put, and before they change."""
-        ...
-
-    def read(self, most: int = 0) -> memoryview:
-        """Some of the plaintext in them, valid until the next read; empty: no more.
-
-        At least a record is read if there is one, and no more than one or `most` bytes.
+        With none: what the codec itself has to say.
         """
         ...
 
-    def read_into(self, place: memoryview) -> int:
-        """Fill this place with plaintext: how much of it. If that is not all, there is no more."""
+    def send(self, file: int, header: bytes, payload: Buffer) -> tuple[int, bytes]:
+        """Encrypt a frame and hand it to a socket: how many wire bytes, and which of them it did
+        not take at once."""
         ...
 
-    @property
-    def answers(self) -> bool:
-        """True if what was read made the codec itself say something: encrypt() it."""
+    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
+        """The plaintext in what was received; each view is valid until the next."""
+        ...
+
+    def receive(self, file: int, place: memoryview, left: int, start: bytes) -> Received | None:
+        """Take what a socket has: payload of the frame under way, of which `left` bytes are to
+        come, and of frames with such a header, goes to `place`. None: decrypt what you take."""
         ...
 
 
@@ -84,28 +97,25 @@ class PlainCodec:
 
     answers = False
 
-    def __init__(self) -> None:
-        self._left = memoryview(b"")
-
     def encrypt(self, pieces: Sequence[Buffer]) -> bytes:
         """The pieces, joined."""
         return b"".join(pieces)
 
-    def put(self, received: memoryview) -> None:
-        """These are the bytes."""
-        self._left = received
+    def send(self, file: int, header: bytes, payload: Buffer) -> tuple[int, bytes]:
+        """Raises: OSError."""
+        wire = header + payload
+        try:
+            done = os.write(file, wire)
+        except BlockingIOError:
+            done = 0
+        return len(wire), wire[done:]
 
-    def read(self, most: int = 0) -> memoryview:
-        """As many."""
-        size = max(most, _RECORD)
-        some, self._left = self._left[:size], self._left[size:]
-        return some
+    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
+        """The bytes themselves."""
+        yield received
 
-    def read_into(self, place: memoryview) -> int:
-        """Copies."""
-        some, self._left = self._left[: len(place)], self._left[len(place) :]
-        place[: len(some)] = some
-        return len(some)
+    def receive(self, file: int, place: memoryview, left: int, start: bytes) -> None:
+        """Nothing is decrypted here."""
 
 
 class TlsCodec:
@@ -121,56 +131,76 @@ class TlsCodec:
         self._ssl = self._connection._ssl
         self._incoming, self._outgoing = self._connection._into_ssl, self._connection._from_ssl
         _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # all, or an error
-        self._view = memoryview(bytearray(READ_BYTES))
-        self._plain = _ffi.from_buffer(self._view)
-        self._wire = memoryview(bytearray(READ_BYTES))
-        self._come = memoryview(b"")  # of what has come, what OpenSSL was not given yet
+        self.answers = False  # an alert, a key update
+        self._plain = memoryview(bytearray(READ_BYTES))
+        self._wire = memoryview(bytearray(2 * MAX_DATA))
+        self._header = memoryview(bytearray(HEADER_BYTES))
+        self._have = 0  # of a header that `receive` left to `decrypt`
+        self._come = bytearray(READ_BYTES)
         self._start = _ffi.new("char **")
-        self.answers = False  # OpenSSL has something of its own to say: an alert, a key update
-        self._reads = _SSL_READ, _address(self._ssl), _BIO_WRITE, _address(self._incoming)
+        ssl = _address(self._ssl)
+        come, header = (_address(_ffi.from_buffer(b)) for b in (self._come, self._header))
+        self._writes = _SSL_WRITE, ssl, _BIO_READ, _address(self._outgoing)
+        self._reads = _SSL_READ, ssl, _BIO_WRITE, _address(self._incoming)
+        self._into = come, READ_BYTES, header
 
     def encrypt(self, pieces: Sequence[Buffer]) -> memoryview:
-        """TLS records of the pieces; with none, what OpenSSL itself has to say.
-
-        Raises: TlsError.
-        """
+        """TLS records. Raises: TlsError."""
         with self._lock:
             for piece in pieces:
                 if piece:
                     done = _lib.SSL_write(self._ssl, _ffi.from_buffer(piece), len(piece))
                     if done <= 0:
                         self._fail(done)
-            size = _lib.BIO_get_mem_data(self._outgoing, self._start)
-            self.answers = False
+            size = self._pending()
             if size > len(self._wire):
                 self._wire = memoryview(bytearray(size))
             if size:
                 _lib.BIO_read(self._outgoing, _ffi.from_buffer(self._wire), size)
+            self.answers = False
             return self._wire[:size]
 
-    def put(self, received: memoryview) -> None:
-        """Wire bytes for OpenSSL: at once if they are few."""
-        if len(received) > _RECORD:
-            self._come = received
-        elif received:
-            self._put(received)
+    def send(self, file: int, header: bytes, payload: Buffer) -> tuple[int, bytes]:
+        """Raises: TlsError; an error of the socket is for its next user."""
+        head, size = _address(_ffi.from_buffer(header)), len(payload)
+        body = _address(_ffi.from_buffer(payload)) if size else 0
+        with self._lock:
+            to, room = _address(_ffi.from_buffer(self._wire)), len(self._wire)
+            made, sent, last = write_records(
+                *self._writes, file, head, len(header), body, size, to, room
+            )
+            if last <= 0:
+                self._fail(last)
+            rest = b"" if sent == made else bytes(self._wire[sent:made])
+            self.answers = made == room  # what it had to say itself left no room
+            return made, rest
 
-    def read(self, most: int = 0) -> memoryview:
+    def decrypt(self, received: memoryview) -> Iterator[memoryview]:
         """Raises: TlsError, also for an alert of the peer."""
-        with self._lock:
-            if self._come:
-                size = min(max(most, _RECORD), READ_BYTES)
-                return self._view[: self._fill(self._plain, size, most or 1)]
-            got = _lib.SSL_read(self._ssl, self._plain, READ_BYTES)
-            if got <= 0:
-                self._nothing(got)
-                got = 0
-            return self._view[:got]
+        if received:
+            with self._lock:
+                _lib.BIO_write(self._incoming, _ffi.from_buffer(received), len(received))
+        if self._have:
+            have, self._have = self._have, 0
+            yield self._header[:have]
+        more = True
+        while more:
+            with self._lock:
+                filled, more = self._fill()
+            if filled:
+                yield self._plain[:filled]
 
-    def read_into(self, place: memoryview) -> int:
-        """Raises: as `read`."""
+    def receive(self, file: int, place: memoryview, left: int, start: bytes) -> Received:
+        """Raises: as `decrypt`."""
+        like, to = _address(_ffi.from_buffer(start)), _address(_ffi.from_buffer(place))
         with self._lock:
-            return self._fill(_ffi.from_buffer(place), len(place), len(place))
+            come, filled, left, have, headers, last = read_data(
+                *self._reads, file, *self._into, like, MAX_DATA, to, len(place), left, self._have
+            )
+            self._have = have
+            if come > 0 and last <= 0:
+                self._nothing(last)
+        return Received(come, filled, left, headers, last > 0 or have > 0)
 
     def handshake(self, sock: socket.socket, deadline: float, counters: Counters) -> str:
         """Shake hands on a connected socket; the role of the peer's certificate.
@@ -196,32 +226,36 @@ class TlsCodec:
             counters.wire_received += len(received)
             if not received:
                 raise ConnectionResetError("closed")
-            self._put(received)
+            _lib.BIO_write(self._incoming, _ffi.from_buffer(received), len(received))
 
     # ── helpers, `_lock` held ──
 
-    def _put(self, received: Buffer) -> None:
-        with self._lock:
-            _lib.BIO_write(self._incoming, _ffi.from_buffer(received), len(received))
+    def _pending(self) -> int:
+        """Wire bytes to be sent."""
+        return int(_lib.BIO_get_mem_data(self._outgoing, self._start))
 
-    def _fill(self, place: Any, size: int, least: int) -> int:
-        """Decrypt to this place, until there are `least` bytes or no more: how many."""
-        come = self._come
-        wire = _address(_ffi.from_buffer(come)) if come else 0
-        filled, taken, last = read_records(
-            *self._reads, wire, len(come), _address(place), size, least
-        )
-        self._come = come[taken:]
-        if last <= 0:
-            self._nothing(last)
-        return filled
+    def _fill(self) -> tuple[int, bool]:
+        """Decrypt until the buffer is full (then True) or nothing is left.
+
+        A read returns one record. There is always room for a whole one, so OpenSSL never keeps a
+        part.
+        """
+        read, tls, most = _lib.SSL_read, self._ssl, READ_BYTES - _RECORD
+        at, filled = _ffi.from_buffer(self._plain), 0
+        while filled <= most:
+            got = read(tls, at + filled, _RECORD)
+            if got <= 0:
+                self._nothing(got)
+                return filled, False
+            filled += got
+        return filled, True
 
     def _nothing(self, result: int) -> None:
         """A read gave no bytes: raise, unless there were none."""
         # close_notify is no end: the one that counts is GOODBYE
         if _lib.SSL_get_error(self._ssl, result) not in _NO_MORE:
             self._fail(result)
-        self.answers = _lib.BIO_get_mem_data(self._outgoing, self._start) > 0
+        self.answers = self._pending() > 0
 
     def _fail(self, result: int) -> None:
         """Raise what a call of OpenSSL that gave this result has met."""

@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, Refused, WireError
 from mpcserve.transport.channel import Channel
 from mpcserve.transport.codec import READ_BYTES, Codec
-from mpcserve.transport.network import Intake
 from mpcserve.transport.options import Counters, Hooks, LinkOptions
 from mpcserve.transport.reading import Reading
+from mpcserve.transport.receiver import Receiver
 from mpcserve.transport.sender import Sender
 from mpcserve.transport.streams import Streams
 from mpcserve.transport.tls import explain
@@ -36,7 +36,6 @@ from mpcserve.wire import (
     LINK_STREAM,
     STREAM_BYTES,
     Credit,
-    Data,
     Event,
     Failure,
     Goodbye,
@@ -93,12 +92,23 @@ class Link:
         self._reason: MpcError | None = None
         self._give_up_at = 0.0  # when an ended link closes its socket, whatever the peer does
         self._write_error: tuple[float, OSError] | None = None
-        self._heard_at = self._pinged_at = time.monotonic()
+        self._pinged_at = time.monotonic()
         self._opened = threading.Event()
         self._established = False
         self._tick = min(0.5, options.ping_every / 2, options.dead_after / 4)
-        intake = Intake(connected.sock, options.network, READ_BYTES)
-        self.reading = Reading(intake, self._take, self._tick)
+        self.receiver = Receiver(
+            connected.sock,
+            connected.codec,
+            self.session,
+            self._streams,
+            self.counters,
+            options,
+            self._dispatch,
+            lambda stream: self._incoming(stream)[0],
+            self._overrun,
+            self.sender.let_codec_answer,
+        )
+        self.reading = Reading(self.receiver, self._tick)
         self._reader = threading.Thread(target=self._run, daemon=True)
 
     # ── for everyone ──
@@ -219,6 +229,7 @@ class Link:
                 return
             self._give_up_at = time.monotonic() + flush + linger
             self._reason = reason
+            self.receiver.deaf = True
         for channel in self._streams.all():
             self._end_stream_for(channel, reason, told)
             channel.on_failure(_again(reason))
@@ -258,7 +269,7 @@ class Link:
     def _read(self) -> None:
         """Read until the link has ended and the peer has closed its half."""
         looked_at = time.monotonic()
-        self.reading.hand_on(memoryview(b""))  # the handshake may have read more than its own bytes
+        self.reading.begin()  # the handshake may have read more than its own bytes
         while True:
             ended = self.reading.read() is False
             now = time.monotonic()
@@ -284,54 +295,17 @@ class Link:
         finished_at = self.sender.finished_at
         return now > self._give_up_at or (finished_at is not None and now > finished_at + _LINGER_S)
 
-    def _take(self, received: memoryview) -> None:
-        self._heard_at = time.monotonic()
-        self.counters.wire_received += len(received)
-        if self._reason is not None:
-            return  # the link has ended: this is only read so that closing does not reset it
-        codec = self._made_of.codec
-        codec.put(received)
-        while True:
-            stream, left = self.session.under_way
-            room, got = self._fill(stream, left) if left else (0, 0)
-            if got < room:
-                break
-            if got:
-                continue
-            plain = codec.read(left)
-            if not plain:
-                break
-            self.counters.overhead_received += len(plain)
-            for event in self.session.receive(plain):
-                self._dispatch(event)
-                if self._reason is not None:
-                    return
-        if codec.answers:
-            self.sender.let_codec_answer()
-
-    def _fill(self, stream: bytes, left: int) -> tuple[int, int]:
-        """Decrypt DATA to where it is waited for: for how much there was room, how much came."""
-        channel = self._streams.live(stream)
-        if channel is None:
-            return 0, 0
-        room, got = channel.inbox.fill(left, self._made_of.codec.read_into)
-        if got:
-            self.session.passed(got)
-            self.counters.payload_received += got
-            channel.grant_credit()
-        return room, got
-
     def _look_after(self, now: float) -> None:
         """Once a tick: is the peer alive, does a stream wait for nobody."""
         options = self.options
         if self._reason is not None or self.session.state is State.GREETING:
             return
-        silent = now - self._heard_at
+        silent = now - self.receiver.heard_at
         if self._write_error is not None and now > self._write_error[0] + _LINGER_S:
             raise self._write_error[1]
         if silent > options.dead_after:
             raise ConnectionAbortedError(f"it sent nothing for {silent:.0f} s")
-        if now - max(self._heard_at, self._pinged_at) >= options.ping_every:
+        if now - max(self.receiver.heard_at, self._pinged_at) >= options.ping_every:
             self._pinged_at = now
             self.sender.urge(self.session.ping(bytes(8)))
         for channel in self._streams.waiting_since(now - options.unclaimed_after):
@@ -360,9 +334,7 @@ class Link:
     # ── events, in the reader thread ──
 
     def _dispatch(self, event: Event) -> None:
-        if isinstance(event, Data):
-            self._on_data(event)
-        elif isinstance(event, Message):
+        if isinstance(event, Message):
             self._on_message(event)
         elif isinstance(event, Credit):
             self._on_credit(event)
@@ -375,24 +347,6 @@ class Link:
                 self._on_last(event)
             else:
                 self._on_stream_end(event)
-
-    def _on_data(self, event: Data) -> None:
-        size = len(event.chunk)
-        self.counters.payload_received += size
-        self.counters.overhead_received -= size
-        channel, _ = self._incoming(event.stream)
-        if channel is None:
-            return
-        inbox = channel.inbox
-        if inbox.received - inbox.consumed + size > self.session.window:
-            limit = f"its window of {self.session.window} bytes"
-        elif inbox.queued and self._streams.queued + size > self.options.receive_queue:
-            limit = f"the link's receive queue of {self.options.receive_queue} bytes"
-        else:
-            inbox.put(event.chunk)
-            channel.grant_credit()
-            return
-        self._overrun(channel, f"exceeded {limit}")
 
     def _on_message(self, event: Message) -> None:
         channel, is_new = self._incoming(event.stream)

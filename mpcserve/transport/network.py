@@ -143,36 +143,41 @@ class Intake:
         with contextlib.suppress(OSError):  # it is ringing already; or closed
             self._ring.send(b"!")
 
-    def read(self, seconds: float, brisk: bool = False) -> memoryview | None:
-        """Bytes, valid until the next call; none at the end; None if none came in `seconds`, or
-        sooner when interrupted. `brisk`: ask again for SPIN_S before falling asleep.
+    @property
+    def is_real(self) -> bool:
+        """Whether nothing is emulated: `wait` for bytes and take them, or `read_late`."""
+        return self._line is None
 
-        Raises: OSError.
+    def wait(self, seconds: float, brisk: bool = False) -> bool:
+        """Whether bytes came in `seconds`; False, sooner, when interrupted.
+
+        `brisk`: ask again for SPIN_S before falling asleep.
         """
-        if self._line is not None:
-            return self._read_late(self._line, seconds)
-        if not seconds:  # a bell that rings is for who waits
-            return self._taken()
         came = self._comes.poll(0) if brisk else []
         if brisk and not came:
             until = time.perf_counter() + SPIN_S
             while not came and time.perf_counter() < until:
                 came = self._comes.poll(0)
         came = came or self._comes.poll(math.ceil(seconds * 1e3))
-        if not came:
-            return None
         if self._rings in came:
             self._bell.recv(64)
-            return None
-        return self._taken()
+            return False
+        return bool(came)
 
-    def _taken(self) -> memoryview | None:
+    def read(self) -> memoryview | None:
+        """Bytes, valid until the next call; none at the end; None if there are none.
+
+        Raises: OSError.
+        """
         try:
             return self._view[: self._sock.recv_into(self._view)]
         except BlockingIOError:
             return None
 
-    def _read_late(self, line: Line, seconds: float) -> memoryview | None:
+    def read_late(self, seconds: float) -> memoryview | None:
+        """The same of an emulated line: None if none came in `seconds`, or when interrupted."""
+        line = self._line
+        assert line is not None
         give_up = time.monotonic() + seconds
         while (now := time.monotonic()) < give_up:
             batch = line.pop(now)

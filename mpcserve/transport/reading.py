@@ -13,8 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from mpcserve.transport.network import Intake
+from typing import Protocol
 
 STANDBY_S = 0.05
 """For so long nobody may read while an attending thread computes: it glances in between. A reader
@@ -26,15 +25,32 @@ BRIEF_S = 0.002
 _LARGE = 32 << 10  # where this much has come at once, more is on its way
 
 
+class Source(Protocol):
+    """What is read, one thread at a time; any may interrupt it."""
+
+    def read(self, seconds: float, brisk: bool = False) -> int | None:
+        """How many bytes came, 0 at the end; None if none came in `seconds`, or sooner when
+        interrupted. `brisk`: they are due any moment."""
+        ...
+
+    def interrupt(self) -> None:
+        """The `read` in progress, or the next, waits no longer."""
+        ...
+
+    def hand_on(self) -> None:
+        """What had come before the first read."""
+        ...
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        ...
+
+
 class Reading:
-    """Reads and hands on, one thread at a time.
+    """Whose turn it is to read from a source. `tick`: seconds that a read waits."""
 
-    `take` is given what came, by the thread that read it; `tick`: seconds that a read waits.
-    """
-
-    def __init__(self, intake: Intake, take: Callable[[memoryview], None], tick: float) -> None:
-        self._intake = intake
-        self._take = take
+    def __init__(self, source: Source, tick: float) -> None:
+        self._source = source
         self._tick = tick
         self._turn = threading.Lock()  # the right to read
         self._lock = threading.Lock()  # of `_attended` and `_relying`
@@ -52,7 +68,7 @@ class Reading:
     def read(self) -> bool | None:
         """For the reader thread. True after bytes, False at the end, None after a tick without any.
 
-        Raises: OSError, and whatever `take` raises, also in a thread that read in its place.
+        Raises: whatever the source raises, also in a thread that read in its place.
         """
         alone = self._flowing or self._needed.wait(self._standby)
         if not alone and self._turn.locked():
@@ -87,19 +103,19 @@ class Reading:
                 self._attended.remove(stream)
                 self._settle()
 
-    def hand_on(self, received: memoryview) -> None:
-        """`take` what came before the first read, in turn."""
+    def begin(self) -> None:
+        """Hand on what came before the first read, in turn."""
         with self._turn:
-            self._take(received)
+            self._source.hand_on()
 
     def look_up(self, stream: object) -> None:
         """Whoever reads for the stream asks again whether it wants something."""
         if stream in self._attended:
-            self._intake.interrupt()
+            self._source.interrupt()
 
     def close(self) -> None:
         """Nobody reads any more."""
-        self._intake.close()
+        self._source.close()
 
     def wait_for(self, stream: object, wants: Callable[[], bool], deadline: float) -> None:
         """Read in this thread as long as the stream `wants` something, up to the deadline.
@@ -143,13 +159,12 @@ class Reading:
 
     def _leave(self, error: BaseException) -> None:
         """What another thread has met while it read is left to the reader."""
-        interrupted = not isinstance(error, Exception)
-        if interrupted:  # Ctrl-C: what this thread had read may be lost
-            self._trouble = ConnectionAbortedError("the thread that read was interrupted")
-        else:
+        if isinstance(error, Exception):
             self._trouble = error
+        else:  # Ctrl-C: what this thread had read may be lost
+            self._trouble = ConnectionAbortedError("the thread that read was interrupted")
         self._needed.set()
-        if interrupted:
+        if not isinstance(error, Exception):
             raise error
 
     def _take_over(self, deadline: float) -> bool:
@@ -157,21 +172,20 @@ class Reading:
         if self._turn.acquire(blocking=False):
             return True
         with self._claim:
-            self._intake.interrupt()
+            self._source.interrupt()
             return self._turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
     def _once(self, seconds: float, brisk: bool = False) -> bool | None:
         if self._ended:
             return False
-        got = self._intake.read(seconds, brisk)
-        self._flowing = got is not None and len(got) >= _LARGE
+        got = self._source.read(seconds, brisk)
+        self._flowing = got is not None and got >= _LARGE
         if got is None:
             return None
         if not got:
             self._ended = True
             self._needed.set()
             return False
-        self._take(got)
         return True
 
     def _settle(self) -> None:
@@ -179,6 +193,6 @@ class Reading:
         idle = self._trouble is None and not self._ended and not self._relying
         if idle and self._sole is not None:
             self._needed.clear()
-            self._intake.interrupt()
+            self._source.interrupt()
         else:
             self._needed.set()

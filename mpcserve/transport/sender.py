@@ -77,8 +77,8 @@ class Sender:
         # One file, two timeouts: a socket object's timeout is its own, not the descriptor's.
         self._patient = sock.dup()
         self._patient.settimeout(_TICK_S)
-        self._eager = sock
-        self._eager.settimeout(0)
+        sock.settimeout(0)
+        self._file = sock.fileno()
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -136,14 +136,12 @@ class Sender:
             out.taken += size
             self._counters.payload_sent += size
             self._counters.overhead_sent += len(header)
-            joined = size < _JOIN_BYTES
-            batch = self._encrypt([b"".join((header, payload))] if joined else [header, payload])
-            try:
-                done = self._eager.send(batch)
-            except BlockingIOError:
-                done = 0
-            if done < len(batch):
-                self._rest = memoryview(bytes(batch[done:]))
+            if size < _JOIN_BYTES:
+                header, payload = header + payload, b""
+            made, rest = self._codec.send(self._file, header, payload)
+            self._counters.wire_sent += made
+            if rest:
+                self._rest = memoryview(rest)
                 with self._lock:
                     self._work.notify()
             return True
@@ -300,9 +298,6 @@ class Sender:
                 small.clear()
         if small:
             pieces.append(b"".join(small))
-        return self._encrypt(pieces)
-
-    def _encrypt(self, pieces: list[Buffer]) -> Buffer:
         batch = self._codec.encrypt(pieces)
         self._counters.wire_sent += len(batch)
         return batch

@@ -131,13 +131,31 @@ def prepare_select(
     io: PrepareIO, i: Instruction, halves: Sequence[Words]
 ) -> tuple[Words, SelectMaterial]:
     """This side's shares."""
-    drawn, widths = [], i.attrs["widths"]
-    for half, m in zip(halves[1::2], widths, strict=True):
-        drawn.append((half, m, *_dealt(io, i, m)))
-    lam = io.mask(i.value.shape, i.value.width)
-    first, none = lam.reshape(-1), np.zeros(i.value.size if len(widths) > 1 else 0, lam.dtype)
-    masks = (first, *[none] * (len(widths) - 1))
-    return lam, tuple(_ready(i, *part, m) for part, m in zip(drawn, masks, strict=True))
+    n, size, widths = i.value.width, i.value.size, i.attrs["widths"]
+    dealt = [_dealt(io, i, m) for m in widths]
+    lam = io.mask(i.value.shape, n)
+    masks = [lam.reshape(-1), *[np.zeros(size, lam.dtype) for _ in widths[1:]]]
+    pairs = []
+    for half, m, parts, mask in zip(halves[1::2], widths, dealt, masks, strict=True):
+        beta, cross, carry, top, beta_top = parts
+        zero, one = (np.empty(size, word_type(n)) for _ in range(2))
+        tops = np.empty((2, size), local.tops_type(m, n))
+        local.ready_pair(
+            np.ascontiguousarray(half).reshape(-1),
+            m,
+            n,
+            carry,
+            top,
+            beta_top,
+            cross,
+            mask,
+            zero,
+            one,
+            tops[0],
+            tops[1],
+        )
+        pairs.append(Pair(zero, one, beta, tops[0], tops[1]))
+    return lam, tuple(pairs)
 
 
 def _dealt(io: PrepareIO, i: Instruction, m: int) -> tuple[Words, ...]:
@@ -147,18 +165,6 @@ def _dealt(io: PrepareIO, i: Instruction, m: int) -> tuple[Words, ...]:
     if n <= m:
         return beta, cross, beta, beta, beta
     return beta, cross, *(as_words(io.dealt(shape, n - m), n) for _ in range(3))
-
-
-def _ready(
-    i: Instruction, half: Words, m: int, beta: Words, cross: Words, carry: Words, top: Words,
-    beta_top: Words, lam: Words,
-) -> Pair:  # fmt: skip
-    n, size = i.value.width, i.value.size
-    zero, one = (np.empty(size, word_type(n)) for _ in range(2))
-    tops = [np.empty(size, local.tops_type(m, n)) for _ in range(2)]
-    half = np.ascontiguousarray(half).reshape(-1)
-    local.ready_pair(half, m, n, carry, top, beta_top, cross, lam, zero, one, *tops)
-    return Pair(zero, one, beta, *tops)
 
 
 def evaluate_select(
