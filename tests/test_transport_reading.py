@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -297,3 +299,34 @@ def test_a_link_whose_reading_thread_is_interrupted_ends(network: Network) -> No
     assert bob.reason is not None
     with pytest.raises(PeerLost):
         other.receive(1, "an answer", WAIT)
+
+
+def test_an_ended_link_touches_no_file_that_was_opened_since(network: Network) -> None:
+    """Its socket's number may be that of another connection."""
+    alice, bob = network.pair()
+    stream = new_id()
+    channel, other = bob.channel(stream), alice.channel(stream)
+    with channel.attended(brisk=True):
+        other.send(bytes(10))
+        channel.receive(10, "a round", WAIT)
+        number = bob._made_of.sock.fileno()
+        alice.close()
+        bob.join()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(b"for nobody else")
+            copied = number not in (ours.fileno(), theirs.fileno())
+            if copied:
+                os.dup2(ours.fileno(), number)
+            channel.expect(10)
+            channel.glance()
+            with pytest.raises(PeerLost):
+                channel.send(bytes(10))
+            with pytest.raises(PeerLost):
+                channel.receive(10, "a round", WAIT)
+            if copied:
+                os.close(number)
+            theirs.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                theirs.recv(1)
+            assert ours.recv(100) == b"for nobody else"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -28,7 +28,15 @@ import numpy as np
 
 from mpcserve.kernels import linear_micro as micro
 from mpcserve.kernels.linear_bilinear import PLANES, Bilinear, weigh
-from mpcserve.kernels.linear_image import Band, Geometry, Source, geometry_of, grid, prepare
+from mpcserve.kernels.linear_image import (
+    TABLES,
+    Band,
+    Geometry,
+    Source,
+    geometry_of,
+    grid,
+    prepare,
+)
 from mpcserve.kernels.linear_micro import KC, Index, aligned, scratch_words
 from mpcserve.kernels.linear_panels import ROWS, lanes_of
 from mpcserve.kernels.linear_patches import Layout
@@ -70,7 +78,7 @@ class Packed:
         return int(self.words.nbytes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Left:
     """Word (i, k) of left operand t is words[at[t] + i·row_step + k·col_step], or packed."""
 
@@ -81,7 +89,7 @@ class _Left:
     packed: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Right:
     """Word (k, p) of right operand t is words[at[t] + offs[k] + base[p]], or packed."""
 
@@ -96,7 +104,7 @@ class _Right:
     runs: Runs | None = None  # of columns that are neighbours
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Out:
     """Row i of product t goes to words[at[t] + i·step :]; a product has so many rows.
 
@@ -444,11 +452,19 @@ def _item_steps(b: Packed, dimensions: int) -> tuple[int, ...]:
 
 
 def _conv_left(w: Words | Packed, g: Geometry, first: int, last: int) -> _Left:
-    at = np.arange(first, last) % g.groups * (g.rows * g.deep)
+    at = _groups_at(first, last, g.groups, g.rows * g.deep)
     if isinstance(w, Packed):
         assert w.groups == g.groups, (w.groups, g.groups)
         return _Left(w.words, at, 0, 0, True)
     return _Left(_contiguous(w).reshape(-1), at, g.deep, 1, False)
+
+
+@lru_cache(maxsize=TABLES)
+def _groups_at(first: int, last: int, groups: int, apart: int) -> Index:
+    """Where the kernels of items first : last begin."""
+    at: Index = np.arange(first, last) % groups * apart
+    at.flags.writeable = False
+    return at
 
 
 def _flat(x: Words, shape: tuple[int, ...]) -> tuple[Words, tuple[int, ...]]:

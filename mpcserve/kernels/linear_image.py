@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 import numpy as np
@@ -27,9 +27,9 @@ Band = tuple[int, int]  # output rows first : last
 Pair = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
-    """The sizes of one convolution; pads are top, left, bottom, right."""
+    """The sizes of one convolution; pads are top, left, bottom, right. Made by `geometry_of`."""
 
     x_shape: tuple[int, ...]
     w_shape: tuple[int, ...]
@@ -39,32 +39,32 @@ class Geometry:
     groups: int
     out_shape: tuple[int, int, int, int]
 
-    @property
+    @cached_property
     def items(self) -> int:
         """Independent products: one for each image and group, in this order in memory."""
         return self.x_shape[0] * self.groups
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Output channels of one group."""
         return self.w_shape[0] // self.groups
 
-    @property
+    @cached_property
     def deep(self) -> int:
         """Products in one output word."""
         return self.w_shape[1] * self.w_shape[2] * self.w_shape[3]
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         """Output words of one channel."""
         return self.out_shape[2] * self.out_shape[3]
 
-    @property
+    @cached_property
     def copies(self) -> bool:
         """Is a padded copy needed? A row of pixels must lie in the input, word by word."""
         return any(self.pads) or (self.strides[1] > 1 and self.w_shape[3] > 1)
 
-    @property
+    @cached_property
     def row_words(self) -> int:
         """Columns of one phase of a row of the padded copy."""
         reach = (self.out_shape[3] - 1) * self.strides[1]
@@ -96,7 +96,7 @@ class Geometry:
             yield item, min(self.items, item + several), bands
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Source:
     """Word (k, p) of item t is words[at[t] + offs[k] + base[p]]."""
 
@@ -109,6 +109,7 @@ class Source:
     """
 
 
+@lru_cache(maxsize=1 << 10)
 def geometry_of(
     x: tuple[int, ...],
     w: tuple[int, ...],
@@ -117,7 +118,7 @@ def geometry_of(
     dilations: Pair,
     groups: int,
 ) -> Geometry:
-    """Shapes: x [N, C, H, W], w [O, C / groups, kh, kw]."""
+    """The one of these sizes. Shapes: x [N, C, H, W], w [O, C / groups, kh, kw]."""
     assert len(x) == len(w) == 4 and x[1] == w[1] * groups and w[0] % groups == 0, (x, w, groups)
     top, left, bottom, right = pads
     assert min(pads) >= 0 and min(*strides, *dilations, *w[2:]) >= 1

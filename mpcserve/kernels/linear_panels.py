@@ -129,7 +129,7 @@ _FUSED = _Fused(64, 8)
 
 def lanes_of(dtype: DTypeLike) -> int:
     """Columns of one panel of uint64 or of uint32."""
-    return _KIND64.lanes if np.dtype(dtype) == np.uint64 else _KIND32.lanes
+    return _KIND64.lanes if np.dtype(dtype).itemsize == 8 else _KIND32.lanes
 
 
 def kind_at(place: types.CPointer) -> _Kind:

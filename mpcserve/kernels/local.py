@@ -98,6 +98,15 @@ def mask_facts(a: Words, b: Words, width: int, total: Words, carry: Words, top: 
         top[k] = T(s >> high)
 
 
+@kernel(*_signatures("void(W[::1], W[::1], boolean, int64, W[::1])"))
+def add_words(a: Words, b: Words, minus: bool, width: int, out: Words) -> None:
+    """out ← a + b, or a − b, mod 2^width."""
+    T = a.dtype.type
+    mask, flip = T(_ALL >> np.uint64(64 - width)), T(_ALL) if minus else T(0)
+    for k in range(a.size):
+        out[k] = T(T(a[k] + T(T(b[k] ^ flip) - flip)) & mask)
+
+
 @kernel(*_signatures("void(W[::1], int64, W[::1], W[::1], W[::1], W[::1])"))
 def wide_masks(lam: Words, width: int, carry: Words, top: Words, low: Words, high: Words) -> None:
     """This party's shares of the two candidates Λ_1 = λ and Λ_0 = λ − 2^width·λ_msb.

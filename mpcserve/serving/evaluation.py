@@ -162,6 +162,9 @@ def in_blocks(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
     waiting: list[Buffer] = []
     count = 0
     for piece in pieces:
+        if not waiting and len(piece) >= size:
+            yield piece
+            continue
         waiting.append(piece)
         count += len(piece)
         if count >= size:

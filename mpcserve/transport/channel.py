@@ -219,6 +219,7 @@ class Channel:
     def __init__(self, link: Link, stream: bytes, out: Outbox) -> None:
         self.link = link
         self.stream = stream
+        self.start = link.session.data_header(stream, 1)  # like that of any frame of DATA
         self.payload_sent = 0
         self.inbox = Inbox()
         self.out = out

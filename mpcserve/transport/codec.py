@@ -36,15 +36,21 @@ _CIPHERS = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305
 
 _lib: Any = SSL._lib  # type: ignore[attr-defined]
 _ffi: Any = SSL._ffi  # type: ignore[attr-defined]
+_INTPTR = _ffi.typeof("intptr_t")
 _NO_MORE = (_lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN)
 
 
-def _address(place: Any) -> int:
-    return int(_ffi.cast("intptr_t", place))
+def _number(pointer: Any) -> int:
+    return int(_ffi.cast(_INTPTR, pointer))
+
+
+def _address(buffer: Buffer) -> int:
+    """Where its bytes lie."""
+    return int(_ffi.cast(_INTPTR, _ffi.from_buffer(buffer)))
 
 
 def _function(name: str) -> int:
-    return _address(_ffi.addressof(_openssl.lib, name))
+    return _number(_ffi.addressof(_openssl.lib, name))
 
 
 _SSL_READ, _SSL_WRITE = _function("SSL_read"), _function("SSL_write")
@@ -132,17 +138,19 @@ class TlsCodec:
         self._incoming, self._outgoing = self._connection._into_ssl, self._connection._from_ssl
         _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # all, or an error
         self.answers = False  # an alert, a key update
-        self._plain = memoryview(bytearray(READ_BYTES))
+        plain = bytearray(READ_BYTES)
+        # Not from the view: the garbage collector may clear that one first, and cffi crashes then.
+        self._plain, self._plain_at = memoryview(plain), _ffi.from_buffer(plain)
         self._wire = memoryview(bytearray(2 * MAX_DATA))
+        self._wire_at = _address(self._wire)
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._have = 0  # of a header that `receive` left to `decrypt`
         self._come = bytearray(READ_BYTES)
         self._start = _ffi.new("char **")
-        ssl = _address(self._ssl)
-        come, header = (_address(_ffi.from_buffer(b)) for b in (self._come, self._header))
-        self._writes = _SSL_WRITE, ssl, _BIO_READ, _address(self._outgoing)
-        self._reads = _SSL_READ, ssl, _BIO_WRITE, _address(self._incoming)
-        self._into = come, READ_BYTES, header
+        ssl, out, into = map(_number, (self._ssl, self._outgoing, self._incoming))
+        self._writes = _SSL_WRITE, ssl, _BIO_READ, out
+        self._reads = _SSL_READ, ssl, _BIO_WRITE, into
+        self._into = _address(self._come), READ_BYTES, _address(self._header)
 
     def encrypt(self, pieces: Sequence[Buffer]) -> memoryview:
         """TLS records. Raises: TlsError."""
@@ -155,6 +163,7 @@ class TlsCodec:
             size = self._pending()
             if size > len(self._wire):
                 self._wire = memoryview(bytearray(size))
+                self._wire_at = _address(self._wire)
             if size:
                 _lib.BIO_read(self._outgoing, _ffi.from_buffer(self._wire), size)
             self.answers = False
@@ -162,12 +171,11 @@ class TlsCodec:
 
     def send(self, file: int, header: bytes, payload: Buffer) -> tuple[int, bytes]:
         """Raises: TlsError; an error of the socket is for its next user."""
-        head, size = _address(_ffi.from_buffer(header)), len(payload)
-        body = _address(_ffi.from_buffer(payload)) if size else 0
+        head, body, size = _address(header), _address(payload), len(payload)
+        room = len(self._wire)
         with self._lock:
-            to, room = _address(_ffi.from_buffer(self._wire)), len(self._wire)
             made, sent, last = write_records(
-                *self._writes, file, head, len(header), body, size, to, room
+                *self._writes, file, head, len(header), body, size, self._wire_at, room
             )
             if last <= 0:
                 self._fail(last)
@@ -192,7 +200,7 @@ class TlsCodec:
 
     def receive(self, file: int, place: memoryview, left: int, start: bytes) -> Received:
         """Raises: as `decrypt`."""
-        like, to = _address(_ffi.from_buffer(start)), _address(_ffi.from_buffer(place))
+        like, to = _address(start), _address(place)
         with self._lock:
             come, filled, left, have, headers, last = read_data(
                 *self._reads, file, *self._into, like, MAX_DATA, to, len(place), left, self._have
@@ -241,7 +249,7 @@ class TlsCodec:
         part.
         """
         read, tls, most = _lib.SSL_read, self._ssl, READ_BYTES - _RECORD
-        at, filled = _ffi.from_buffer(self._plain), 0
+        at, filled = self._plain_at, 0
         while filled <= most:
             got = read(tls, at + filled, _RECORD)
             if got <= 0:

@@ -114,8 +114,10 @@ class Reading:
             self._source.interrupt()
 
     def close(self) -> None:
-        """Nobody reads any more."""
-        self._source.close()
+        """Nobody reads any more, or will: the number of a closed file may soon be another's."""
+        with self._turn:
+            self._ended = True
+            self._source.close()
 
     def wait_for(self, stream: object, wants: Callable[[], bool], deadline: float) -> None:
         """Read in this thread as long as the stream `wants` something, up to the deadline.

@@ -107,8 +107,7 @@ class Receiver:
         channel = self._streams.live(stream)
         if channel is None:
             return 0
-        start = self._session.data_header(stream, 1)
-        got = channel.inbox.fill(self._codec, self._file, left, start)
+        got = channel.inbox.fill(self._codec, self._file, left, channel.start)
         if got is None or got.come <= 0:
             return 0 if got is None or got.come == 0 else -1
         self._count(got.come)

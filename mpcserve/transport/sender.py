@@ -224,8 +224,10 @@ class Sender:
             self._thread.join(timeout)
 
     def close(self) -> None:
-        """Close the socket's duplicate."""
-        self._patient.close()
+        """Nobody sends any more, or will: the number of a closed file may soon be another's."""
+        assert self._stopping is not None
+        with self._turn:
+            self._patient.close()
 
     # ── helpers, `_lock` held ──
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mpcserve.kernels import bits, linear, weighing
+from mpcserve.kernels import bits, linear, local, weighing
 from mpcserve.plan.plan import Instruction, Value
 from mpcserve.ring import HALF_BITS, WORD_BITS, Words, as_words, word_type, words_of
 
@@ -32,6 +32,10 @@ def ready_local(i: Instruction, operands: Sequence[Value], is_delta: bool) -> Lo
         return _ready_bit(i, operands, is_delta)
     op, width = _TABLE[i.op](i, operands, is_delta), i.value.width
     word = word_type(width)
+    if i.op in ("add", "sub") and all(
+        v.shape == i.value.shape and word_type(v.width) is word for v in operands
+    ):
+        return _added(i)
     if any(word_type(v.width) is not word for v in operands):
         # A shift reads the high bits, and so the whole words of its operand.
         op = _then_words(op, width) if i.op == "shift" else _on_words(op, width)
@@ -205,6 +209,19 @@ def _multiplied(x: Words, axis: int, matrix: Words) -> Words:
     last = np.ascontiguousarray(np.moveaxis(x, axis, -1))
     product = linear.matmul(last.reshape(-1, x.shape[axis]), matrix)
     return np.moveaxis(product.reshape((*last.shape[:-1], -1)), -1, axis)
+
+
+def _added(i: Instruction) -> Local:
+    """Of two arrays that are alike, without another pass that reduces."""
+    minus, value = i.op == "sub", i.value
+
+    def add(xs: Sequence[Words]) -> Words:
+        a, b = (np.ascontiguousarray(x).reshape(-1) for x in xs)
+        out = np.empty(value.size, a.dtype)
+        local.add_words(a, b, minus, value.width, out)
+        return out.reshape(value.shape)
+
+    return add
 
 
 def _two(function: Any) -> _Make:
