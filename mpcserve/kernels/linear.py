@@ -44,8 +44,8 @@ from mpcserve.kernels.linear_runs import ROWS_MAX, Runs, multiply_runs, scratch_
 from mpcserve.kernels.tasks import Run, Task, one_by_one
 from mpcserve.ring import WORD_BITS, Words
 
-TILE_OUTPUTS = 1 << 16  # words of output that are worth sending on their own …
-TILE_PRODUCTS = 1 << 25  # … or a few milliseconds of work, whichever is less, but not below
+TILE_OUTPUTS = 1 << 17  # words of output that are worth sending on their own …
+TILE_PRODUCTS = 1 << 26  # … or a few milliseconds of work, whichever is less, but not below
 TILE_ROWS = 36  # this many rows: fewer would gather a panel for too little work; of ROWS a multiple
 
 _Tile = tuple[int, int, int, int]  # items first : last, and of each its rows first : last

@@ -12,7 +12,7 @@ from mpcserve.kernels import packing
 from mpcserve.protocol.parties import Round, Steps
 from mpcserve.ring import Words
 
-TILE = 1 << 16
+TILE = 1 << 17
 """Elements a tile: 256 KiB of 32-bit words, which with what is packed of them fit an L2 cache."""
 
 
