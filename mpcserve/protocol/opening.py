@@ -13,7 +13,8 @@ from mpcserve.protocol.parties import Round, Steps
 from mpcserve.ring import Words
 
 TILE = 1 << 17
-"""Elements a tile: 256 KiB of 32-bit words, which with what is packed of them fit an L2 cache."""
+"""Elements a tile: 512 KiB of 32-bit words. What follows a tile, from packing to the socket, starts
+with cold caches: in smaller ones that costs more than keeping all of a tile in an L2 cache spares."""
 
 
 def tiles(size: int) -> Iterator[slice]:
