@@ -168,7 +168,7 @@ def test_spread_patches_take_at_most_the_stated_memory(by: Bilinear) -> None:
 
 
 def test_tiles_are_worth_sending(draw: Draw, by: Bilinear) -> None:
-    x, w, pads = draw(1, 64, 40, 40), draw(128, 64, 3, 3), (1, 1, 1, 1)
+    x, w, pads = draw(1, 64, 40, 40), draw(256, 64, 3, 3), (1, 1, 1, 1)
     tiles = check(x, w, pads, 1, by, wrapping_conv2d(x, w, (1, 1), pads, (1, 1), 1))
     assert 3 <= len(tiles) <= 5
     assert max(b - a for a, b in pairwise([0, *tiles])) <= 72 * 1600

@@ -175,7 +175,7 @@ def test_matmul_reads_read_only_and_unaligned_memory(draw: Draw) -> None:
 
 
 def test_matmul_tiles_come_in_pieces_that_are_worth_sending(draw: Draw) -> None:
-    a, b = draw(500, 40), draw(40, 700)
+    a, b = draw(1000, 40), draw(40, 700)
     counts = follow(matmul_tiles(a, b), a @ b)
     assert 4 <= len(counts) <= 8
 
@@ -305,7 +305,8 @@ def test_conv2d_tiles_come_in_pieces_that_are_worth_sending(draw: Draw) -> None:
 
 def test_tiles_begin_where_a_packed_panel_begins() -> None:
     assert linear.TILE_ROWS % linear_panels.ROWS == 0
-    assert linear_micro.ROWS_L2 % linear_panels.ROWS == 0
+    for itemsize, packed in ((4, False), (8, False), (4, True), (8, True)):
+        assert linear_micro.left_rows(itemsize, packed) % linear_panels.ROWS == 0
     for item0, item1, row0, row1 in linear._tiles(3, 1000, 100, 1000, whole=False):
         assert (item1 - item0, row0 % linear_panels.ROWS) == (1, 0)
         assert row1 > row0

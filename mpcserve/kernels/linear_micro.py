@@ -5,7 +5,7 @@ are of one kind. The left operand is read by strides or comes packed in panels o
 right one is addressed as source[at + offs[k] + base[p]]: a strided or a transposed matrix, or the
 image columns of a convolution without ever writing them out; or it comes packed in panels of as
 many columns as a vector has lanes. The driver gathers one panel KC deep (it stays in the L1 cache)
-and meets it with ROWS_L2 rows of the left operand (they stay in the L2 cache).
+and meets it with many rows of the left operand (they stay in the L2 cache).
 
 The innermost loop is `linear_panels`. Every address, branch and loop count is a function of shapes
 alone.
@@ -24,6 +24,7 @@ from mpcserve.kernels.jit import F, kernel
 from mpcserve.kernels.linear_panels import (
     FEW_COLUMNS,
     LINE,
+    NATIVE,
     PANELS,
     ROOM,
     ROWS,
@@ -45,8 +46,22 @@ Index = NDArray[np.int64]
 
 KC = 256  # depth of a panel: KC vectors of 512 bits are 16 KiB, half an L1 cache
 STRIP = 8  # panels gathered at once, so that memory is read in longer runs
-ROWS_L2 = 96  # rows that meet one panel: ROWS_L2 · KC words are 96 or 192 KiB of L2 cache
+PACKED_ROWS = 96  # that meet one packed panel: 96 or 192 KiB of an L2 cache
+LEFT_BYTES = (384 if NATIVE else 192) << 10  # of those that meet one that is gathered
 FEW_ROWS, FEW_DEEP = 4, 64  # up to here columns are read where they lie: copying would cost more
+
+
+def left_rows(itemsize: int, right_packed: bool) -> int:
+    """Rows that meet one panel, of words of so many bytes.
+
+    The more, the less often a panel is gathered; one that is packed needs no gathering.
+    """
+    if right_packed:
+        return PACKED_ROWS
+    return LEFT_BYTES // (KC * itemsize) // ROWS * ROWS
+
+
+_left_rows = part(left_rows)
 
 
 def aligned(words: int, dtype: np.dtype[Any]) -> Words:
@@ -63,7 +78,8 @@ def scratch_words(dtype: DTypeLike, rows: int, deep: int, right_packed: bool) ->
     """What `multiply` needs: a tile for cut-off columns, a strip of the right, `rows` to pack."""
     strip = 0 if right_packed else STRIP * lanes_of(dtype)
     line = LINE // np.dtype(dtype).itemsize + ROOM
-    return line + ROWS * lanes_of(dtype) + (strip + min(ROWS_L2, rows)) * min(KC, deep)
+    several = min(left_rows(np.dtype(dtype).itemsize, right_packed), rows)
+    return line + ROWS * lanes_of(dtype) + (strip + several) * min(KC, deep)
 
 
 @part
@@ -188,11 +204,11 @@ def meet(
 
 
 @part
-def _read_next(k0: int, i0: int, deep: int, height: int) -> tuple[int, int]:
+def _read_next(k0: int, i0: int, deep: int, height: int, most: int) -> tuple[int, int]:
     """(where, how many words): what of a packed left operand is read after the block at i0, k0."""
-    later, then = (k0 + KC, i0) if k0 + KC < deep else (0, i0 + ROWS_L2)
+    later, then = (k0 + KC, i0) if k0 + KC < deep else (0, i0 + most)
     depth = min(KC, deep - later)
-    return later * height + then * depth, max(0, min(ROWS_L2, height - then)) * depth
+    return later * height + then * depth, max(0, min(most, height - then)) * depth
 
 
 AT = "Array(int64, 1, 'C', readonly=True)"
@@ -224,6 +240,7 @@ def multiply(
     left_packed, row_step, col_step = left_form
     right_packed, deep, wide, height, step, bits = sizes
     item0, item1, row0, row1 = tile
+    most = _left_rows(left.itemsize, right_packed != 0)
     corner = on_line(place_of(scratch, 0))
     lanes = lanes_at(corner)
     strip = on(corner, ROWS * lanes)
@@ -231,8 +248,8 @@ def multiply(
     panels = (wide + lanes - 1) // lanes * lanes
     for item in range(item0, item1):
         source = place_of(right, right_at[item])
-        for i0 in range(row0, row1, ROWS_L2):
-            rows = min(ROWS_L2, row1 - i0)
+        for i0 in range(row0, row1, most):
+            rows = min(most, row1 - i0)
             few = rows <= FEW_ROWS and deep <= FEW_DEEP and not right_packed
             width = lanes if few else STRIP * lanes
             strips = (wide + width - 1) // width
@@ -241,7 +258,7 @@ def multiply(
                 lhs = place_of(left, left_at[item])
                 ahead, words = lhs, 0
                 if left_packed:
-                    word, words = _read_next(k0, i0, deep, height)
+                    word, words = _read_next(k0, i0, deep, height, most)
                     ahead, words = on(lhs, word), (words + strips - 1) // strips
                     lhs = on(lhs, k0 * height + i0 * depth)
                 else:

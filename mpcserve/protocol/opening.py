@@ -14,7 +14,7 @@ from mpcserve.ring import Words
 
 TILE = 1 << 17
 """Elements a tile: 512 KiB of 32-bit words. What follows a tile, from packing to the socket, starts
-with cold caches: in smaller ones that costs more than keeping all of a tile in an L2 cache spares."""
+with cold caches; for smaller ones that costs more than it spares to keep a tile in an L2 cache."""
 
 
 def tiles(size: int) -> Iterator[slice]:
