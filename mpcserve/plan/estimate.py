@@ -38,19 +38,19 @@ class Rates:
     that the data owner masks or unmasks; `hello`: of the two exchanges between it and the servers.
     """
 
-    product32: float = 1 / 100e9
-    product64: float = 1 / 42e9
+    product32: float = 1 / 125e9
+    product64: float = 1 / 48e9
     opened: float = 1.0e-9
-    compared: float = 1.6e-9
-    selected: float = 1.5e-9
-    moved: float = 0.5e-9
-    wave: float = 2.0e-9
-    byte: float = 0.5e-9
-    step: float = 16e-6
-    local_step: float = 5e-6
-    turn: float = 50e-6
+    compared: float = 1.4e-9
+    selected: float = 1.0e-9
+    moved: float = 0.4e-9
+    wave: float = 1.7e-9
+    byte: float = 0.4e-9
+    step: float = 13e-6
+    local_step: float = 4e-6
+    turn: float = 45e-6
     owned: float = 7e-9
-    hello: float = 0.9e-3
+    hello: float = 1.0e-3
 
 
 RATES = Rates()
