@@ -113,6 +113,21 @@ def test_a_product_is_right_in_the_ring_that_is_asked_for(ring: int) -> None:
         assert np.array_equal(found & ones, expected)
 
 
+@pytest.mark.parametrize("columns", [*range(2, 20), 33, 35, 49, 53])
+def test_products_of_every_number_of_columns(columns: int, draw: Draw) -> None:
+    """The last few lie across the lanes, or rows do; deeper than one panel, rows left over too."""
+    a, b = draw(29, 300), draw(300, columns)
+    whole = a @ b
+    assert np.array_equal(matmul(a, b), whole)
+    assert np.array_equal(matmul(a, pack_matmul_b(b)), whole)
+    x, w = draw(1, 150, 1, columns), draw(29, 150, 1, 1)
+    whole = (w[:, :, 0, 0] @ x[0, :, 0]).reshape(1, 29, 1, columns)
+    assert np.array_equal(conv2d(x, pack_conv_w(w, 1)), whole)
+    ring = 8 * a.itemsize - 13
+    low = a.dtype.type((1 << ring) - 1)
+    assert np.array_equal(matmul(a & low, b & low, ring=ring) & low, (a & low) @ (b & low) & low)
+
+
 @pytest.mark.parametrize(("left", "right"), SHAPES + EMPTY)
 def test_matmul_agrees_with_wrapping_numpy(
     left: tuple[int, ...], right: tuple[int, ...], draw: Draw

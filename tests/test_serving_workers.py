@@ -55,7 +55,7 @@ def test_tiles_that_are_computed_ahead_are_the_product(
     workers: Workers, word: type[np.unsignedinteger]
 ) -> None:
     rng = np.random.default_rng(SEED)
-    a, b = (rng.integers(0, 1 << 32, s).astype(word) for s in ((700, 40), (40, 300)))
+    a, b = (rng.integers(0, 1 << 32, s).astype(word) for s in ((1400, 40), (40, 300)))
     x, w = (rng.integers(0, 1 << 32, s).astype(word) for s in ((2, 3, 90, 90), (40, 3, 3, 3)))
     conv = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
     for tiles, whole in (
@@ -80,7 +80,7 @@ def test_tiles_that_are_computed_ahead_are_the_product(
 def test_an_evaluation_on_several_threads_is_the_same_bytes(workers: Workers) -> None:
     rng = np.random.default_rng(SEED + 1)
     p = PlanWriter()
-    x, w = p.input((400, 30), 40, bound=8), p.weight((30, 300), 40, bound=8)
+    x, w = p.input((1200, 30), 40, bound=8), p.weight((30, 300), 40, bound=8)
     z = p.emit("matmul", [x, w], width=24, bound=22, ring=24, truncate=0)
     bit = p.sign(z, 24, even_chunks(24, 5), [5])
     plan = p.done(
@@ -88,7 +88,7 @@ def test_an_evaluation_on_several_threads_is_the_same_bytes(workers: Workers) ->
     )
     weights = rng.integers(-200, 200, (30, 300))
     together = Together(plan, {"w1": weights})
-    given = rng.integers(-200, 200, (400, 30)).astype(np.float64)
+    given = rng.integers(-200, 200, (1200, 30)).astype(np.float64)
     for program in (together.alice, together.bob):
         program._walks = {1: Walk(plan, program.role, program._fixed, workers.run)}
     outputs, _ = together.infer([given])
