@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -229,47 +230,41 @@ def _columns_loop(b: ir.IRBuilder, kind: _Kind, columns: int, at: dict[str, ir.V
         store(b, kind.read(b, new[p]), place, size)
 
 
-def _columns_loops(builder: ir.IRBuilder, kind: _Kind, at: dict[str, ir.Value]) -> None:
-    """IR: as many columns as there are."""
-    done = builder.append_basic_block("done")
-    choice = builder.switch(at["columns"], done)
-    for count in range(1, FEW_COLUMNS + 1):
-        block = builder.append_basic_block(f"enter{count}")
-        choice.add_case(ir.Constant(_INT64, count), block)
-        builder.position_at_end(block)
-        _columns_loop(builder, kind, count, at)
-        builder.branch(done)
-    builder.position_at_end(done)
-
-
-def _rows_loops(builder: ir.IRBuilder, kind: _Kind, panels: int, at: dict[str, ir.Value]) -> None:
-    """IR: as many rows as there are."""
-    done = builder.append_basic_block("done")
-    choice = builder.switch(at["rows"], done)
-    for count in range(1, ROWS + 1):
-        block = builder.append_basic_block(f"enter{count}")
-        choice.add_case(ir.Constant(_INT64, count), block)
-        builder.position_at_end(block)
-        _rows_loop(builder, kind, count, panels, at)
-        builder.branch(done)
-    builder.position_at_end(done)
-
-
-def _of_kind(
-    builder: ir.IRBuilder, place: Any, at: dict[str, ir.Value], write: Callable[[_Kind], None]
+def _loops(
+    builder: ir.IRBuilder, number: ir.Value, most: int, write: Callable[[int], None]
 ) -> None:
-    """IR: what is written for the kind of words at a place, of which `bits` count."""
+    """IR: what is written for 1, 2, … `most`, whichever the number is."""
+    done = builder.append_basic_block("done")
+    choice = builder.switch(number, done)
+    for count in range(1, most + 1):
+        block = builder.append_basic_block(f"enter{count}")
+        choice.add_case(ir.Constant(_INT64, count), block)
+        builder.position_at_end(block)
+        write(count)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _loops_of_kind(
+    builder: ir.IRBuilder,
+    place: Any,
+    at: dict[str, ir.Value],
+    number: str,
+    most: int,
+    loop: Callable[[_Kind, int], None],
+) -> None:
+    """IR: the loops for the kind of words at a place, of which `bits` count."""
     kind = kind_at(place)
     at["end"] = builder.gep(at["offs"], [at["depth"]])
     if kind is not _KIND64 or not FUSED_BITS:
-        write(kind)
+        _loops(builder, at[number], most, partial(loop, kind))
         return
     fits = builder.icmp_signed("<=", at["bits"], ir.Constant(_INT64, FUSED_BITS))
     with builder.if_else(fits) as (fused, exact):
         with fused:
-            write(_FUSED)
+            _loops(builder, at[number], most, partial(loop, _FUSED))
         with exact:
-            write(kind)
+            _loops(builder, at[number], most, partial(loop, kind))
 
 
 def _panels(panels: int) -> Any:
@@ -287,7 +282,11 @@ def _panels(panels: int) -> Any:
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             at = dict(zip((*names, "ahead", "pace"), args, strict=True))
             at["more"] = builder.icmp_signed("!=", at["more"], ir.Constant(_INT64, 0))
-            _of_kind(builder, left, at, lambda kind: _rows_loops(builder, kind, panels, at))
+
+            def loop(kind: _Kind, rows: int) -> None:
+                _rows_loop(builder, kind, rows, panels, at)
+
+            _loops_of_kind(builder, left, at, "rows", ROWS, loop)
             return context.get_dummy_value()
 
         n = types.int64
@@ -312,7 +311,11 @@ def multiply_columns(  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         at = dict(zip(names, args, strict=True))
-        _of_kind(builder, left, at, lambda kind: _columns_loops(builder, kind, at))
+
+        def loop(kind: _Kind, columns: int) -> None:
+            _columns_loop(builder, kind, columns, at)
+
+        _loops_of_kind(builder, left, at, "columns", FEW_COLUMNS, loop)
         return context.get_dummy_value()
 
     n = types.int64
