@@ -288,8 +288,9 @@ def test_a_frame_of_a_wrong_length_ends_the_link_amid_a_round(
         peer.sock.close()
 
 
+@pytest.mark.parametrize("size", [1000, 200_000])
 def test_wire_bytes_that_were_changed_end_the_link_amid_a_round(
-    alice: TlsFiles, bob: TlsFiles, log: Log
+    alice: TlsFiles, bob: TlsFiles, log: Log, size: int
 ) -> None:
     rng = random.Random(1)
     with listening(alice, log) as address:
@@ -298,11 +299,11 @@ def test_wire_bytes_that_were_changed_end_the_link_amid_a_round(
         peer.say(s.hello(), rng, 1000, 1000)
         channel = log.link().channel(mine)
         with channel.attended(brisk=True):
-            wire = bytearray(peer.codec.encrypt([s.data_header(mine, 1000) + bytes(1000)]))
+            wire = bytearray(peer.codec.encrypt([s.data_header(mine, size) + bytes(size)]))
             wire[500] ^= 1
             peer.sock.sendall(wire)
             with pytest.raises(PeerError, match="bad record mac"):
-                channel.receive(1000, "a round", WAIT)
+                channel.receive(size, "a round", WAIT)
         assert "bad record mac" in told(log).message
         peer.sock.close()
 

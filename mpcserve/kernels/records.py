@@ -44,6 +44,19 @@ def _io(typingctx, function, handle, at, size):  # type: ignore[no-untyped-def]
     return types.int64(*four), codegen
 
 
+@inline
+def _kind_of(typingctx, function, handle, result):  # type: ignore[no-untyped-def]
+    """function(handle, result): int (*)(void *, int)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(_INT, (_PLACE, _INT)).as_pointer()
+        handle, result = builder.inttoptr(args[1], _PLACE), builder.trunc(args[2], _INT)
+        return builder.sext(builder.call(builder.inttoptr(args[0], kind), (handle, result)), _LONG)
+
+    three: Any = (types.int64,) * 3
+    return types.int64(*three), codegen
+
+
 def _socket_call(name: str) -> Any:
     @inline
     def call(typingctx, file, at, size):  # type: ignore[no-untyped-def]
@@ -111,9 +124,10 @@ def _length(header: int, start: int, most: int) -> int:
     return length if length <= most else 0
 
 
-@kernel(f"UniTuple(int64, 6)({_ints(14)})")
+@kernel(f"UniTuple(int64, 6)({_ints(16)})")
 def read_data(
-    ssl_read: int, ssl: int, bio_write: int, bio: int, file: int, wire: int, wire_room: int,
+    ssl_read: int, ssl: int, bio_write: int, bio: int, ssl_error: int, want: int,
+    file: int, wire: int, wire_room: int,
     header: int, start: int, most: int, place: int, room: int, left: int, have: int,
 ) -> tuple[int, int, int, int, int, int]:  # fmt: skip
     """Take what a socket that does not wait has, and decrypt frames of DATA to where they belong.
@@ -121,6 +135,8 @@ def read_data(
     Of the frame under way `left` bytes of payload are to come, or `have` bytes of its header are
     there. A frame whose header is like `start`, but for a length of up to `most`, goes on at
     `place`, for which there is `room`.
+
+    OpenSSL is given more when its error is that it wants to read, and not touched after another.
 
     How many wire bytes came, 0 at the end, −1 if none; how many of payload; `left` and `have`; how
     many headers; and what the last read of OpenSSL returned: 0 or less if there is no more, or it
@@ -143,7 +159,7 @@ def read_data(
                 if left:
                     have = 0
                     headers += 1
-        elif taken < come:
+        elif taken < come and _kind_of(ssl_error, ssl, last) == want:
             put = _io(bio_write, bio, wire + taken, min(_STEP, come - taken))
             if put <= 0:
                 break

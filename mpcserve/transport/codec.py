@@ -3,7 +3,7 @@
 TLS is OpenSSL's, the one that `cryptography` brings: newer than many a system's, its AES-GCM twice
 as fast or more. pyOpenSSL makes contexts, verifies and shakes hands over a pair of memory buffers.
 Its `send`, `bio_read`, `bio_write` and `recv_into` copy once more than OpenSSL does, so the four
-functions behind them are called where the data lie.
+functions behind them are called where the data lie; those of a round from compiled code.
 
 OpenSSL's connection must not be used by two threads at once, and one thread reads while others
 write: each call holds a lock.
@@ -55,6 +55,7 @@ def _function(name: str) -> int:
 
 _SSL_READ, _SSL_WRITE = _function("SSL_read"), _function("SSL_write")
 _BIO_READ, _BIO_WRITE = _function("BIO_read"), _function("BIO_write")
+_SSL_ERROR = _function("SSL_get_error")
 
 
 class Received(NamedTuple):
@@ -149,7 +150,7 @@ class TlsCodec:
         self._start = _ffi.new("char **")
         ssl, out, into = map(_number, (self._ssl, self._outgoing, self._incoming))
         self._writes = _SSL_WRITE, ssl, _BIO_READ, out
-        self._reads = _SSL_READ, ssl, _BIO_WRITE, into
+        self._reads = _SSL_READ, ssl, _BIO_WRITE, into, _SSL_ERROR, _lib.SSL_ERROR_WANT_READ
         self._into = _address(self._come), READ_BYTES, _address(self._header)
 
     def encrypt(self, pieces: Sequence[Buffer]) -> memoryview:
