@@ -51,18 +51,29 @@ def weights_key(pair_key: bytes, digest: str) -> bytes:
     return derive(pair_key, "weights", digest)
 
 
-def tag_of(key: bytes, parts: Iterable[Buffer]) -> bytes:
-    """GMAC of the parts, 16 bytes, under a key that is used for nothing else.
+class Mac:
+    """GMAC under a key that is used for nothing else, and once.
 
     Who does not know the key can make two sequences of parts, of the same sizes, that have the same
     tag with a probability of 2^-128 per 16 bytes of them at most. Source: NIST SP 800-38D.
     """
-    assert len(key) == KEY_BYTES
-    mac = Cipher(algorithms.AES(key[:_BLOCK]), modes.GCM(key[_BLOCK:])).encryptor()
-    for part in parts:
-        mac.authenticate_additional_data(part)
-    mac.finalize()
-    return mac.tag
+
+    __slots__ = ("_encryptor",)
+
+    def __init__(self, key: bytes) -> None:
+        assert len(key) == KEY_BYTES
+        cipher = Cipher(algorithms.AES(key[:_BLOCK]), modes.GCM(key[_BLOCK:]))
+        self._encryptor = cipher.encryptor()
+
+    def __repr__(self) -> str:
+        return "Mac(<secret>)"
+
+    def tag(self, parts: Iterable[Buffer]) -> bytes:
+        """Of the parts, 16 bytes."""
+        for part in parts:
+            self._encryptor.authenticate_additional_data(part)
+        self._encryptor.finalize()
+        return self._encryptor.tag
 
 
 class Stream:
@@ -79,6 +90,12 @@ class Stream:
 
     def __repr__(self) -> str:
         return "Stream(<secret>)"
+
+    def begun(self) -> Stream:
+        """Itself. Its first bytes are made now, as there is time, and not when they are read."""
+        if not self._ahead.size:
+            self._ahead = self._make(self._ahead, _AHEAD)
+        return self
 
     def _read(self, size: int) -> NDArray[np.uint8]:
         """The next `size` bytes, in memory that nobody else is given."""

@@ -14,7 +14,7 @@ import pytest
 
 from mpcserve.errors import MpcError, Refused, WireError
 from mpcserve.plan import Plan, bill_of
-from mpcserve.protocol import ServerProgram
+from mpcserve.protocol import Bundle
 from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
 from mpcserve.serving.client import Client
@@ -323,7 +323,7 @@ def test_a_plan_without_rows_in_common_is_served_whole(tmp_path: Path) -> None:
         with pytest.raises(MpcError, match=r"expected shape \[2, 6\], got \[3, 6\]"):
             client.infer(some_rows(plan, 3))
         with pytest.MonkeyPatch.context() as patch:  # there is no first round to wait for
-            patch.setattr(ServerProgram, "input_tag", lambda *_: str(threading.get_ident()))
+            patch.setattr(Bundle, "input_tag", lambda *_: str(threading.get_ident()))
             with pytest.raises(Refused, match="different inputs"):
                 client.infer(x)
     finally:

@@ -16,7 +16,7 @@ from mpcserve.plan import Plan, bill_of
 from mpcserve.plan.bill import SEED_BYTES
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.protocol import Dealer, Round, ServerProgram
-from mpcserve.protocol.owners import share_input
+from mpcserve.protocol.owners import mask_input
 from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
 from mpcserve.serving.client import Both
@@ -259,14 +259,14 @@ def test_a_request_that_is_interrupted_is_over_on_both_servers(
     """A program may catch Ctrl-C and go on: neither server is left to wait for an input."""
     trio = make_trio()
     client = trio.client()
-    share, ctrl_c = share_input, [KeyboardInterrupt] * 3  # more than are served at once
+    share, ctrl_c = mask_input, [KeyboardInterrupt] * 3  # more than are served at once
 
     def interrupted(*arguments: Any) -> Iterator[memoryview]:
         if ctrl_c:
             raise ctrl_c.pop()
         return share(*arguments)
 
-    monkeypatch.setattr("mpcserve.serving.client.share_input", interrupted)
+    monkeypatch.setattr("mpcserve.serving.client.mask_input", interrupted)
     began = time.monotonic()
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):

@@ -48,13 +48,20 @@ def unpack_weight(plan: Plan, name: str, data: bytes | bytearray | memoryview) -
 def share_input(
     plan: Plan, index: int, x: NDArray[np.generic], seed_alice: bytes, seed_bob: bytes
 ) -> Iterator[memoryview]:
+    """`mask_input` under the streams of these seeds."""
+    return mask_input(plan, index, x, [Stream(seed) for seed in (seed_alice, seed_bob)])
+
+
+def mask_input(
+    plan: Plan, index: int, x: NDArray[np.generic], streams: Sequence[Stream]
+) -> Iterator[memoryview]:
     """Encode input `index` at its plan's scale and mask it, part by part; all of them packed.
 
-    The same bytes go to both servers, in memory that nobody else writes to.
+    `streams`: of the seeds of both servers. The same bytes go to both, in memory that nobody else
+    writes to.
     """
     spec = plan.inputs[index]
-    value = plan.value(spec.id)
-    streams, numbers = [Stream(seed) for seed in (seed_alice, seed_bob)], spec.flat(x)
+    value, numbers = plan.value(spec.id), spec.flat(x)
     for part in tiles(value.size):
         reals = spec.reals(numbers, part.start, part.stop)
         lam, other = (s.masks(reals.shape, value.width) for s in streams)

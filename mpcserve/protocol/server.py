@@ -8,6 +8,7 @@ compute from the plan alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -31,7 +32,7 @@ from mpcserve.protocol.parties import (
 )
 from mpcserve.protocol.primitives import product
 from mpcserve.protocol.walk import NOTHING, Fixed, Walk, complete
-from mpcserve.randomness import Stream, bundle_key, derive, tag_of, weights_key
+from mpcserve.randomness import Mac, Stream, bundle_key, derive, weights_key
 from mpcserve.ring import Words, word_type
 
 OUTPUTS = -1
@@ -65,20 +66,40 @@ class _Ready:
         return self._parts.pop(id)
 
 
+class Seal:
+    """What alice and bob alone know of one request, derived from their key: no owner can make it.
+
+    `inputs`: tags what both received. `outputs`: tags the masked result. `shares`: what is added to
+    one share of it and taken from the other.
+    """
+
+    __slots__ = ("inputs", "outputs", "shares")
+
+    def __init__(self, peer_key: bytes, digest: str, bundle_id: bytes, slot: int) -> None:
+        self.inputs = Mac(derive(peer_key, "inputs", digest, bundle_id, slot))
+        secret = derive(peer_key, "output", digest, bundle_id, slot)
+        self.outputs = Mac(derive(secret, "tag"))
+        self.shares = Stream(derive(secret, "shares"))
+
+
 class Bundle:
     """All correlated randomness of one evaluation, as one server holds it. Used once.
 
     It has one slot or more, each for one request. `seeds`: of each slot, in the order of the plan's
-    inputs. `nbytes`: memory it holds, if prepared whole.
+    inputs. `seals`: of each slot. `nbytes`: memory it holds, if prepared whole.
     """
 
-    __slots__ = ("_materials", "id", "nbytes", "seeds")
+    __slots__ = ("_materials", "id", "nbytes", "seals", "seeds")
 
     def __init__(
-        self, id: bytes, seeds: tuple[tuple[bytes, ...], ...], materials: Materials
+        self,
+        id: bytes,
+        seeds: tuple[tuple[bytes, ...], ...],
+        materials: Materials,
+        seals: tuple[Seal, ...],
     ) -> None:
         self.id = id
-        self.seeds = seeds
+        self.seeds, self.seals = seeds, seals
         self.nbytes = int(getattr(materials, "nbytes", 0))
         self._materials: Materials | None = materials
 
@@ -95,6 +116,11 @@ class Bundle:
         """The seeds of its only slot."""
         (seeds,) = self.seeds
         return seeds
+
+    def input_tag(self, slot: int, inputs: Sequence[Buffer]) -> str:
+        """What alice and bob compare of the Δx they received, in hex, once: their sizes are the
+        plan's."""
+        return self.seals[slot].inputs.tag(inputs).hex()
 
     def spend(self) -> Materials:
         """Hand out the material, once. Raises: Refused on a second call."""
@@ -190,7 +216,8 @@ class ServerProgram:
             tuple(input_seed(key, spec.id, slot) for spec in self.plan.inputs)
             for slot in range(slots)
         ]
-        return Bundle(bundle_id, tuple(seeds), materials)
+        seal = partial(Seal, self._peer_key, self.plan.digest, bundle_id)
+        return Bundle(bundle_id, tuple(seeds), materials, tuple(map(seal, range(slots))))
 
     def materials(
         self, bundle_id: bytes, take: Callable[[int], Buffer] | None, slots: int = 1
@@ -267,10 +294,10 @@ class ServerProgram:
         halves = materials.take(OUTPUTS)
         deltas = [values[o.id] for o in walk.plan.outputs]
         if bundle.slots == 1:
-            return [self._output_message((bundle.id,), deltas, halves)]
+            return [self._output_message(bundle.seals[0], deltas, halves)]
         mine, half = self._by_slot(deltas, bundle.slots), self._by_slot(halves, bundle.slots)
         return [
-            self._output_message((bundle.id, k), mine[k], half[k]) if given is not None else None
+            self._output_message(bundle.seals[k], mine[k], half[k]) if given is not None else None
             for k, given in enumerate(inputs)
         ]
 
@@ -301,32 +328,27 @@ class ServerProgram:
         return slots[0] if len(slots) == 1 else np.stack(slots)
 
     def _output_message(
-        self,
-        name: tuple[bytes | int, ...],
-        deltas: Sequence[Words],
-        halves: Sequence[Words],
+        self, seal: Seal, deltas: Sequence[Words], halves: Sequence[Words]
     ) -> bytes:
         """A tag over all Δy, then this side's additive share of every output.
 
         Shares are re-randomised by a stream that alice and bob share: the data owner learns the
         outputs and nothing of the masks they were computed under.
         """
-        secret = derive(self._peer_key, "output", self.plan.digest, *name)
-        fresh = Stream(derive(secret, "shares"))
         seen: list[Buffer] = []
         parts: list[Buffer] = []
         for spec, delta, half in zip(self.plan.outputs, deltas, halves, strict=True):
             value = self.plan.value(spec.id)
             delta = np.ascontiguousarray(delta)
             if value.width == 1:
-                share = fresh.planes(1, value.size) ^ half
+                share = seal.shares.planes(1, value.size) ^ half
                 share = share ^ delta if self.role == "alice" else share
                 parts.append(bits.pack_planes(share, value.size))
                 seen.append(bits.pack_planes(delta[None], value.size))
             else:
-                parts += self._shares(value, delta.reshape(-1), half, fresh)
+                parts += self._shares(value, delta.reshape(-1), half, seal.shares)
                 seen.append(delta.data.cast("B"))
-        return b"".join([tag_of(derive(secret, "tag"), seen), *parts])
+        return b"".join([seal.outputs.tag(seen), *parts])
 
     def _shares(
         self, value: Value, delta: Words, half: Words, fresh: Stream
@@ -338,14 +360,6 @@ class ServerProgram:
             space, leader = packing.packed_space(r.size, value.width), self.role == "alice"
             handover.share_out(delta[part], half[part], r, leader, value.width, space)
             yield packing.packed_bytes(space)
-
-    def input_tag(self, bundle_id: bytes, slot: int, inputs: Sequence[Buffer]) -> str:
-        """What alice and bob compare of the Δx they received, in hex: a tag that no owner can make.
-
-        The sizes are the plan's.
-        """
-        key = derive(self._peer_key, "inputs", self.plan.digest, bundle_id, slot)
-        return tag_of(key, inputs).hex()
 
 
 def _packed(

@@ -23,8 +23,8 @@ from mpcserve.plan.bill import SEED_BYTES, bill_of
 from mpcserve.plan.plan import Output, Plan
 from mpcserve.plan.store import load_plan, plan_bytes, plan_from_bytes
 from mpcserve.plan.weights import load_weights, weights_path
-from mpcserve.protocol.owners import reveal, share_input, share_weights
-from mpcserve.randomness import KEY_BYTES
+from mpcserve.protocol.owners import mask_input, reveal, share_weights
+from mpcserve.randomness import KEY_BYTES, Stream
 from mpcserve.serving.deployment import ID_BYTES
 from mpcserve.serving.inputs import Array, OnRange, batches, check_inputs, join_outputs, presented
 from mpcserve.serving.keys import key_files
@@ -197,12 +197,10 @@ class Client:
             meters = [Meter(c.link) for c in both.channels]
             request = {"type": "infer", "model": name, "digest": plan.digest, "profile": profile}
             both.send_message(request)
-            length = SEED_BYTES * len(plan.inputs)
-            seeds = both.ask(lambda c, s: _seeds(c, "ready", length, "a bundle", s), timeout)
+            masks = both.ask(lambda c, s: _masks(c, len(plan.inputs), s), timeout)
             ready = time.perf_counter()
-            for k, x in enumerate(rows):
-                a, b = (s[k * SEED_BYTES : (k + 1) * SEED_BYTES] for s in seeds)
-                for part in share_input(plan, k, x, a, b):
+            for k, (x, *streams) in enumerate(zip(rows, *masks, strict=True)):
+                for part in mask_input(plan, k, x, streams):
                     both.send(part, fresh=True)
             shares = both.ask(lambda c, s: c.receive(size, "the result", s), timeout)
             outputs = reveal(plan, *shares)
@@ -328,6 +326,13 @@ class Both:
 def _seeds(channel: Channel, kind: str, length: int, what: str, timeout: float) -> bytes:
     receive_message(channel, kind, what, timeout)
     return bytes(channel.receive(length, "seeds of masks", timeout))
+
+
+def _masks(channel: Channel, inputs: int, timeout: float) -> list[Stream]:
+    """One server's masks of every input: begun while the other server's seeds are on their way."""
+    seeds = _seeds(channel, "ready", SEED_BYTES * inputs, "a bundle", timeout)
+    starts = range(0, len(seeds), SEED_BYTES)
+    return [Stream(seeds[at : at + SEED_BYTES]).begun() for at in starts]
 
 
 def _plan_and_weights(

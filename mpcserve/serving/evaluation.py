@@ -4,13 +4,13 @@ It is the same on both servers; who leads is settled before it begins. A data ow
 two servers different inputs would have them open values that no mask hides, and learn from the
 result: so each tells the other a tag of what it received, under a key that they alone have, and
 nothing is handed out, nor is a second round begun, before the two are known to agree. The tag goes
-ahead of the first round.
+with the first round.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -93,6 +93,9 @@ def round_names(plan: Plan) -> Iterator[str]:
 _SPEAKING = frozenset(op for op, spec in OPS.items() if spec.arity[0] and not spec.local)
 
 
+ASIDE_S = 0.01
+"""For so long nobody may read what the data owner's link brings, while its request is evaluated."""
+
 TELLING_S = 0.5
 """Seconds by which a server waits longer for its peer's tag than for an input: the peer may wait
 for that input, and whoever waits for the data owner says so first."""
@@ -112,30 +115,34 @@ def evaluate(
     While a server still prepares its half, the other waits for a round as long as for the request:
     whoever is late for another reason is named by the server that waits for it.
     """
-    plan = live.plan
+    plan, bundle = live.plan, prepared.bundle
     prepared.until(deadline)
-    client.send_message({"type": "ready", "digest": plan.digest})
-    client.send(b"".join(prepared.bundle.input_seeds))
-    inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
-    timer = Timer.start()
-    mine = live.program.input_tag(prepared.bundle.id, 0, inputs)
-    peer.send_message({"type": "inputs", "tag": mine})
     profile = Profile() if profiled else None
-    steps = live.program.evaluate(prepared.bundle, inputs, profile)
-    result, rounds = drive(
-        steps,
-        peer,
-        lambda r: live.rounds[r],
-        lambda: deadline.left(round_timeout if prepared.whole else math.inf),
-        lambda: check_same_inputs(peer, mine, deadline.left(round_timeout) + TELLING_S),
-        standby_of(prepared),
-    )
-    with client.attended():
-        client.send(result)
-    wall, cpu = timer.seconds()
+    with client.attended(ASIDE_S):
+        peer.expect_to_attend()
+        say_ready(client, plan, bundle.input_seeds)
+        inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
+        timer = Timer.start()
+        mine = bundle.input_tag(0, inputs)
+        with peer.attended(standby_of(prepared), brisk=True):
+            result, rounds = drive(
+                live.program.evaluate(bundle, inputs, profile),
+                peer,
+                lambda r: live.rounds[r],
+                lambda: deadline.left(round_timeout if prepared.whole else math.inf),
+                {"type": "inputs", "tag": mine},
+                lambda seconds: check_same_inputs(peer, mine, seconds),
+            )
+            client.send(result)
+            wall, cpu = timer.seconds()
     took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
     profiles = {"profile": profile.switches()} if profile else {}
     return merged(prepared.facts(), took, profiles)
+
+
+def say_ready(client: Channel, plan: Plan, seeds: Sequence[bytes]) -> None:
+    """To the data owner: this side's seeds of the inputs' masks."""
+    client.send_message({"type": "ready", "digest": plan.digest}, b"".join(seeds))
 
 
 def standby_of(prepared: Preparation) -> float:
@@ -149,11 +156,10 @@ def standby_of(prepared: Preparation) -> float:
 def receive_inputs(plan: Plan, client: Channel, timeout: Callable[[], float]) -> list[memoryview]:
     """Packed Δx of every input of the plan."""
     inputs = []
-    with client.attended():
-        for spec in plan.inputs:
-            value = plan.value(spec.id)
-            size = packed_bytes(value.size, value.width)
-            inputs.append(client.receive(size, f"input {spec.name!r} ({size} bytes)", timeout()))
+    for spec in plan.inputs:
+        value = plan.value(spec.id)
+        size = packed_bytes(value.size, value.width)
+        inputs.append(client.receive(size, f"input {spec.name!r} ({size} bytes)", timeout()))
     return inputs
 
 
@@ -189,44 +195,52 @@ def drive(
     peer: Channel,
     name: Callable[[int], str],
     timeout: Callable[[], float],
-    agree: Callable[[], None],
-    standby: float,
+    greeting: Mapping[str, object] | None = None,
+    agree: Callable[[float], None] = lambda seconds: None,
 ) -> tuple[T, int]:
-    """Run a generator of rounds over a channel: its result and how many rounds it took.
+    """Run a generator of rounds over an attended channel: its result and how many rounds it took.
 
-    `agree` is called once, when the first round is posted; what it raises ends the evaluation. This
-    thread reads what it waits for; when it has done something else for `standby` seconds, the
-    link's reader does.
+    `greeting` goes ahead of the first round. `agree(seconds)` is called once, when that is sent, to
+    wait for the peer's; what it raises ends the evaluation.
     """
     reply: memoryview | None = None
     rounds = 0
     try:
-        with peer.attended(standby, brisk=True):
-            while True:
-                step = next(steps) if reply is None else steps.send(reply)
-                if rounds:  # the peer's tag comes before its first round
-                    peer.expect(step.expect)
+        while True:
+            step = next(steps) if reply is None else steps.send(reply)
+            if rounds:  # the peer's greeting comes before its first round
+                peer.expect(step.expect)
                 _post(step, peer, name(rounds))
-                if not rounds:
-                    agree()
-                reply = peer.receive(step.expect, name(rounds), timeout())
-                rounds += 1
+            else:
+                _post(step, peer, name(rounds), greeting)
+                agree(timeout() + TELLING_S)
+            reply = peer.receive(step.expect, name(rounds), timeout())
+            rounds += 1
     except StopIteration as end:
         result: T = end.value
     if not rounds:
-        agree()
+        if greeting is not None:
+            peer.send_message(greeting)
+        agree(timeout() + TELLING_S)
     return result, rounds
 
 
-def _post(step: Round, peer: Channel, name: str) -> None:
+def _post(
+    step: Round, peer: Channel, name: str, greeting: Mapping[str, object] | None = None
+) -> None:
     """Send pieces as they are produced. An error names the round, as one of receive does."""
     unread = 0  # about as much as was sent
     for piece in in_blocks(step.pieces, BLOCK_BYTES):
         try:
-            peer.send(piece, fresh=True)
+            if greeting is None:
+                peer.send(piece, fresh=True)
+            else:
+                peer.send_message(greeting, piece)
+                greeting = None
         except PeerError as e:
             raise type(e)(f"{e.message} ({name})", e.hint) from None
         unread += len(piece)
         if unread >= GLANCE_BYTES:
             unread = 0
             peer.glance()
+    assert greeting is None  # every round has something to say

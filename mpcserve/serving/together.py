@@ -12,12 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from mpcserve.errors import MpcError, PeerTimeout, Refused
 from mpcserve.plan.stack import can_stack
-from mpcserve.serving.evaluation import Live, drive, evaluate, receive_inputs, standby_of
+from mpcserve.serving.evaluation import (
+    Live,
+    drive,
+    evaluate,
+    receive_inputs,
+    say_ready,
+    standby_of,
+)
 from mpcserve.serving.log import log, named_error
 from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.report import merged, portion
@@ -97,24 +103,21 @@ def evaluate_members(
     prepared.until(deadline)
     for member, seeds in zip(members, prepared.bundle.seeds, strict=True):
         with member.leaving():
-            channel = member.here.channel
-            channel.send_message({"type": "ready", "digest": live.plan.digest})
-            channel.send(b"".join(seeds))
+            say_ready(member.here.channel, live.plan, seeds)
     inputs = _inputs(live, members, round_timeout)
     timer = Timer.start()
-    tag = partial(live.program.input_tag, prepared.bundle.id)
+    tag = prepared.bundle.input_tag
     live_slots = _agree(members, inputs, tag, peer, deadline.left(round_timeout))
-    results, rounds = drive(
-        live.program.evaluate_all(
-            prepared.bundle,
-            [i if s else None for i, s in zip(inputs, live_slots, strict=True)],
-        ),
-        peer,
-        lambda r: live.rounds[r],
-        lambda: deadline.left(round_timeout if prepared.whole else float("inf")),
-        lambda: None,
-        standby_of(prepared),
-    )
+    with peer.attended(standby_of(prepared), brisk=True):
+        results, rounds = drive(
+            live.program.evaluate_all(
+                prepared.bundle,
+                [i if s else None for i, s in zip(inputs, live_slots, strict=True)],
+            ),
+            peer,
+            lambda r: live.rounds[r],
+            lambda: deadline.left(round_timeout if prepared.whole else float("inf")),
+        )
     for member, result in zip(members, results, strict=True):
         if result is not None:
             with member.leaving(), member.here.channel.attended():
@@ -142,7 +145,8 @@ def _inputs(
         given = None
         with member.leaving():
             channel = member.here.channel
-            given = receive_inputs(live.plan, channel, lambda: max(0.0, end - time.monotonic()))
+            with channel.attended():
+                given = receive_inputs(live.plan, channel, lambda: max(0.0, end - time.monotonic()))
         inputs.append(given)
     return inputs
 

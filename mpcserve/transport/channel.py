@@ -310,14 +310,26 @@ class Channel:
         finally:
             self.out.inline = SMALL_BYTES
 
+    def expect_to_attend(self) -> None:
+        """This thread is about to attend the stream, and has something else to wait for before."""
+        self.link.reading.expected()
+
     def glance(self) -> None:
         """Of an attended stream: read what has come, between two pieces of other work."""
         self.link.reading.glance(self)
 
-    def send_message(self, message: Mapping[str, object]) -> None:
-        """Send a JSON object, after all DATA sent before. Raises: as `send`."""
+    def send_message(self, message: Mapping[str, object], data: Buffer = b"") -> None:
+        """Send a JSON object, after all DATA sent before; `data`, yours alone, follows it in the
+        same packet if it fits one. Raises: as `send`."""
+        frames, room = self.link.session.message(self.stream, message), self.link.sender.frame_bytes
+        along = data if len(data) <= room else b""
         with self._sending:
-            self._send(self.link.session.message(self.stream, message), b"")
+            if along:
+                frames += self.link.session.data_header(self.stream, len(along))
+                self.payload_sent += len(along)
+            self._send(frames, along)
+        if not along:
+            self.send(data, fresh=True)
 
     def receive_message(self, what: str, timeout: float) -> dict[str, object]:
         """The next message. Raises: as `receive`; WireError if DATA is next."""

@@ -3,7 +3,7 @@
     reader thread   socket → decrypt → Session → inboxes; asks an idle peer for a sign of life
                     (a thread that waits for an attended stream reads in its place: reading.py)
     writer thread   queues → encrypt → socket (see sender.py)
-    a thread for each stream that the peer opens with a message
+    a thread for each stream that the peer opens with a message (see crew.py)
 
 A stream is opened by its first frame. One that starts with a message is a request: `on_stream` gets
 it. One that starts with DATA (or for which there is no `on_stream`) is one that both sides know:
@@ -22,10 +22,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, Refused, WireError
 from mpcserve.transport.channel import Channel
 from mpcserve.transport.codec import READ_BYTES, Codec
+from mpcserve.transport.crew import Crew
 from mpcserve.transport.options import Counters, Hooks, LinkOptions
 from mpcserve.transport.reading import Reading
 from mpcserve.transport.receiver import Receiver
@@ -87,7 +89,7 @@ class Link:
         self._streams = Streams(
             lambda stream: Channel(self, stream, self.sender.outbox()), options.max_streams
         )
-        self._handlers: set[threading.Thread] = set()
+        self._crew = Crew()
         self._lock = threading.Lock()
         self._reason: MpcError | None = None
         self._give_up_at = 0.0  # when an ended link closes its socket, whatever the peer does
@@ -153,14 +155,9 @@ class Link:
 
     def join(self) -> None:
         """Wait until the link has ended and its threads are done (but for the calling one)."""
-        this = threading.current_thread()
-        if this is not self._reader:
+        if threading.current_thread() is not self._reader:
             self._reader.join()
-        deadline = time.monotonic() + _JOIN_S
-        with self._lock:
-            handlers = self._handlers - {this}
-        for thread in handlers:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self._crew.join(_JOIN_S)
 
     def __enter__(self) -> Link:
         return self
@@ -324,6 +321,7 @@ class Link:
         self.sender.join(_JOIN_S)
         self.sender.close()
         self.reading.close()
+        self._crew.close()
         sock.close()
         reason = self._reason
         assert reason is not None
@@ -429,19 +427,9 @@ class Link:
     # ── the threads of streams that the peer opened ──
 
     def _handle(self, channel: Channel, on_stream: Callable[[Channel], None]) -> None:
-        thread = threading.Thread(
-            target=self._serve,
-            args=(channel, on_stream),
-            name=f"mpcserve-stream-{channel.stream.hex()[:8]}",
-            daemon=True,
-        )
-        with self._lock:
-            self._handlers.add(thread)
         try:
-            thread.start()
+            self._crew.call(partial(self._serve, channel, on_stream), "mpcserve-stream")
         except RuntimeError as error:  # out of threads
-            with self._lock:
-                self._handlers.discard(thread)
             channel.fail(Refused(f"{self.session.role} is too busy: {error}", "try again later"))
             self._hooks.report(error)
 
@@ -455,9 +443,6 @@ class Link:
         except Exception as error:  # a defect here: the peer learns that, not what
             channel.fail(self._defect(error))
             self._hooks.report(error)
-        finally:
-            with self._lock:
-                self._handlers.discard(threading.current_thread())
 
     def _defect(self, error: Exception) -> MpcError:
         """What the peer is told: the text of an unforeseen error might hold anything."""

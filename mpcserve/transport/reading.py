@@ -73,6 +73,9 @@ class Reading:
         alone = self._flowing or self._needed.wait(self._standby)
         if not alone and self._turn.locked():
             return None
+        if not (alone or self._attended):  # whoever was expected has not come
+            with self._lock:
+                self._settle()
         with self._claim:
             pass  # whoever was told that it is next is next
         if not self._turn.acquire(timeout=self._tick):
@@ -80,8 +83,7 @@ class Reading:
         try:
             if self._trouble is not None:
                 raise self._trouble
-            seconds = self._tick if self._needed.is_set() else self._standby
-            return self._once(seconds)
+            return self._once(self._tick)
         finally:
             self._turn.release()
 
@@ -102,6 +104,17 @@ class Reading:
             with self._lock:
                 self._attended.remove(stream)
                 self._settle()
+
+    def expected(self) -> None:
+        """A stream is about to be attended: for BRIEF_S, the reader thread gives way already.
+
+        What that costs is paid while whoever says so waits for something else.
+        """
+        with self._lock:
+            if not self._attended and self._is_idle():
+                self._standby = BRIEF_S
+                self._needed.clear()
+                self._source.interrupt()
 
     def begin(self) -> None:
         """Hand on what came before the first read, in turn."""
@@ -192,9 +205,12 @@ class Reading:
 
     def _settle(self) -> None:
         self._sole = self._attended[0] if len(self._attended) == 1 else None
-        idle = self._trouble is None and not self._ended and not self._relying
-        if idle and self._sole is not None:
+        if self._sole is None or not self._is_idle():
+            self._needed.set()
+        elif self._needed.is_set():
             self._needed.clear()
             self._source.interrupt()
-        else:
-            self._needed.set()
+
+    def _is_idle(self) -> bool:
+        """Nothing but a stream that is attended needs the reader thread."""
+        return self._trouble is None and not self._ended and not self._relying
