@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,9 +30,6 @@ class Entry:
     def load(self) -> None:
         assert self.spooled
         self.did.append("load")
-
-    def start(self) -> None:
-        self.did.append("start")
 
     def finish(self) -> None:
         self.did.append("finish")
@@ -113,7 +111,7 @@ def test_without_depth_a_bundle_is_made_for_each_request_and_none_ahead(
     assert pool.wait_filled(WAIT) and maker.made == []
     assert [take(pool).number for _ in range(3)] == [0, 1, 2]
     assert pool.wait_filled(WAIT) and len(maker.made) == 3
-    assert all(e.did == ["start"] for e in maker.made)
+    assert all(e.did == [] for e in maker.made)  # the evaluation has it prepared
 
 
 def test_no_stock_is_made_while_a_request_is_evaluated(
@@ -206,7 +204,7 @@ def test_without_memory_requests_take_from_the_disk(
     pool = pool_of(depth=2, max_bytes=0)
     pool.add(A, 100)
     assert pool.wait_filled(WAIT) and pool.ready(A) == 2
-    assert take(pool).did == ["start"] and maker.made[0].spooled
+    assert take(pool).did == [] and maker.made[0].spooled
     assert pool.wait_filled(WAIT) and pool.prepared_bytes() == 0
 
 
@@ -318,6 +316,22 @@ def test_the_shelf_tells_why_a_bundle_failed() -> None:
     assert failed.did == ["abandon"] and len(shelf) == 0
     with pytest.raises(PeerLost, match="carol is gone"):
         shelf.take(b"1" * 16, A)
+
+
+def test_the_shelf_waits_for_what_is_about_to_come_or_to_fail() -> None:
+    shelf: Shelf[Entry] = Shelf()
+    with ThreadPoolExecutor(2) as threads:
+        comes, fails = (threads.submit(shelf.take, n * 16, A, WAIT) for n in (b"1", b"2"))
+        time.sleep(0.05)
+        shelf.put(b"3" * 16, A, entry(3))
+        assert not comes.done() and not fails.done()
+        shelf.put(b"1" * 16, A, entry(1))
+        assert comes.result(WAIT).number == 1
+        shelf.fail(b"2" * 16, PeerLost("carol is gone"))
+        with pytest.raises(PeerLost, match="carol is gone"):
+            fails.result(WAIT)
+    with pytest.raises(Refused, match="not here"):
+        shelf.take(b"4" * 16, A, 0.05)
 
 
 def test_the_shelf_keeps_nothing_of_a_lost_link() -> None:

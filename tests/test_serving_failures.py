@@ -21,6 +21,7 @@ from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
 from mpcserve.serving.client import Both
 from mpcserve.serving.deployment import Store
+from mpcserve.serving.ledger import Ledger
 from mpcserve.transport import Channel
 from tests.serving_support import (
     Trio,
@@ -202,6 +203,31 @@ def test_a_late_carol_is_named(make_trio: MakeTrio, monkeypatch: pytest.MonkeyPa
     with pytest.raises(PeerTimeout, match=r"0\.5 s for dealt bytes 0 … of 224 from carol at"):
         trio.client().infer(X)
     awake.set()
+    check_serves(trio)
+
+
+def test_a_bundle_that_cannot_be_written_down_is_not_used_and_leaves_nothing(
+    make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trio = make_trio(depth=0)
+    client, admit, full = trio.client(), Ledger.admit, ["alice", "bob"]
+    check_serves(trio)
+    links = [trio.servers["alice"].links.get("bob"), trio.servers["bob"].links.get("alice")]
+    until(lambda: not any(link._streams.all() for link in links))
+
+    def refusing(self: Ledger, bundle: bytes, deployment: bytes) -> None:
+        (_, _, path), *_ = self._database.execute("PRAGMA database_list")
+        if full and Path(path).parent.name == full[0]:
+            raise Refused("the disk is full", "see to it")
+        admit(self, bundle, deployment)
+
+    monkeypatch.setattr(Ledger, "admit", refusing)
+    while full:
+        with pytest.raises(MpcError, match="the disk is full"):
+            client.infer(X)
+        until(lambda: not any(link._streams.all() for link in links))
+        assert not len(trio.servers["bob"].shelf)
+        del full[0]
     check_serves(trio)
 
 

@@ -96,6 +96,34 @@ def test_the_gate_lets_so_many_in_and_then_the_next_in_line() -> None:
     assert gate.counts == (0, 0)
 
 
+def test_who_has_to_wait_at_the_gate_does_something_before() -> None:
+    gate: Gate[None] = Gate(1, 1)
+    did: list[tuple[int, int]] = []
+
+    def before() -> None:
+        did.append(gate.counts)
+
+    with gate.enter(None, WAIT, before_waiting=before):
+        assert did == []
+        with (
+            pytest.raises(Refused, match="no turn"),
+            gate.enter(None, 0.1, before_waiting=before),
+        ):
+            pass
+        assert did == [(1, 0)]
+        with (
+            pytest.raises(PeerLost),
+            gate.enter(None, WAIT, before_waiting=_lose),
+        ):
+            pass
+        assert gate.counts == (1, 0)
+    assert gate.counts == (0, 0)
+
+
+def _lose() -> None:
+    raise PeerLost("bob is gone")
+
+
 def test_who_waits_too_long_at_the_gate_is_refused() -> None:
     gate: Gate[None] = Gate(1, 1)
     with gate.enter(None, WAIT):

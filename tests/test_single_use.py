@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mpcserve import randomness
 from mpcserve.errors import MpcError
 from mpcserve.plan.plan import Plan
+from mpcserve.protocol import Bundle, ServerProgram
+from mpcserve.serving import evaluation
+from mpcserve.serving.ledger import Ledger
+from mpcserve.transport import Channel
 from tests.serving_support import Trio, as_model, dense_relu_plan, dense_weights, some_rows
 
 HOLDERS_OF_A_BUNDLE = 2
@@ -20,6 +27,49 @@ HOLDERS_OF_A_BUNDLE = 2
 def fixed_streams(plan: Plan) -> int:
     """Weight masks belong to the deployment and are expanded again by every restart."""
     return len(plan.weights)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_bundle_is_in_the_ledger_before_a_seed_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    admitted: list[tuple[str, bytes]] = []
+    left: list[tuple[str, bytes]] = []
+    admit, program, ready = Ledger.admit, ServerProgram.bundle, evaluation.say_ready
+
+    def slowly(self: Ledger, bundle: bytes, deployment: bytes) -> None:
+        time.sleep(0.1)
+        admit(self, bundle, deployment)
+        (_, _, path), *_ = self._database.execute("PRAGMA database_list")
+        admitted.append((Path(path).parent.name, bundle))
+
+    seeds_of: dict[bytes, bytes] = {}
+
+    def made(self: ServerProgram, id: bytes, *rest: Any) -> Bundle:
+        bundle = program(self, id, *rest)
+        seeds_of[b"".join(bundle.input_seeds)] = id
+        return bundle
+
+    def watched(client: Channel, plan: Plan, seeds: Sequence[bytes]) -> None:
+        id, role = seeds_of[b"".join(seeds)], client.link.session.role
+        assert (role, id) in admitted
+        left.append((role, id))
+        ready(client, plan, seeds)
+
+    monkeypatch.setattr(Ledger, "admit", slowly)
+    monkeypatch.setattr(ServerProgram, "bundle", made)
+    monkeypatch.setattr(evaluation, "say_ready", watched)
+    plan = dense_relu_plan()
+    trio = Trio(tmp_path, depth=depth)
+    try:
+        client = trio.client()
+        client.deploy(as_model(plan, dense_weights(plan)), name="dense")
+        for _ in range(3):
+            client.infer(some_rows(plan, 2), model="dense")
+    finally:
+        trio.close()
+    assert len(set(left)) == len(left) == 6
+    assert {role for role, _ in left} == {"alice", "bob"}
 
 
 @pytest.mark.slow

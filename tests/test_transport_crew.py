@@ -45,8 +45,12 @@ def test_tasks_at_once_have_threads_of_their_own_and_later_ones_reuse_them() -> 
 def test_no_more_threads_stay_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_IDLE", 2)
     crew, gate = Crew(), threading.Event()
+
+    def task() -> None:
+        gate.wait(WAIT)
+
     for _ in range(6):
-        crew.call(lambda: gate.wait(WAIT) and None, "tested")
+        crew.call(task, "tested")
     assert len(crew._threads) == 6
     gate.set()
     rest(crew)

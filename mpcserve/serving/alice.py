@@ -8,10 +8,11 @@ prepare   alice → bob                  both prepare a bundle; bob has carol de
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from mpcserve.errors import Refused, WireError
+from mpcserve.errors import MpcError, Refused, WireError
 from mpcserve.plan.bill import bill_of
 from mpcserve.plan.store import plan_bytes
 from mpcserve.protocol import ServerProgram
@@ -100,19 +101,17 @@ class Alice(OnlineServer):
 
     def _infer(self, request: Request) -> None:
         bob = self.links.get("bob").channel(request.id)
-        with failing(bob):
-            bob.send_message({"type": "evaluate"})
+        with failing(bob), self._heard_of(bob):
             me = Member(request)
             name = request.message.optional_text("model") or self.config.model
             live = self.live(self.store.find(name).id)
             check_digest(live.plan, request.message.text("digest"), "the data owner", self.role)
-            # Whom bob has not heard of would keep others waiting.
-            receive_message(bob, "met", "bob to hear of this request", request.deadline.left())
             with self.gate.enter(
                 me,
                 request.deadline.left(),
                 None if me.alone else live.deployment.id,
                 lambda: self._most_together(live),
+                lambda: self._meet(bob, request),
             ) as members:
                 if members:
                     self._evaluate(live, members, bob)
@@ -120,6 +119,22 @@ class Alice(OnlineServer):
         me.check()
         # Last, so that whoever has his answer finds the gate open.
         request.channel.send_message(server_report(self.role, me.facts))
+
+    @contextmanager
+    def _heard_of(self, bob: Channel) -> Iterator[None]:
+        """An error is bob's too: his half of the request waits to hear of hers."""
+        try:
+            yield
+        except Exception:
+            if not bob.known_to_peer:
+                with suppress(MpcError):
+                    bob.send_message({"type": "evaluate"})
+            raise
+
+    def _meet(self, bob: Channel, request: Request) -> None:
+        """Whom bob has not heard of would keep others in line waiting."""
+        bob.send_message({"type": "evaluate"})
+        receive_message(bob, "met", "bob to hear of this request", request.deadline.left())
 
     def _most_together(self, live: Live) -> int:
         """One, as long as there is stock: what is dealt already is quicker than what is shared."""
@@ -158,6 +173,7 @@ class Alice(OnlineServer):
                     "deployment": live.deployment.id.hex(),
                     "digest": live.plan.digest,
                     "bundle": prepared.bundle.id.hex(),
+                    "agreed": prepared.agreed,
                     "with": [id.hex() for id in others],
                 }
             )
@@ -169,7 +185,8 @@ class Alice(OnlineServer):
     # -- prepare ----------------------------------------------------------------------------------
 
     def _agree(self, deployment: bytes, spool: bool, slots: int) -> AliceHalf:
-        """A fresh bundle that both have admitted; with `spool` bob has it on his disk."""
+        """A fresh bundle that both are about to admit; with `spool` they have, and it is on bob's
+        disk."""
         live, id = self.live(deployment), secrets.token_bytes(ID_BYTES)
         timeout = self.deadlines.request
         bob = self.links.get("bob").channel(id)
@@ -183,11 +200,13 @@ class Alice(OnlineServer):
                     "slots": slots,
                 }
             )
-            self.ledger.admit(id, deployment)  # while he does the same
-            receive_message(bob, "agreed", "a bundle to agree on", timeout)
+            half = AliceHalf(live, id, bob, spool, timeout, slots, self.ledger)
+            if spool:
+                half.admit()  # while he does the same
+                half.hear_agreed()
         if spool:
             bob.close()
-        return AliceHalf(live, id, bob, spool, timeout, slots)
+        return half
 
     # -- deploy -----------------------------------------------------------------------------------
 

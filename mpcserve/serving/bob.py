@@ -60,6 +60,7 @@ class Bob(OnlineServer):
             "infer": Route(("data-owner",), self._park),
             "deploy": Route(("model-owner",), self._park),
             "evaluate": Route(("alice",), self._evaluate),
+            "run": Route(("alice",), self._run),
             "prepare": Route(("alice",), self._prepare),
             "load": Route(("alice",), self._load),
             "drop": Route(("alice",), self._drop),
@@ -89,15 +90,27 @@ class Bob(OnlineServer):
     # -- infer ------------------------------------------------------------------------------------
 
     def _evaluate(self, request: Request) -> None:
-        alice, timeout = request.channel, self.deadlines.round
-        with self.meeting.claim(request.id, "the data owner", timeout) as me:
+        """Of a request that waits for its turn: alice says later what becomes of it."""
+        alice = request.channel
+        with self._claimed(request) as me:
             alice.send_message({"type": "met"})
             what = "the bundle to use"
             run = Message(alice.receive_message(what, request.deadline.left()), alice.peer)
             if run.text("type") == "join":
-                self.joining.offer(request.id, me, "alice", timeout)
+                self.joining.offer(request.id, me, "alice", self.deadlines.round)
             else:
                 self._lead(run.expect("run"), me, alice)
+
+    def _run(self, request: Request) -> None:
+        """Of a request whose turn it is at once."""
+        with self._claimed(request) as me:
+            self._lead(request.message, me, request.channel)
+
+    @contextmanager
+    def _claimed(self, request: Request) -> Iterator[Member]:
+        """What the data owner asked under this id; when the block ends he gets his report."""
+        with self.meeting.claim(request.id, "the data owner", self.deadlines.round) as me:
+            yield me
             # An error of its own is told to its owner: it must not end what alice still reads.
             if me.error is None:
                 me.here.channel.send_message(server_report(self.role, me.facts))
@@ -114,9 +127,9 @@ class Bob(OnlineServer):
                     with member.leaving():
                         digest = member.request.message.text("digest")
                         check_digest(live.plan, digest, "the data owner", self.role)
-            prepared = self.shelf.take(run.id("bundle"), live.deployment.id)
+            patience = 0.0 if run.flag("agreed") else self.deadlines.round
+            prepared = self.shelf.take(run.id("bundle"), live.deployment.id, patience)
             try:
-                prepared.start()
                 meter = Meter(alice.link)
                 evaluate_members(live, prepared, members, alice, self.deadlines.round)
                 share(members, meter.sent("bob->alice", alice))
@@ -147,19 +160,29 @@ class Bob(OnlineServer):
     # -- prepare ----------------------------------------------------------------------------------
 
     def _prepare(self, request: Request) -> None:
+        try:
+            self._prepare_half(request)
+        except Exception as e:
+            self.shelf.fail(request.id, named_error(e))  # a run may wait for it
+            raise
+
+    def _prepare_half(self, request: Request) -> None:
         live = self.live(request.message.id("deployment"))
         check_digest(live.plan, request.message.text("digest"), "alice", self.role)
         slots = slots_of(request.message, live.plan)
         alice, carol = request.channel, self.links.get("carol").channel(request.id)
+        spool = request.message.flag("spool")
         with failing(carol):
-            self.ledger.admit(request.id, live.deployment.id)
             dealing = Dealing(live, slots, carol, request.deadline, self.deadlines.round)
+            self.ledger.admit(request.id, live.deployment.id)  # while carol begins
             half = BobHalf(live, alice, dealing)
-            if request.message.flag("spool"):
+            if spool:
                 half.keep(self.spool)
+            else:
+                half.reserve()
             self.shelf.put(request.id, live.deployment.id, half)
             alice.send_message({"type": "agreed"})
-        if not request.message.flag("spool"):
+        if not spool:
             self._make_whole(half, alice)
 
     def _load(self, request: Request) -> None:

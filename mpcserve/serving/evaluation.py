@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from mpcserve.errors import PeerError, Refused
+from mpcserve.errors import PeerError, PeerTimeout, Refused
 from mpcserve.plan.bill import bill_of
 from mpcserve.plan.ops import OPS, packed_bytes
 from mpcserve.plan.plan import Plan
@@ -120,8 +121,11 @@ def evaluate(
     profile = Profile() if profiled else None
     with client.attended(ASIDE_S):
         peer.expect_to_attend()
+        prepared.admit()
         say_ready(client, plan, bundle.input_seeds)
-        inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
+        prepared.start()
+        with blaming(peer):
+            inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
         timer = Timer.start()
         mine = bundle.input_tag(0, inputs)
         with peer.attended(standby_of(prepared), brisk=True):
@@ -151,6 +155,22 @@ def standby_of(prepared: Preparation) -> float:
     What is dealt for another request comes by the same link.
     """
     return STANDBY_S if prepared.whole else BRIEF_S
+
+
+@contextmanager
+def blaming(peer: Channel) -> Iterator[None]:
+    """The data owner sends an input when both servers are ready: if it does not come in time, that
+    is the peer's fault if he is mute. Raises: PeerTimeout.
+    """
+    try:
+        yield
+    except PeerTimeout as error:
+        if not peer.link.answers(TELLING_S):
+            raise PeerTimeout(
+                f"{peer.link.name} gives no sign of life; {error.message}",
+                "check that it is alive and see its log",
+            ) from None
+        raise
 
 
 def receive_inputs(plan: Plan, client: Channel, timeout: Callable[[], float]) -> list[memoryview]:

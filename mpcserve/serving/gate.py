@@ -8,6 +8,7 @@ costs is mostly paid per instruction, hardly per request.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -46,15 +47,25 @@ class Gate(Generic[T]):
 
     @contextmanager
     def enter(
-        self, value: T, timeout: float, key: Hashable = None, most: Callable[[], int] = lambda: 1
+        self,
+        value: T,
+        timeout: float,
+        key: Hashable = None,
+        most: Callable[[], int] = lambda: 1,
+        before_waiting: Callable[[], None] = lambda: None,
     ) -> Iterator[list[T]]:
         """Run the block when it is this request's turn: with its value and those that it leads.
 
         It leads at most `most()` in all, itself included, whose `key` is the same. Without any
-        values, somebody else has led this one, and is done. Raises: Refused.
+        values, somebody else has led this one, and is done. `before_waiting` is called when no
+        place is free, before it is in line. Raises: Refused; what `before_waiting` raises.
         """
-        me = _Place(value, key)
-        group = self._wait_for_turn(me, timeout, most)
+        me, end = _Place(value, key), time.monotonic() + timeout
+        if self._is_free():
+            group = [me]
+        else:
+            before_waiting()
+            group = self._wait_for_turn(me, timeout, end, most)
         try:
             yield [place.value for place in group]
         finally:
@@ -65,19 +76,35 @@ class Gate(Generic[T]):
                         place.done = True
                     self._changed.notify_all()
 
-    def _wait_for_turn(
-        self, me: _Place[T], timeout: float, most: Callable[[], int]
-    ) -> list[_Place[T]]:
-        limit, longest = self._limits
+    def _is_free(self) -> bool:
+        """Take a place at once, if there is one and nobody is in line for it."""
         with self._changed:
-            if self._running >= limit and len(self._line) >= longest:
-                raise Refused(
-                    f"busy: {self._running} evaluations run and {len(self._line)} requests wait",
-                    "try again later, or raise `limits.requests` or `limits.queue`",
-                )
+            free = self._running < self._limits[0] and not self._line
+            self._running += free
+            if not free:
+                self._check_room()
+            return free
+
+    def _check_room(self) -> None:
+        """`_changed` held. Raises: Refused when the line is full."""
+        limit, longest = self._limits
+        if self._running >= limit and len(self._line) >= longest:
+            raise Refused(
+                f"busy: {self._running} evaluations run and {len(self._line)} requests wait",
+                "try again later, or raise `limits.requests` or `limits.queue`",
+            )
+
+    def _wait_for_turn(
+        self, me: _Place[T], timeout: float, end: float, most: Callable[[], int]
+    ) -> list[_Place[T]]:
+        """Until `end`, which was `timeout` seconds away."""
+        limit = self._limits[0]
+        with self._changed:
+            self._check_room()
             self._line.append(me)
             came = self._changed.wait_for(
-                lambda: me.led or (self._running < limit and self._line[0] is me), timeout
+                lambda: me.led or (self._running < limit and self._line[0] is me),
+                max(0.0, end - time.monotonic()),
             )
             if me.led:
                 self._changed.wait_for(lambda: me.done)

@@ -1,8 +1,12 @@
 """The two halves of a bundle: how alice and bob each come by theirs.
 
-    alice ── prepare ──→ bob ── deal ──→ carol          the id is in both ledgers
+    alice ── prepare ──→ bob ── deal ──→ carol          both write the id in their ledgers
     alice ←── agreed ─── bob ←═ corrections ═ carol     both prepare
     alice ←─ prepared ── bob
+
+Neither lets anything leave its machine that depends on the bundle before its ledger has the id, on
+the disk. The id itself goes ahead: carol may deal, and alice tell bob to `run` a request with it,
+before that.
 
 With `spool` bob says `agreed` when all corrections are on his disk, and neither prepares before
 alice asks him to `load` the bundle or tells him to `run` a request with it.
@@ -11,11 +15,13 @@ alice asks him to `load` the bundle or tells him to `run` a request with it.
 from __future__ import annotations
 
 import secrets
+import threading
 from typing import Any
 
 from mpcserve.errors import MpcError
 from mpcserve.serving.deployment import ID_BYTES
 from mpcserve.serving.evaluation import Live
+from mpcserve.serving.ledger import Ledger
 from mpcserve.serving.log import log
 from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.report import Meter, merged
@@ -25,7 +31,9 @@ from mpcserve.transport import Channel
 
 
 class AliceHalf(Preparation):
-    """Alice expands hers from the id alone. `bob`: where he says that his half is prepared."""
+    """Alice expands hers from the id alone. `bob`: where he says that he has agreed to the bundle,
+    and that his half is prepared.
+    """
 
     def __init__(
         self,
@@ -34,12 +42,31 @@ class AliceHalf(Preparation):
         bob: Channel,
         spooled: bool,
         timeout: float,
-        slots: int = 1,
+        slots: int,
+        ledger: Ledger,
     ) -> None:
         super().__init__(live.program, id, bob.link, "alice expands it herself", slots)
+        self._ledger, self._admitting, self._admitted = ledger, threading.Lock(), False
         self._deployment = live.deployment.id
-        self._bob = None if spooled else bob
+        self.agreed = False  # as far as she has heard
+        self._bob: Channel | None = bob
+        self._spooled = spooled
         self._link, self._timeout = bob.link, timeout
+
+    def admit(self) -> None:
+        """To the ledger, unless that was done. Raises: Refused."""
+        with self._admitting:
+            if not self._admitted:
+                self._ledger.admit(self.bundle.id, self._deployment)
+                self._admitted = True
+
+    def hear_agreed(self) -> None:
+        """Wait for it."""
+        assert self._bob is not None
+        receive_message(self._bob, "agreed", "a bundle to agree on", self._timeout)
+        self.agreed = True
+        if self._spooled:
+            self._bob = None
 
     def load(self) -> None:
         """Have bob prepare his half from his disk."""
@@ -57,6 +84,7 @@ class AliceHalf(Preparation):
 
     def work(self) -> None:
         """Expand the streams; where bob was asked to prepare, hear that he has."""
+        self.admit()
         bob, timer = self._bob, Timer.start()
         if bob is None:
             self.fill()
@@ -65,12 +93,16 @@ class AliceHalf(Preparation):
         with failing(bob):
             self.fill()
             self.settle(timer.facts())
+            if not self.agreed:
+                self.hear_agreed()
             theirs = receive_message(bob, "prepared", "bob's half of a bundle", self._timeout)
             self.nbytes = max(self.nbytes, theirs.size("nbytes", 1 << 62))
         bob.close()
 
     def let_go(self) -> None:
         """Bob may hold his half, not knowing that it will never be used."""
+        if self._bob is not None and self._is_first():
+            self._bob.close()  # nobody hears what he says of it
         if not self.alive:
             return  # he has dropped it
         try:
@@ -86,29 +118,29 @@ BLOCK_BYTES = 32 << 10
 
 
 class Dealing:
-    """Corrections of one bundle as carol sends them to bob, on the stream `carol`."""
+    """Corrections of one bundle as carol sends them to bob, on the stream `carol`: she is asked."""
 
     def __init__(
         self, live: Live, slots: int, carol: Channel, deadline: Deadline, timeout: float
     ) -> None:
         self.carol, self.slots = carol, slots
         self.total = live.dealt_bytes(slots)
-        self._live, self._deadline, self._timeout = live, deadline, timeout
+        self._deadline, self._timeout = deadline, timeout
         self._meter = Meter(carol.link)
         self._asked = 0
-        self._rest = memoryview(b"")  # received, not taken yet
-
-    def begin(self) -> None:
-        """Ask carol, and wait for her turn to come."""
-        deployment = self._live.deployment
-        self.carol.send_message(
+        deployment = live.deployment
+        carol.send_message(
             {
                 "type": "deal",
                 "deployment": deployment.id.hex(),
                 "digest": deployment.plan.digest,
-                "slots": self.slots,
+                "slots": slots,
             }
         )
+        self._rest = memoryview(b"")  # received, not taken yet
+
+    def begin(self) -> None:
+        """Wait for her turn to come."""
         receive_message(self.carol, "dealing", "her turn to deal", self._deadline.left())
 
     def take(self, n: int) -> memoryview:

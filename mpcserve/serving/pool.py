@@ -55,9 +55,6 @@ class Stocked(Kept, Protocol):
     def load(self) -> None:
         """From the disk: have the other side begin to prepare it."""
 
-    def start(self) -> None:
-        """See to it that it is being prepared; returns at once."""
-
     def finish(self) -> None:
         """Return when it is prepared. Raises: why not."""
 
@@ -105,6 +102,8 @@ class _Stock(Generic[T]):
 class Pool(Generic[T]):
     """`agree(deployment, spool, slots)` returns a fresh bundle, not yet prepared, or raises.
 
+    The other side may turn out not to agree, as an error of preparing it.
+
     With `spool` it returns when the bundle lies on the disk of the other side.
     """
 
@@ -135,7 +134,8 @@ class Pool(Generic[T]):
 
     @contextmanager
     def bundle(self, deployment: bytes, slots: int = 1) -> Iterator[T]:
-        """A bundle for an evaluation, which the block is; no stock is made meanwhile.
+        """A bundle for an evaluation, which the block is; no stock is made meanwhile. It may still
+        have to be started.
 
         One for several requests is never in stock: it is dealt now.
 
@@ -146,7 +146,6 @@ class Pool(Generic[T]):
         try:
             entry = self._take(deployment) if slots == 1 else self._agree(deployment, False, slots)
             try:
-                entry.start()
                 yield entry
             except BaseException:
                 entry.abandon()
@@ -321,31 +320,36 @@ class Shelf(Generic[S]):
     def __init__(self) -> None:
         self._entries: dict[bytes, tuple[bytes, S]] = {}
         self._failed: OrderedDict[bytes, MpcError] = OrderedDict()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def put(self, bundle: bytes, deployment: bytes, entry: S) -> None:
         """Keep `entry` until it is taken or dropped: if its link has ended, that is now."""
-        with self._lock:
+        with self._changed:
             if entry.alive:
                 self._entries[bundle] = deployment, entry
+                self._changed.notify_all()
                 return
         entry.abandon()
 
     def look(self, bundle: bytes, deployment: bytes) -> S:
         """The entry, which stays. Raises: Refused."""
-        with self._lock:
+        with self._changed:
             return self._found(bundle, deployment, self._entries.get(bundle))
 
-    def take(self, bundle: bytes, deployment: bytes) -> S:
-        """The entry, once. Raises: Refused."""
-        with self._lock:
+    def take(self, bundle: bytes, deployment: bytes, patience: float = 0.0) -> S:
+        """The entry, once; it may come in so many seconds. Raises: Refused, why it does not."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: bundle in self._entries or bundle in self._failed, patience
+            )
             return self._found(bundle, deployment, self._entries.pop(bundle, None))
 
     def fail(self, bundle: bytes, error: MpcError) -> None:
         """Abandon one bundle; whoever comes for it is told why."""
         self.discard(bundle)
-        with self._lock:
+        with self._changed:
             self._failed[bundle] = error
+            self._changed.notify_all()
             if len(self._failed) > REMEMBERED:
                 self._failed.popitem(last=False)
 
@@ -375,7 +379,7 @@ class Shelf(Generic[S]):
         return found[1]
 
     def _keep(self, wanted: Callable[[bytes, bytes, S], bool]) -> None:
-        with self._lock:
+        with self._changed:
             dropped = {i: e for i, e in self._entries.items() if not wanted(i, *e)}
             for id in dropped:
                 del self._entries[id]

@@ -23,6 +23,9 @@ from mpcserve.serving.log import named_error
 from mpcserve.serving.report import merged
 from mpcserve.serving.request import Deadline
 from mpcserve.transport import Link
+from mpcserve.transport.crew import Crew
+
+_CREW = Crew()
 
 Take: TypeAlias = Callable[[int], memoryview]
 """The next n dealt bytes."""
@@ -66,7 +69,7 @@ class Preparation(ABC):
         self._program, self._awaited = program, awaited
         self._parts: dict[int, Any] = {}
         self._facts: dict[str, Any] = {}
-        self._begun = self._filled = False
+        self._begun = self._reserved = self._filled = False
         self._error: MpcError | None = None
         self._wanted: int | None = None  # the material that somebody waits for
         self._deadline = Deadline(0.0)
@@ -89,12 +92,16 @@ class Preparation(ABC):
     def start(self) -> None:
         """See to it that it is prepared: in a new thread, if nobody is at it."""
         if self._is_first():
-            name = f"mpcserve-preparing-{self.bundle.id.hex()[:8]}"
-            threading.Thread(target=self._run, name=name, daemon=True).start()
+            _CREW.call(self._run, "mpcserve-preparing")
+
+    def reserve(self) -> None:
+        """Whoever says so is about to `finish` it: nobody else begins before."""
+        self._begun = self._reserved = True
 
     def finish(self) -> None:
         """Prepare it in this thread, or wait for whoever does. Raises: what went wrong."""
-        if self._is_first():
+        if self._is_first() or self._reserved:
+            self._reserved = False
             self._run()
         with self._changed:
             self._changed.wait_for(lambda: self.whole or self._error)
@@ -136,6 +143,10 @@ class Preparation(ABC):
             self._parts.clear()
             self._changed.notify_all()
         self.let_go()
+
+    def admit(self) -> None:  # noqa: B027  it may be admitted
+        """Called before anything that depends on the bundle leaves this machine: its id is in the
+        ledger when this returns. Raises: Refused."""
 
     def let_go(self) -> None:  # noqa: B027  there may be nothing to do
         """Called once when it is abandoned."""

@@ -101,9 +101,11 @@ def evaluate_members(
         return
     deadline = max((m.request.deadline for m in members if m.request), key=Deadline.left)
     prepared.until(deadline)
+    prepared.admit()
     for member, seeds in zip(members, prepared.bundle.seeds, strict=True):
         with member.leaving():
             say_ready(member.here.channel, live.plan, seeds)
+    prepared.start()
     inputs = _inputs(live, members, round_timeout)
     timer = Timer.start()
     tag = prepared.bundle.input_tag

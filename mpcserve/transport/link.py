@@ -147,6 +147,14 @@ class Link:
             self._end_stream_for(channel, self._reason)
         return channel
 
+    def answers(self, seconds: float) -> bool:
+        """Ask for a sign of life: whether one comes in so many seconds."""
+        asked = time.monotonic()
+        self.sender.urge(self.session.ping(bytes(8)))
+        while self.receiver.heard_at <= asked and time.monotonic() < asked + seconds:
+            time.sleep(0.005)
+        return self.receiver.heard_at > asked
+
     def close(self) -> None:
         """Send what is queued, say goodbye, end, and join the link's threads."""
         error = PeerLost(f"this side closed the link to {self.name}")
