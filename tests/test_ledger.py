@@ -62,6 +62,24 @@ def test_what_was_spent_is_written_with_the_next_bundle_and_at_the_end(tmp_path:
     other.close()
 
 
+def test_reserved_ids_are_burned_at_once_and_counted_when_dealt(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    ledger.reserve([b"a" * 16, b"b" * 16], DEPLOYMENT)
+    assert ledger.counts() == (0, 0)
+    ledger.deal(b"a" * 16)
+    ledger.spend(b"a" * 16)
+    assert ledger.counts() == (1, 1)
+    for ids in ([b"a" * 16], [b"c" * 16, b"b" * 16]):
+        with pytest.raises(Refused, match="dealt before"):
+            ledger.reserve(ids, DEPLOYMENT)
+    ledger.admit(b"c" * 16, DEPLOYMENT)  # nothing of the refused lot was kept
+    with pytest.raises(Refused):
+        ledger.admit(b"b" * 16, DEPLOYMENT)
+    assert ledger.counts() == (2, 1)
+    ledger.close()
+
+
 def test_a_process_killed_right_after_admitting_leaves_the_id_burned(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     script = (

@@ -210,18 +210,17 @@ def test_a_bundle_that_cannot_be_written_down_is_not_used_and_leaves_nothing(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trio = make_trio(depth=0)
-    client, admit, full = trio.client(), Ledger.admit, ["alice", "bob"]
-    check_serves(trio)
+    client, record, full = trio.client(), Ledger._record, ["alice", "bob"]
     links = [trio.servers["alice"].links.get("bob"), trio.servers["bob"].links.get("alice")]
     until(lambda: not any(link._streams.all() for link in links))
 
-    def refusing(self: Ledger, bundle: bytes, deployment: bytes) -> None:
+    def refusing(self: Ledger, *arguments: Any) -> None:
         (_, _, path), *_ = self._database.execute("PRAGMA database_list")
         if full and Path(path).parent.name == full[0]:
             raise Refused("the disk is full", "see to it")
-        admit(self, bundle, deployment)
+        record(self, *arguments)
 
-    monkeypatch.setattr(Ledger, "admit", refusing)
+    monkeypatch.setattr(Ledger, "_record", refusing)
     while full:
         with pytest.raises(MpcError, match="the disk is full"):
             client.infer(X)

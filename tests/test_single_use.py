@@ -18,7 +18,14 @@ from mpcserve.protocol import Bundle, ServerProgram
 from mpcserve.serving import evaluation
 from mpcserve.serving.ledger import Ledger
 from mpcserve.transport import Channel
-from tests.serving_support import Trio, as_model, dense_relu_plan, dense_weights, some_rows
+from tests.serving_support import (
+    Trio,
+    as_model,
+    dense_relu_plan,
+    dense_weights,
+    some_rows,
+    until,
+)
 
 HOLDERS_OF_A_BUNDLE = 2
 """carol and one server expand every stream of a bundle; of an input's mask the owner is a third."""
@@ -35,13 +42,13 @@ def test_a_bundle_is_in_the_ledger_before_a_seed_leaves(
 ) -> None:
     admitted: list[tuple[str, bytes]] = []
     left: list[tuple[str, bytes]] = []
-    admit, program, ready = Ledger.admit, ServerProgram.bundle, evaluation.say_ready
+    record, program, ready = Ledger._record, ServerProgram.bundle, evaluation.say_ready
 
-    def slowly(self: Ledger, bundle: bytes, deployment: bytes) -> None:
+    def slowly(self: Ledger, bundles: Sequence[bytes], *rest: Any) -> None:
         time.sleep(0.1)
-        admit(self, bundle, deployment)
+        record(self, bundles, *rest)
         (_, _, path), *_ = self._database.execute("PRAGMA database_list")
-        admitted.append((Path(path).parent.name, bundle))
+        admitted.extend((Path(path).parent.name, bundle) for bundle in bundles)
 
     seeds_of: dict[bytes, bytes] = {}
 
@@ -56,7 +63,7 @@ def test_a_bundle_is_in_the_ledger_before_a_seed_leaves(
         left.append((role, id))
         ready(client, plan, seeds)
 
-    monkeypatch.setattr(Ledger, "admit", slowly)
+    monkeypatch.setattr(Ledger, "_record", slowly)
     monkeypatch.setattr(ServerProgram, "bundle", made)
     monkeypatch.setattr(evaluation, "say_ready", watched)
     plan = dense_relu_plan()
@@ -64,7 +71,9 @@ def test_a_bundle_is_in_the_ledger_before_a_seed_leaves(
     try:
         client = trio.client()
         client.deploy(as_model(plan, dense_weights(plan)), name="dense")
-        for _ in range(3):
+        client.infer(some_rows(plan, 2), model="dense")
+        until(lambda: len(trio.servers["alice"].reserve) > 0)  # the others have reserved ids
+        for _ in range(2):
             client.infer(some_rows(plan, 2), model="dense")
     finally:
         trio.close()

@@ -8,6 +8,7 @@ prepare   alice → bob                  both prepare a bundle; bob has carol de
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -27,6 +28,7 @@ from mpcserve.serving.online import OnlineServer, WeightsReceived
 from mpcserve.serving.pool import Pool
 from mpcserve.serving.report import Meter, server_report
 from mpcserve.serving.request import Request, check_digest, failing, receive_message
+from mpcserve.serving.reserve import Reserve
 from mpcserve.serving.server import OWNERS, Route
 from mpcserve.serving.together import Member, evaluate_members, most_together, share
 from mpcserve.transport import Channel, Link
@@ -48,6 +50,8 @@ class Alice(OnlineServer):
         config = wiring.config
         self.gate: Gate[Member] = Gate(config.limits.requests, config.limits.queue)
         self.pool: Pool[AliceHalf] = Pool(self._agree, config.pool.depth, config.pool.max_bytes)
+        self.reserve = Reserve()
+        self._drawing = threading.Lock()
         super().__init__(wiring)
         self.store.settle(())  # what she had not committed when she stopped was never deployed
 
@@ -80,6 +84,7 @@ class Alice(OnlineServer):
     def retired(self, id: bytes) -> None:
         """Drop its bundles."""
         self.pool.remove(id)
+        self.reserve.remove(id)
 
     def on_linked(self, link: Link) -> None:
         """Tell the follower what is deployed before anything else is asked of it."""
@@ -91,6 +96,7 @@ class Alice(OnlineServer):
     def on_lost(self, link: Link) -> None:
         """Bob has dropped his halves of these bundles too."""
         self.pool.drop(link)
+        self.reserve.drop(link)
 
     def _await_bundles(self, request: Request) -> None:
         seconds = request.deadline.left(request.message.number("seconds"))
@@ -119,6 +125,7 @@ class Alice(OnlineServer):
         me.check()
         # Last, so that whoever has his answer finds the gate open.
         request.channel.send_message(server_report(self.role, me.facts))
+        self._fill_reserve(live.deployment.id)
 
     @contextmanager
     def _heard_of(self, bob: Channel) -> Iterator[None]:
@@ -187,9 +194,12 @@ class Alice(OnlineServer):
     def _agree(self, deployment: bytes, spool: bool, slots: int) -> AliceHalf:
         """A fresh bundle that both are about to admit; with `spool` they have, and it is on bob's
         disk."""
-        live, id = self.live(deployment), secrets.token_bytes(ID_BYTES)
-        timeout = self.deadlines.request
-        bob = self.links.get("bob").channel(id)
+        live, timeout, link = self.live(deployment), self.deadlines.request, self.links.get("bob")
+        reserved = self.reserve.take(deployment, link)
+        id = reserved or secrets.token_bytes(ID_BYTES)
+        if reserved:
+            self.ledger.deal(id)
+        bob = link.channel(id)
         with failing(bob):
             bob.send_message(
                 {
@@ -200,13 +210,30 @@ class Alice(OnlineServer):
                     "slots": slots,
                 }
             )
-            half = AliceHalf(live, id, bob, spool, timeout, slots, self.ledger)
+            half = AliceHalf(live, id, bob, timeout, slots, self.ledger, reserved is not None)
             if spool:
                 half.admit()  # while he does the same
-                half.hear_agreed()
-        if spool:
-            bob.close()
+                half.hear_spooled()
         return half
+
+    def _fill_reserve(self, deployment: bytes) -> None:
+        """Draw ids for the next bundles, when most are used up."""
+        with suppress(MpcError), self._drawing:
+            link = self.links.get("bob")
+            ids = [
+                secrets.token_bytes(ID_BYTES) for _ in range(self.reserve.wanted(deployment, link))
+            ]
+            if not ids:
+                return
+            bob, named = link.channel(secrets.token_bytes(ID_BYTES)), [id.hex() for id in ids]
+            with failing(bob):
+                bob.send_message(
+                    {"type": "reserve", "deployment": deployment.hex(), "bundles": named}
+                )
+                self.ledger.reserve(ids, deployment)
+                receive_message(bob, "reserved", "ids in his ledger", self.deadlines.request)
+            bob.close()
+            self.reserve.put(deployment, link, ids)
 
     # -- deploy -----------------------------------------------------------------------------------
 

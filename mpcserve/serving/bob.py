@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from mpcserve.errors import PeerLost, PeerTimeout
+from mpcserve.errors import PeerLost, PeerTimeout, Refused
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import Deployment
@@ -31,6 +31,7 @@ from mpcserve.serving.request import (
     receive_message,
     slots_of,
 )
+from mpcserve.serving.reserve import MOST, Reserve
 from mpcserve.serving.server import DECISION_S, OWNERS, Route
 from mpcserve.serving.spool import Spool
 from mpcserve.serving.together import PATIENCE_S, Member, evaluate_members, share
@@ -50,6 +51,7 @@ class Bob(OnlineServer):
         self.meeting: Meeting[Member] = Meeting(limits.requests + limits.queue)
         self.joining: Meeting[Member] = Meeting(limits.requests + limits.queue)
         self.shelf: Shelf[BobHalf] = Shelf()
+        self.reserve = Reserve()
         self.spool = Spool(wiring.config.state / wiring.role / "spool")
         super().__init__(wiring)
 
@@ -62,6 +64,7 @@ class Bob(OnlineServer):
             "evaluate": Route(("alice",), self._evaluate),
             "run": Route(("alice",), self._run),
             "prepare": Route(("alice",), self._prepare),
+            "reserve": Route(("alice",), self._reserve),
             "load": Route(("alice",), self._load),
             "drop": Route(("alice",), self._drop),
             "stage": Route(("alice",), self._stage),
@@ -71,11 +74,13 @@ class Bob(OnlineServer):
     def retired(self, id: bytes) -> None:
         """Drop its bundles."""
         self.shelf.remove(id)
+        self.reserve.remove(id)
 
     def on_lost(self, link: Link) -> None:
         """Without alice no request goes on; she has dropped her halves of the bundles too."""
         if link.peer == "alice":
             self.shelf.drop(link)
+            self.reserve.drop(link)
             reason = link.reason or PeerLost(f"the link to {link.name} ended")
             for meeting in (self.meeting, self.joining):
                 meeting.refuse_all(type(reason)(reason.message, reason.hint))
@@ -174,22 +179,35 @@ class Bob(OnlineServer):
         spool = request.message.flag("spool")
         with failing(carol):
             dealing = Dealing(live, slots, carol, request.deadline, self.deadlines.round)
-            self.ledger.admit(request.id, live.deployment.id)  # while carol begins
             half = BobHalf(live, alice, dealing)
+            if self.reserve.redeem(live.deployment.id, alice.link, request.id):
+                self.ledger.deal(request.id)
+            else:
+                self.ledger.admit(request.id, live.deployment.id)  # while carol begins
             if spool:
                 half.keep(self.spool)
             else:
                 half.reserve()
             self.shelf.put(request.id, live.deployment.id, half)
-            alice.send_message({"type": "agreed"})
-        if not spool:
+        if spool:
+            alice.send_message({"type": "spooled"})
+        else:
             self._make_whole(half, alice)
+
+    def _reserve(self, request: Request) -> None:
+        """Ids of bundles that alice may have prepared later."""
+        deployment, ids = request.message.id("deployment"), request.message.ids("bundles")
+        if len(self.reserve) + len(ids) > MOST:
+            raise Refused(f"{len(self.reserve)} ids of bundles are reserved", "see alice's log")
+        self.ledger.reserve(ids, self.live(deployment).deployment.id)
+        self.reserve.put(deployment, request.channel.link, ids)
+        request.channel.send_message({"type": "reserved"})
 
     def _load(self, request: Request) -> None:
         """Prepare from the disk what alice has room for now."""
         message = request.message
         half = self.shelf.look(message.id("bundle"), message.id("deployment"))
-        request.channel.send_message({"type": "agreed"})
+        request.channel.send_message({"type": "loading"})
         self._make_whole(half, request.channel)
 
     def _make_whole(self, half: BobHalf, alice: Channel) -> None:

@@ -1,14 +1,14 @@
 """The two halves of a bundle: how alice and bob each come by theirs.
 
     alice ── prepare ──→ bob ── deal ──→ carol          both write the id in their ledgers
-    alice ←── agreed ─── bob ←═ corrections ═ carol     both prepare
+                         bob ←═ corrections ═ carol     both prepare
     alice ←─ prepared ── bob
 
 Neither lets anything leave its machine that depends on the bundle before its ledger has the id, on
 the disk. The id itself goes ahead: carol may deal, and alice tell bob to `run` a request with it,
 before that.
 
-With `spool` bob says `agreed` when all corrections are on his disk, and neither prepares before
+With `spool` bob says `spooled` when all corrections are on his disk, and neither prepares before
 alice asks him to `load` the bundle or tells him to `run` a request with it.
 """
 
@@ -31,26 +31,23 @@ from mpcserve.transport import Channel
 
 
 class AliceHalf(Preparation):
-    """Alice expands hers from the id alone. `bob`: where he says that he has agreed to the bundle,
-    and that his half is prepared.
-    """
+    """Alice expands hers from the id alone. `bob`: where he says what he has done with his."""
 
     def __init__(
         self,
         live: Live,
         id: bytes,
         bob: Channel,
-        spooled: bool,
         timeout: float,
         slots: int,
         ledger: Ledger,
+        admitted: bool,
     ) -> None:
         super().__init__(live.program, id, bob.link, "alice expands it herself", slots)
-        self._ledger, self._admitting, self._admitted = ledger, threading.Lock(), False
+        self._ledger, self._admitting, self._admitted = ledger, threading.Lock(), admitted
         self._deployment = live.deployment.id
         self.agreed = False  # as far as she has heard
         self._bob: Channel | None = bob
-        self._spooled = spooled
         self._link, self._timeout = bob.link, timeout
 
     def admit(self) -> None:
@@ -60,13 +57,13 @@ class AliceHalf(Preparation):
                 self._ledger.admit(self.bundle.id, self._deployment)
                 self._admitted = True
 
-    def hear_agreed(self) -> None:
-        """Wait for it."""
+    def hear_spooled(self) -> None:
+        """Wait until it is on bob's disk."""
         assert self._bob is not None
-        receive_message(self._bob, "agreed", "a bundle to agree on", self._timeout)
-        self.agreed = True
-        if self._spooled:
-            self._bob = None
+        with failing(self._bob):
+            receive_message(self._bob, "spooled", "a bundle to be spooled", self._timeout)
+        self._bob.close()
+        self._bob, self.agreed = None, True
 
     def load(self) -> None:
         """Have bob prepare his half from his disk."""
@@ -79,12 +76,11 @@ class AliceHalf(Preparation):
                     "bundle": self.bundle.id.hex(),
                 }
             )
-            receive_message(bob, "agreed", "word of a spooled bundle", self._timeout)
+            receive_message(bob, "loading", "word of a spooled bundle", self._timeout)
         self._bob = bob
 
     def work(self) -> None:
         """Expand the streams; where bob was asked to prepare, hear that he has."""
-        self.admit()
         bob, timer = self._bob, Timer.start()
         if bob is None:
             self.fill()
@@ -93,9 +89,9 @@ class AliceHalf(Preparation):
         with failing(bob):
             self.fill()
             self.settle(timer.facts())
-            if not self.agreed:
-                self.hear_agreed()
+            self.admit()
             theirs = receive_message(bob, "prepared", "bob's half of a bundle", self._timeout)
+            self.agreed = True
             self.nbytes = max(self.nbytes, theirs.size("nbytes", 1 << 62))
         bob.close()
 
