@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mpcserve.errors import PeerLost, Refused
-from mpcserve.serving.pool import Pool, Shelf
+from mpcserve.serving.pool import Agreement, Pool, Shelf
 from tests.serving_support import until
 
 A, B = b"a" * 16, b"b" * 16
@@ -52,10 +52,10 @@ class Maker:
         self.failing = False
         self.made: list[Entry] = []
 
-    def __call__(self, deployment: bytes, spool: bool, slots: int) -> Entry:
+    def __call__(self, deployment: bytes, purpose: Agreement, slots: int) -> Entry:
         if self.failing:
             raise PeerLost("carol is gone", "start her")
-        self.made.append(Entry(self, next(self.numbers), deployment, spool))
+        self.made.append(Entry(self, next(self.numbers), deployment, purpose == "spool"))
         return self.made[-1]
 
 

@@ -110,6 +110,17 @@ def test_an_unknown_model_is_refused_with_those_deployed(client: Client) -> None
         client.infer(some_rows(PLAN, 2), model="cat")
 
 
+def test_what_alice_refuses_does_not_wait_at_bob(trio: Trio, client: Client) -> None:
+    plan = client.plan()
+    client._plans["cat"] = ("cat", plan)  # so that only the servers know better
+    for _ in range(20):  # more than may wait
+        with pytest.raises(Refused, match=r"alice at .*no model 'cat' is deployed"):
+            client.infer(some_rows(PLAN, 2), model="cat")
+        client._plans["cat"] = ("cat", plan)
+    bob = trio.servers["bob"]
+    until(lambda: len(bob.meeting) == 0, trio.config.deadlines.round / 2)
+
+
 def test_a_name_is_deployed_once(client: Client) -> None:
     with pytest.raises(Refused, match=r"'dense' is deployed already") as caught:
         client.deploy(MODEL)

@@ -25,7 +25,7 @@ from mpcserve.serving.halves import AliceHalf
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import log, named_error
 from mpcserve.serving.online import OnlineServer, WeightsReceived
-from mpcserve.serving.pool import Pool
+from mpcserve.serving.pool import Agreement, Pool
 from mpcserve.serving.report import Meter, server_report
 from mpcserve.serving.request import Request, check_digest, failing, receive_message
 from mpcserve.serving.reserve import Reserve
@@ -107,7 +107,7 @@ class Alice(OnlineServer):
 
     def _infer(self, request: Request) -> None:
         bob = self.links.get("bob").channel(request.id)
-        with failing(bob), self._heard_of(bob):
+        with failing(bob), self._both_told(bob, request):
             me = Member(request)
             name = request.message.optional_text("model") or self.config.model
             live = self.live(self.store.find(name).id)
@@ -128,14 +128,15 @@ class Alice(OnlineServer):
         self._fill_reserve(live.deployment.id)
 
     @contextmanager
-    def _heard_of(self, bob: Channel) -> Iterator[None]:
+    def _both_told(self, bob: Channel, request: Request) -> Iterator[None]:
         """An error is bob's too: his half of the request waits to hear of hers."""
         try:
             yield
-        except Exception:
+        except Exception as e:
             if not bob.known_to_peer:
-                with suppress(MpcError):
-                    bob.send_message({"type": "evaluate"})
+                request.channel.fail(named_error(e))
+                with suppress(MpcError):  # an error alone would not find its half
+                    self._meet(bob, request)
             raise
 
     def _meet(self, bob: Channel, request: Request) -> None:
@@ -191,9 +192,8 @@ class Alice(OnlineServer):
 
     # -- prepare ----------------------------------------------------------------------------------
 
-    def _agree(self, deployment: bytes, spool: bool, slots: int) -> AliceHalf:
-        """A fresh bundle that both are about to admit; with `spool` they have, and it is on bob's
-        disk."""
+    def _agree(self, deployment: bytes, purpose: Agreement, slots: int) -> AliceHalf:
+        """A fresh bundle: both have admitted it or, where it is wanted now, are about to."""
         live, timeout, link = self.live(deployment), self.deadlines.request, self.links.get("bob")
         reserved = self.reserve.take(deployment, link)
         id = reserved or secrets.token_bytes(ID_BYTES)
@@ -206,14 +206,16 @@ class Alice(OnlineServer):
                     "type": "prepare",
                     "deployment": deployment.hex(),
                     "digest": live.plan.digest,
-                    "spool": spool,
+                    "for": purpose,
                     "slots": slots,
                 }
             )
             half = AliceHalf(live, id, bob, timeout, slots, self.ledger, reserved is not None)
-            if spool:
+            if purpose != "now":
                 half.admit()  # while he does the same
-                half.hear_spooled()
+                half.hear_agreed()
+        if purpose == "spool":
+            half.leave_spooled()
         return half
 
     def _fill_reserve(self, deployment: bytes) -> None:

@@ -176,7 +176,7 @@ class Bob(OnlineServer):
         check_digest(live.plan, request.message.text("digest"), "alice", self.role)
         slots = slots_of(request.message, live.plan)
         alice, carol = request.channel, self.links.get("carol").channel(request.id)
-        spool = request.message.flag("spool")
+        purpose = request.message.text("for")
         with failing(carol):
             dealing = Dealing(live, slots, carol, request.deadline, self.deadlines.round)
             half = BobHalf(live, alice, dealing)
@@ -184,14 +184,14 @@ class Bob(OnlineServer):
                 self.ledger.deal(request.id)
             else:
                 self.ledger.admit(request.id, live.deployment.id)  # while carol begins
-            if spool:
+            if purpose == "spool":
                 half.keep(self.spool)
             else:
                 half.reserve()
             self.shelf.put(request.id, live.deployment.id, half)
-        if spool:
-            alice.send_message({"type": "spooled"})
-        else:
+            if purpose != "now":
+                alice.send_message({"type": "agreed"})
+        if purpose != "spool":
             self._make_whole(half, alice)
 
     def _reserve(self, request: Request) -> None:

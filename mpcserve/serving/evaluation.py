@@ -137,8 +137,8 @@ def evaluate(
                 {"type": "inputs", "tag": mine},
                 lambda seconds: check_same_inputs(peer, mine, seconds),
             )
-            client.send(result)
             wall, cpu = timer.seconds()
+            client.send(result)
     took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
     profiles = {"profile": profile.switches()} if profile else {}
     return merged(prepared.facts(), took, profiles)

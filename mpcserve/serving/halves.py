@@ -1,14 +1,14 @@
 """The two halves of a bundle: how alice and bob each come by theirs.
 
     alice ── prepare ──→ bob ── deal ──→ carol          both write the id in their ledgers
-                         bob ←═ corrections ═ carol     both prepare
+    alice ←── agreed ─── bob ←═ corrections ═ carol     both prepare
     alice ←─ prepared ── bob
 
 Neither lets anything leave its machine that depends on the bundle before its ledger has the id, on
-the disk. The id itself goes ahead: carol may deal, and alice tell bob to `run` a request with it,
-before that.
+the disk. The id itself goes ahead: carol may deal before that, and where the bundle is wanted now
+alice tells bob to `run` a request with it, and he does not say `agreed`.
 
-With `spool` bob says `spooled` when all corrections are on his disk, and neither prepares before
+To be spooled, bob says `agreed` when all corrections are on his disk, and neither prepares before
 alice asks him to `load` the bundle or tells him to `run` a request with it.
 """
 
@@ -57,13 +57,17 @@ class AliceHalf(Preparation):
                 self._ledger.admit(self.bundle.id, self._deployment)
                 self._admitted = True
 
-    def hear_spooled(self) -> None:
-        """Wait until it is on bob's disk."""
+    def hear_agreed(self) -> None:
+        """Wait until bob has it in his ledger; to be spooled, on his disk."""
         assert self._bob is not None
-        with failing(self._bob):
-            receive_message(self._bob, "spooled", "a bundle to be spooled", self._timeout)
+        receive_message(self._bob, "agreed", "a bundle to agree on", self._timeout)
+        self.agreed = True
+
+    def leave_spooled(self) -> None:
+        """Bob prepares his half when he is asked to."""
+        assert self._bob is not None
         self._bob.close()
-        self._bob, self.agreed = None, True
+        self._bob = None
 
     def load(self) -> None:
         """Have bob prepare his half from his disk."""

@@ -62,6 +62,9 @@ class Stocked(Kept, Protocol):
 S = TypeVar("S", bound=Kept)
 T = TypeVar("T", bound=Stocked)
 
+Agreement: TypeAlias = Literal["now", "stock", "spool"]
+"""What a fresh bundle is for: a request that waits for it, this machine's memory, bob's disk."""
+
 Wish: TypeAlias = Literal["prepare", "spool", "load"]
 """What a stock wants: one more in memory, one more on the disk, one from the disk in memory."""
 
@@ -100,14 +103,15 @@ class _Stock(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """`agree(deployment, spool, slots)` returns a fresh bundle, not yet prepared, or raises.
+    """`agree(deployment, what for, slots)` returns a fresh bundle, not yet prepared, or raises.
 
-    The other side may turn out not to agree, as an error of preparing it.
-
-    With `spool` it returns when the bundle lies on the disk of the other side.
+    To `spool`, it returns when the bundle lies on the disk of the other side; `now`, before the
+    other side has agreed, which may turn out later, as an error of preparing it.
     """
 
-    def __init__(self, agree: Callable[[bytes, bool, int], T], depth: int, max_bytes: int) -> None:
+    def __init__(
+        self, agree: Callable[[bytes, Agreement, int], T], depth: int, max_bytes: int
+    ) -> None:
         self._agree = agree
         self._depth = depth
         self._max_bytes = max_bytes
@@ -144,7 +148,7 @@ class Pool(Generic[T]):
         with self._changed:
             self._evaluating += 1
         try:
-            entry = self._take(deployment) if slots == 1 else self._agree(deployment, False, slots)
+            entry = self._take(deployment) if slots == 1 else self._agree(deployment, "now", slots)
             try:
                 yield entry
             except BaseException:
@@ -212,7 +216,7 @@ class Pool(Generic[T]):
             for shelf in stock.shelves:
                 if shelf:
                     return shelf.popleft()
-        return self._agree(deployment, False, 1)
+        return self._agree(deployment, "now", 1)
 
     # -- stock ------------------------------------------------------------------------------------
 
@@ -270,7 +274,7 @@ class Pool(Generic[T]):
             if entry is not None:
                 entry.load()
             else:
-                begun = self._agree(deployment, wish == "spool", 1)
+                begun = self._agree(deployment, "spool" if wish == "spool" else "stock", 1)
             kept = True
         finally:
             with self._changed:
