@@ -46,7 +46,7 @@ def _compare(row: Row, network: str, runs: int) -> float:
     inputs = row.inputs(model)
     line = line_of(network)
     compiled = compile_model(model, calibrate=inputs, batch=row.shape[0], line=line)
-    samples = measure(compiled, inputs, runs, network, 1)
+    samples = measure(compiled, inputs, runs, network, ahead=True)
     measured = sorted(s.report["seconds"][PHASES[0]] for s in samples)
     estimate, median = online_seconds(compiled.plan, line), measured[len(measured) // 2]
     error = estimate / median - 1

@@ -1,8 +1,9 @@
 """One row measured: mpcserve on three processes over TLS, and onnxruntime on one thread.
 
 Two ways of running, as in `mpcserve bench`, by the same code. With the pool *full*, every inference
-begins when its randomness lies ready at alice and bob; no stock is dealt while one is evaluated.
-With the pool *empty*, carol deals while the client waits.
+begins when its randomness lies ready at alice and bob: that of all, which follow one another
+then, or of one where it is large; no stock is dealt while one is evaluated. With the pool
+*empty*, carol deals while the client waits.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def measure_row(row: Row, folder: Path, runs: int, network: str, speeds: Speeds)
     began = time.perf_counter()
     compiled = compile_model(path, calibrate=inputs, batch=row.shape[0])
     compile_seconds = time.perf_counter() - began
-    filled, empty = (measure(compiled, inputs, runs, network, depth) for depth in (1, 0))
+    filled, empty = (measure(compiled, inputs, runs, network, ahead) for ahead in (True, False))
     return {
         "row": row.name,
         "title": row.title,

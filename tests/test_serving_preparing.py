@@ -17,7 +17,7 @@ import pytest
 from mpcserve.errors import PeerError, PeerTimeout, Refused
 from mpcserve.plan import bill_of
 from mpcserve.protocol import OUTPUTS, Dealer, Round, ServerProgram, Together
-from mpcserve.serving import halves
+from mpcserve.serving import halves, preparing
 from mpcserve.serving.alice import Alice
 from mpcserve.serving.bob import Bob
 from mpcserve.serving.evaluation import in_blocks
@@ -246,26 +246,10 @@ def test_a_failed_request_ends_the_preparing_of_its_bundle_on_both_sides(
         with pytest.raises(PeerError, match="as if something broke"):
             trio.client().infer(X)
     failed.set()
-    until(lambda: not any("preparing" in t.name for t in threading.enumerate()))
+    until(lambda: preparing._CREW._idle == len(preparing._CREW._threads))
     _, bob = online(trio)
     until(lambda: len(bob.shelf) == 0)
     check_serves(trio)
-
-
-def test_a_bundle_is_in_both_ledgers_before_anything_of_it_is_used(
-    make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trio = make_trio(depth=0)
-    counts: list[int] = []
-    materials = ServerProgram.materials
-
-    def watched(self: ServerProgram, *arguments: Any) -> Iterator[tuple[int, Any]]:
-        counts.extend(s.ledger.counts()[0] for s in online(trio))
-        return materials(self, *arguments)
-
-    monkeypatch.setattr(ServerProgram, "materials", watched)
-    check_serves(trio)
-    assert counts[:2] == [1, 1]
 
 
 @pytest.mark.parametrize("block", [1, 50, 100, 1 << 20])

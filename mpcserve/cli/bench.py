@@ -61,7 +61,7 @@ def bench_command(
       mpcserve bench model.onnx --input test.npy --batch 8 --network lan --json bench.json
     """
     from mpcserve.cli.layers import line_of
-    from mpcserve.cli.measure import measure, print_report, report_of
+    from mpcserve.cli.measure import measure, print_report, profile_of, report_of
     from mpcserve.cli.output import note, progress
     from mpcserve.cli.plaintext import Plaintext
     from mpcserve.cli.results import save_json
@@ -87,13 +87,14 @@ def bench_command(
         )
     with sigterm_interrupts():
         note(f"{runs} inferences with randomness dealt ahead")
-        filled = measure(compiled, inputs, runs, network, pool_depth=1)
+        filled = measure(compiled, inputs, runs, network, ahead=True)
         note(f"{runs} inferences with randomness dealt on demand")
-        empty = measure(compiled, inputs, runs, network, pool_depth=0)
+        empty = measure(compiled, inputs, runs, network, ahead=False)
+        traced = None if profile is None else profile_of(compiled, inputs, network)
     report = report_of(compiled.plan, plaintext, filled, empty, network, line)
     print_report(report)
-    if profile is not None:
-        save_json(profile, chrome_trace(compiled.plan, filled[-1].report["profile"]))
+    if profile is not None and traced is not None:
+        save_json(profile, chrome_trace(compiled.plan, traced))
     if json_path is not None:
         save_json(json_path, report)
 

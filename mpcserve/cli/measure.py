@@ -36,6 +36,9 @@ DEADLINE = 3600.0
 POOL_BYTES = "64 GB"
 """A benchmark's pool holds one bundle, however large."""
 
+STOCK_BYTES = 256 << 20
+"""Where carol deals no more for all inferences than this, all of it is dealt before the first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -47,35 +50,59 @@ class Sample:
 
 
 def measure(
-    compiled: CompiledModel, inputs: Mapping[str, Array], runs: int, network: str, pool_depth: int
+    compiled: CompiledModel, inputs: Mapping[str, Array], runs: int, network: str, ahead: bool
 ) -> list[Sample]:
     """`runs` inferences on fresh servers, one after the other, after one to warm up.
 
-    With a pool, each begins when the pool is full. The inputs are cut into batches, and begun again
-    when they are used up.
+    With what is dealt `ahead` they follow one another at once; if that is large, each begins when
+    its own has been dealt. The inputs are cut into batches, and begun again when they are used up.
     """
+    return _measured(compiled, inputs, runs, network, ahead, False)
+
+
+def profile_of(
+    compiled: CompiledModel, inputs: Mapping[str, Array], network: str
+) -> Mapping[str, Any]:
+    """What alice and bob did when, in one inference that takes longer for it (see
+    `serving.profile`)."""
+    (sample,) = _measured(compiled, inputs, 1, network, True, True)
+    profile: Mapping[str, Any] = sample.report["profile"]
+    return profile
+
+
+def _measured(
+    compiled: CompiledModel,
+    inputs: Mapping[str, Array],
+    runs: int,
+    network: str,
+    ahead: bool,
+    profiled: bool,
+) -> list[Sample]:
     from mpcserve.serving import LocalCluster
     from mpcserve.serving.inputs import check_inputs, raw_batches
 
     plan = compiled.plan
     check_inputs(plan, inputs, "error")
     cut = list(raw_batches(plan, inputs))
-    samples = []
+    samples: list[Sample] = []
+    small = (runs + 1) * bill_of(plan).dealt_bytes <= STOCK_BYTES
+    stock = (runs + 1 if small else 1) if ahead else 0
     with progress("starting alice, bob and carol"):
         cluster = LocalCluster(
-            pool_depth=pool_depth, pool_bytes=POOL_BYTES, network=network, seconds=DEADLINE
+            pool_depth=stock, pool_bytes=POOL_BYTES, network=network, seconds=DEADLINE
         )
     with cluster:
         with progress("sharing the weights"):
             cluster.deploy(compiled)
         for number, rows in enumerate(islice(cycle(cut), runs + 1)):
             with progress(f"inference {number} of {runs}" if number else "warming up"):
-                if pool_depth and not cluster.client.wait_for_bundles(DEADLINE):
+                wait = ahead and not (small and samples)
+                if wait and not cluster.client.wait_for_bundles(DEADLINE):
                     raise PeerTimeout(
                         f"the pool was not full after {DEADLINE:g} s",
                         "a bundle may be larger than the memory allows: try a smaller --batch",
                     )
-                outputs, report = cluster.client.infer_report(rows, profile=True)
+                outputs, report = cluster.client.infer_report(rows, profile=profiled)
             samples.append(Sample(rows, outputs, report))
     return samples[1:]
 
