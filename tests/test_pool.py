@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -316,22 +315,6 @@ def test_the_shelf_tells_why_a_bundle_failed() -> None:
     assert failed.did == ["abandon"] and len(shelf) == 0
     with pytest.raises(PeerLost, match="carol is gone"):
         shelf.take(b"1" * 16, A)
-
-
-def test_the_shelf_waits_for_what_is_about_to_come_or_to_fail() -> None:
-    shelf: Shelf[Entry] = Shelf()
-    with ThreadPoolExecutor(2) as threads:
-        comes, fails = (threads.submit(shelf.take, n * 16, A, WAIT) for n in (b"1", b"2"))
-        time.sleep(0.05)
-        shelf.put(b"3" * 16, A, entry(3))
-        assert not comes.done() and not fails.done()
-        shelf.put(b"1" * 16, A, entry(1))
-        assert comes.result(WAIT).number == 1
-        shelf.fail(b"2" * 16, PeerLost("carol is gone"))
-        with pytest.raises(PeerLost, match="carol is gone"):
-            fails.result(WAIT)
-    with pytest.raises(Refused, match="not here"):
-        shelf.take(b"4" * 16, A, 0.05)
 
 
 def test_the_shelf_keeps_nothing_of_a_lost_link() -> None:

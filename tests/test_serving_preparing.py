@@ -257,6 +257,8 @@ def test_corrections_come_whole_whatever_the_blocks(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(halves, "BLOCK_BYTES", block)
+    monkeypatch.setattr(halves, "SMALL_BYTES", 0)
+    monkeypatch.setattr(halves, "SMALL_BYTES", 0)
     trio = make_trio(depth=0)
     for _ in range(2):
         check_serves(trio)

@@ -90,11 +90,10 @@ def bench_command(
         filled = measure(compiled, inputs, runs, network, ahead=True)
         note(f"{runs} inferences with randomness dealt on demand")
         empty = measure(compiled, inputs, runs, network, ahead=False)
-        traced = None if profile is None else profile_of(compiled, inputs, network)
+        if profile is not None:
+            save_json(profile, chrome_trace(compiled.plan, profile_of(compiled, inputs, network)))
     report = report_of(compiled.plan, plaintext, filled, empty, network, line)
     print_report(report)
-    if profile is not None and traced is not None:
-        save_json(profile, chrome_trace(compiled.plan, traced))
     if json_path is not None:
         save_json(json_path, report)
 

@@ -89,19 +89,21 @@ class Bundle:
     inputs. `seals`: of each slot. `nbytes`: memory it holds, if prepared whole.
     """
 
-    __slots__ = ("_materials", "id", "nbytes", "seals", "seeds")
+    __slots__ = ("_materials", "_seal", "_seals", "id", "nbytes", "seeds")
 
     def __init__(
         self,
         id: bytes,
         seeds: tuple[tuple[bytes, ...], ...],
         materials: Materials,
-        seals: tuple[Seal, ...],
+        seal: Callable[[int], Seal],
     ) -> None:
         self.id = id
-        self.seeds, self.seals = seeds, seals
+        self.seeds = seeds
         self.nbytes = int(getattr(materials, "nbytes", 0))
         self._materials: Materials | None = materials
+        self._seal = seal
+        self._seals: tuple[Seal, ...] = ()
 
     def __repr__(self) -> str:
         return f"Bundle({self.id.hex()}, {self.nbytes} bytes, spent={self._materials is None})"
@@ -116,6 +118,14 @@ class Bundle:
         """The seeds of its only slot."""
         (seeds,) = self.seeds
         return seeds
+
+    @property
+    def seals(self) -> tuple[Seal, ...]:
+        """Made when first asked for. Two threads that ask at once may make two alike, of which each
+        part is used but once, by the one that evaluates."""
+        if not self._seals:
+            self._seals = tuple(map(self._seal, range(self.slots)))
+        return self._seals
 
     def input_tag(self, slot: int, inputs: Sequence[Buffer]) -> str:
         """What alice and bob compare of the Δx they received, in hex, once: their sizes are the
@@ -217,7 +227,7 @@ class ServerProgram:
             for slot in range(slots)
         ]
         seal = partial(Seal, self._peer_key, self.plan.digest, bundle_id)
-        return Bundle(bundle_id, tuple(seeds), materials, tuple(map(seal, range(slots))))
+        return Bundle(bundle_id, tuple(seeds), materials, seal)
 
     def materials(
         self, bundle_id: bytes, take: Callable[[int], Buffer] | None, slots: int = 1

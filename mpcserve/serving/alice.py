@@ -21,7 +21,7 @@ from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import ID_BYTES, Deployment
 from mpcserve.serving.evaluation import Live, bring_to_life
 from mpcserve.serving.gate import Gate
-from mpcserve.serving.halves import AliceHalf
+from mpcserve.serving.halves import AliceHalf, is_small
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import log, named_error
 from mpcserve.serving.online import OnlineServer, WeightsReceived
@@ -181,39 +181,41 @@ class Alice(OnlineServer):
                     "deployment": live.deployment.id.hex(),
                     "digest": live.plan.digest,
                     "bundle": prepared.bundle.id.hex(),
-                    "agreed": prepared.agreed,
+                    "fresh": prepared.fresh,
                     "with": [id.hex() for id in others],
                 }
             )
             evaluate_members(live, prepared, members, bob, self.deadlines.round)
         finally:
             self.ledger.spend(prepared.bundle.id)
+            prepared.leave()
         share(members, meter.sent("alice->bob", bob))
 
     # -- prepare ----------------------------------------------------------------------------------
 
     def _agree(self, deployment: bytes, purpose: Agreement, slots: int) -> AliceHalf:
-        """A fresh bundle: both have admitted it or, where it is wanted now, are about to."""
+        """A new bundle: both have admitted it, or are about to where it is wanted now."""
         live, timeout, link = self.live(deployment), self.deadlines.request, self.links.get("bob")
         reserved = self.reserve.take(deployment, link)
         id = reserved or secrets.token_bytes(ID_BYTES)
         if reserved:
             self.ledger.deal(id)
         bob = link.channel(id)
+        half = AliceHalf(live, id, bob, timeout, slots, self.ledger, reserved is not None)
+        if purpose == "now":
+            half.fresh, half.small = True, is_small(live, slots)
+            return half
         with failing(bob):
             bob.send_message(
                 {
                     "type": "prepare",
                     "deployment": deployment.hex(),
                     "digest": live.plan.digest,
-                    "for": purpose,
-                    "slots": slots,
+                    "spool": purpose == "spool",
                 }
             )
-            half = AliceHalf(live, id, bob, timeout, slots, self.ledger, reserved is not None)
-            if purpose != "now":
-                half.admit()  # while he does the same
-                half.hear_agreed()
+            half.admit()  # while he does the same
+            half.hear_agreed()
         if purpose == "spool":
             half.leave_spooled()
         return half

@@ -13,8 +13,8 @@ from mpcserve.errors import PeerLost, PeerTimeout, Refused
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import Deployment
-from mpcserve.serving.evaluation import bring_to_life
-from mpcserve.serving.halves import BobHalf, Dealing
+from mpcserve.serving.evaluation import Live, bring_to_life
+from mpcserve.serving.halves import BobHalf, Dealing, is_small
 from mpcserve.serving.heap import give_back
 from mpcserve.serving.links import Wiring
 from mpcserve.serving.log import named_error
@@ -27,9 +27,9 @@ from mpcserve.serving.request import (
     Message,
     Request,
     check_digest,
+    check_slots,
     failing,
     receive_message,
-    slots_of,
 )
 from mpcserve.serving.reserve import MOST, Reserve
 from mpcserve.serving.server import DECISION_S, OWNERS, Route
@@ -104,12 +104,12 @@ class Bob(OnlineServer):
             if run.text("type") == "join":
                 self.joining.offer(request.id, me, "alice", self.deadlines.round)
             else:
-                self._lead(run.expect("run"), me, alice)
+                self._lead(Request(alice, run.expect("run"), request.deadline), me)
 
     def _run(self, request: Request) -> None:
         """Of a request whose turn it is at once."""
         with self._claimed(request) as me:
-            self._lead(request.message, me, request.channel)
+            self._lead(request, me)
 
     @contextmanager
     def _claimed(self, request: Request) -> Iterator[Member]:
@@ -120,8 +120,9 @@ class Bob(OnlineServer):
             if me.error is None:
                 me.here.channel.send_message(server_report(self.role, me.facts))
 
-    def _lead(self, run: Message, me: Member, alice: Channel) -> None:
+    def _lead(self, request: Request, me: Member) -> None:
         """Evaluate for this member and those who join it."""
+        run, alice = request.message, request.channel
         others = run.ids("with")
         with self._joined(others) as joined:
             live = self.live(run.id("deployment"))
@@ -132,8 +133,7 @@ class Bob(OnlineServer):
                     with member.leaving():
                         digest = member.request.message.text("digest")
                         check_digest(live.plan, digest, "the data owner", self.role)
-            patience = 0.0 if run.flag("agreed") else self.deadlines.round
-            prepared = self.shelf.take(run.id("bundle"), live.deployment.id, patience)
+            prepared = self._bundle_of(request, live, len(members))
             try:
                 meter = Meter(alice.link)
                 evaluate_members(live, prepared, members, alice, self.deadlines.round)
@@ -144,6 +144,17 @@ class Bob(OnlineServer):
             finally:
                 self.ledger.spend(prepared.bundle.id)
         give_back(prepared.nbytes)
+
+    def _bundle_of(self, request: Request, live: Live, slots: int) -> BobHalf:
+        """What alice wants used: a fresh one, or one from the shelf."""
+        bundle = request.message.id("bundle")
+        if not request.message.flag("fresh"):
+            return self.shelf.take(bundle, live.deployment.id)
+        half = self._new_half(request, live, bundle, check_slots(slots, live.plan))
+        half.small = is_small(live, slots)
+        if not half.small:
+            half.tell(request.channel.link.channel(bundle))
+        return half
 
     @contextmanager
     def _joined(self, ids: Sequence[bytes]) -> Iterator[list[Member]]:
@@ -165,34 +176,27 @@ class Bob(OnlineServer):
     # -- prepare ----------------------------------------------------------------------------------
 
     def _prepare(self, request: Request) -> None:
-        try:
-            self._prepare_half(request)
-        except Exception as e:
-            self.shelf.fail(request.id, named_error(e))  # a run may wait for it
-            raise
-
-    def _prepare_half(self, request: Request) -> None:
         live = self.live(request.message.id("deployment"))
         check_digest(live.plan, request.message.text("digest"), "alice", self.role)
-        slots = slots_of(request.message, live.plan)
-        alice, carol = request.channel, self.links.get("carol").channel(request.id)
-        purpose = request.message.text("for")
+        half, spool = self._new_half(request, live, request.id, 1), request.message.flag("spool")
+        if spool:
+            half.keep(self.spool)
+        self.shelf.put(request.id, live.deployment.id, half)
+        request.channel.send_message({"type": "agreed"})
+        if not spool:
+            self._make_whole(half, request.channel)
+
+    def _new_half(self, request: Request, live: Live, bundle: bytes, slots: int) -> BobHalf:
+        """Of a bundle that carol is asked to deal, while it is written down."""
+        carol = self.links.get("carol").channel(bundle)
         with failing(carol):
             dealing = Dealing(live, slots, carol, request.deadline, self.deadlines.round)
-            half = BobHalf(live, alice, dealing)
-            if self.reserve.redeem(live.deployment.id, alice.link, request.id):
-                self.ledger.deal(request.id)
+            half = BobHalf(live, bundle, request.channel.link, dealing)
+            if self.reserve.redeem(live.deployment.id, request.channel.link, bundle):
+                self.ledger.deal(bundle)
             else:
-                self.ledger.admit(request.id, live.deployment.id)  # while carol begins
-            if purpose == "spool":
-                half.keep(self.spool)
-            else:
-                half.reserve()
-            self.shelf.put(request.id, live.deployment.id, half)
-            if purpose != "now":
-                alice.send_message({"type": "agreed"})
-        if purpose != "spool":
-            self._make_whole(half, alice)
+                self.ledger.admit(bundle, live.deployment.id)
+        return half
 
     def _reserve(self, request: Request) -> None:
         """Ids of bundles that alice may have prepared later."""

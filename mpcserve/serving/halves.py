@@ -4,9 +4,9 @@
     alice ←── agreed ─── bob ←═ corrections ═ carol     both prepare
     alice ←─ prepared ── bob
 
-Neither lets anything leave its machine that depends on the bundle before its ledger has the id, on
-the disk. The id itself goes ahead: carol may deal before that, and where the bundle is wanted now
-alice tells bob to `run` a request with it, and he does not say `agreed`.
+Of a fresh one, which is wanted now, bob hears as he is told to `run` a request with it, and he does
+not say `agreed`. Neither lets anything leave its machine that depends on the bundle before its
+ledger has the id, on the disk. The id itself goes ahead.
 
 To be spooled, bob says `agreed` when all corrections are on his disk, and neither prepares before
 alice asks him to `load` the bundle or tells him to `run` a request with it.
@@ -27,7 +27,15 @@ from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.report import Meter, merged
 from mpcserve.serving.request import Deadline, failing, receive_message
 from mpcserve.serving.spool import Spool, Spooled
-from mpcserve.transport import Channel
+from mpcserve.transport import Channel, Link
+
+SMALL_BYTES = 32 << 10
+"""A bundle of which carol deals no more takes less time to prepare than two threads lose by it."""
+
+
+def is_small(live: Live, slots: int) -> bool:
+    """Whether a bundle that is wanted now is prepared by the thread that evaluates."""
+    return live.dealt_bytes(slots) <= SMALL_BYTES
 
 
 class AliceHalf(Preparation):
@@ -46,7 +54,7 @@ class AliceHalf(Preparation):
         super().__init__(live.program, id, bob.link, "alice expands it herself", slots)
         self._ledger, self._admitting, self._admitted = ledger, threading.Lock(), admitted
         self._deployment = live.deployment.id
-        self.agreed = False  # as far as she has heard
+        self.fresh = False  # bob has not heard of it
         self._bob: Channel | None = bob
         self._link, self._timeout = bob.link, timeout
 
@@ -57,11 +65,17 @@ class AliceHalf(Preparation):
                 self._ledger.admit(self.bundle.id, self._deployment)
                 self._admitted = True
 
+    @property
+    def whole(self) -> bool:
+        """Nobody waits to hear from bob of a fresh one; of a small one he says nothing."""
+        if self.fresh and self._bob is not None:
+            return super().whole and not (self.small or self._bob.inbox.is_bare())
+        return super().whole
+
     def hear_agreed(self) -> None:
         """Wait until bob has it in his ledger; to be spooled, on his disk."""
         assert self._bob is not None
         receive_message(self._bob, "agreed", "a bundle to agree on", self._timeout)
-        self.agreed = True
 
     def leave_spooled(self) -> None:
         """Bob prepares his half when he is asked to."""
@@ -86,7 +100,7 @@ class AliceHalf(Preparation):
     def work(self) -> None:
         """Expand the streams; where bob was asked to prepare, hear that he has."""
         bob, timer = self._bob, Timer.start()
-        if bob is None:
+        if bob is None or self.fresh:
             self.fill()
             self.settle(timer.facts())
             return
@@ -95,16 +109,19 @@ class AliceHalf(Preparation):
             self.settle(timer.facts())
             self.admit()
             theirs = receive_message(bob, "prepared", "bob's half of a bundle", self._timeout)
-            self.agreed = True
             self.nbytes = max(self.nbytes, theirs.size("nbytes", 1 << 62))
         bob.close()
 
+    def leave(self) -> None:
+        """It is used up."""
+        if self.fresh and self._bob is not None:
+            self._bob.close()
+
     def let_go(self) -> None:
         """Bob may hold his half, not knowing that it will never be used."""
-        if self._bob is not None and self._is_first():
-            self._bob.close()  # nobody hears what he says of it
-        if not self.alive:
-            return  # he has dropped it
+        self.leave()
+        if self.fresh or not self.alive:
+            return  # he has not heard of it, or only with the request; he has dropped it
         try:
             channel = self._link.channel(secrets.token_bytes(ID_BYTES))
             channel.send_message({"type": "drop", "bundle": self.bundle.id.hex()})
@@ -178,11 +195,16 @@ class Dealing:
 class BobHalf(Preparation):
     """Bob prepares his from carol's corrections: from her stream, or from his disk."""
 
-    def __init__(self, live: Live, alice: Channel, dealing: Dealing) -> None:
+    def __init__(self, live: Live, id: bytes, alice: Link, dealing: Dealing) -> None:
         awaited = f"carol at {dealing.carol.link.address} deals it"
-        super().__init__(live.program, alice.stream, alice.link, awaited, dealing.slots)
+        super().__init__(live.program, id, alice, awaited, dealing.slots)
         self._dealing = dealing
         self._spooled: Spooled | None = None
+        self._alice: Channel | None = None
+
+    def tell(self, alice: Channel) -> None:
+        """Say on this stream when it is prepared."""
+        self._alice = alice
 
     def keep(self, spool: Spool) -> None:
         """Have carol deal it now, and prepare it from the disk when that is wanted."""
@@ -205,8 +227,15 @@ class BobHalf(Preparation):
             self.fill(self._dealing.take)
             dealt = self._dealing.end()
             self.settle(merged(timer.facts(), dealt))
+        if self._alice is not None:
+            self._alice.send_message({"type": "prepared"})
+            self._alice.close()
 
     def let_go(self) -> None:
         """Free the disk."""
+        if self._alice is not None:
+            self._alice.close()
+        if self._is_first():
+            self._dealing.carol.close()  # nobody takes what she deals
         if self._spooled is not None:
             self._spooled.close()

@@ -105,8 +105,8 @@ class _Stock(Generic[T]):
 class Pool(Generic[T]):
     """`agree(deployment, what for, slots)` returns a fresh bundle, not yet prepared, or raises.
 
-    To `spool`, it returns when the bundle lies on the disk of the other side; `now`, before the
-    other side has agreed, which may turn out later, as an error of preparing it.
+    To `spool`, it returns when the bundle lies on the disk of the other side; `now`, at once: the
+    other side hears of it with the request that waits for it.
     """
 
     def __init__(
@@ -324,36 +324,31 @@ class Shelf(Generic[S]):
     def __init__(self) -> None:
         self._entries: dict[bytes, tuple[bytes, S]] = {}
         self._failed: OrderedDict[bytes, MpcError] = OrderedDict()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     def put(self, bundle: bytes, deployment: bytes, entry: S) -> None:
         """Keep `entry` until it is taken or dropped: if its link has ended, that is now."""
-        with self._changed:
+        with self._lock:
             if entry.alive:
                 self._entries[bundle] = deployment, entry
-                self._changed.notify_all()
                 return
         entry.abandon()
 
     def look(self, bundle: bytes, deployment: bytes) -> S:
         """The entry, which stays. Raises: Refused."""
-        with self._changed:
+        with self._lock:
             return self._found(bundle, deployment, self._entries.get(bundle))
 
-    def take(self, bundle: bytes, deployment: bytes, patience: float = 0.0) -> S:
-        """The entry, once; it may come in so many seconds. Raises: Refused, why it does not."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: bundle in self._entries or bundle in self._failed, patience
-            )
+    def take(self, bundle: bytes, deployment: bytes) -> S:
+        """The entry, once. Raises: Refused."""
+        with self._lock:
             return self._found(bundle, deployment, self._entries.pop(bundle, None))
 
     def fail(self, bundle: bytes, error: MpcError) -> None:
         """Abandon one bundle; whoever comes for it is told why."""
         self.discard(bundle)
-        with self._changed:
+        with self._lock:
             self._failed[bundle] = error
-            self._changed.notify_all()
             if len(self._failed) > REMEMBERED:
                 self._failed.popitem(last=False)
 
@@ -383,7 +378,7 @@ class Shelf(Generic[S]):
         return found[1]
 
     def _keep(self, wanted: Callable[[bytes, bytes, S], bool]) -> None:
-        with self._changed:
+        with self._lock:
             dropped = {i: e for i, e in self._entries.items() if not wanted(i, *e)}
             for id in dropped:
                 del self._entries[id]

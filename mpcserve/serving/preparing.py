@@ -56,7 +56,8 @@ class Timer:
 class Preparation(ABC):
     """`link`: what the bundle's life hangs on. `awaited`: who is waited for, in errors.
 
-    `nbytes`: memory of all that was prepared. Safe to call from any thread.
+    `nbytes`: memory of all that was prepared. `small`: whoever starts it prepares it. Safe to call
+    from any thread.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class Preparation(ABC):
         self.bundle = program.bundle(id, self, slots)
         self.link = link
         self.nbytes = 0
-        self.whole = False  # all is prepared, on both servers as far as this side knows
+        self.small = False
+        self._done = False
         self._program, self._awaited = program, awaited
         self._parts: dict[int, Any] = {}
         self._facts: dict[str, Any] = {}
-        self._begun = self._reserved = self._filled = False
+        self._begun = self._filled = False
         self._error: MpcError | None = None
         self._wanted: int | None = None  # the material that somebody waits for
         self._deadline = Deadline(0.0)
@@ -81,6 +83,11 @@ class Preparation(ABC):
         return self.link.reason is None
 
     @property
+    def whole(self) -> bool:
+        """All is prepared, on both servers as far as this side knows."""
+        return self._done
+
+    @property
     def _plan(self) -> Plan:
         return self._program.plan_of(self.bundle.slots)
 
@@ -90,21 +97,22 @@ class Preparation(ABC):
     # -- the thread that prepares -----------------------------------------------------------------
 
     def start(self) -> None:
-        """See to it that it is prepared: in a new thread, if nobody is at it."""
-        if self._is_first():
-            _CREW.call(self._run, "mpcserve-preparing")
+        """See to it that it is prepared, if nobody is at it: in another thread unless it is small.
 
-    def reserve(self) -> None:
-        """Whoever says so is about to `finish` it: nobody else begins before."""
-        self._begun = self._reserved = True
+        What goes wrong `take` raises.
+        """
+        if self._is_first():
+            if self.small:
+                self._run()
+            else:
+                _CREW.call(self._run, "mpcserve-preparing")
 
     def finish(self) -> None:
         """Prepare it in this thread, or wait for whoever does. Raises: what went wrong."""
-        if self._is_first() or self._reserved:
-            self._reserved = False
+        if self._is_first():
             self._run()
         with self._changed:
-            self._changed.wait_for(lambda: self.whole or self._error)
+            self._changed.wait_for(lambda: self._done or self._error)
             self._check()
 
     @abstractmethod
@@ -121,6 +129,7 @@ class Preparation(ABC):
                 self.nbytes += size
                 if self._wanted == id:  # to wake a thread for each would cost more than they do
                     self._changed.notify_all()
+        self.bundle.seals  # noqa: B018  made now, as there is time
 
     def settle(self, facts: Mapping[str, Any]) -> None:
         """What it cost, beside what is known already: all is prepared on this side."""
@@ -186,7 +195,7 @@ class Preparation(ABC):
         except Exception as e:
             self.abandon(named_error(e))
         with self._changed:
-            self.whole = self._error is None
+            self._done = self._error is None
             self._changed.notify_all()
 
     def _wait(self, came: Callable[[], bool], what: Callable[[], str]) -> None:

@@ -168,8 +168,12 @@ def failing(*channels: Channel) -> Iterator[None]:
 
 def slots_of(message: Message, plan: Plan) -> int:
     """For how many requests a bundle is to be. Raises: Refused, WireError."""
-    slots = message.size("slots", MAX_SLOTS)
-    if slots < 1 or (slots > 1 and not can_stack(plan)):
+    return check_slots(message.size("slots", MAX_SLOTS), plan)
+
+
+def check_slots(slots: int, plan: Plan) -> int:
+    """The number itself. Raises: Refused unless a bundle may be for so many requests."""
+    if not 1 <= slots <= MAX_SLOTS or (slots > 1 and not can_stack(plan)):
         raise Refused(f"a bundle for {slots} requests", "see the log of alice")
     return slots
 
