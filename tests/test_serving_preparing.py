@@ -179,8 +179,9 @@ def after_round(monkeypatch: pytest.MonkeyPatch, role: str, act: Callable[[], No
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Corrections are sent as they are dealt, however few."""
+    """Corrections are sent as they are dealt, however few, and are prepared by another thread."""
     monkeypatch.setattr(halves, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(halves, "SMALL_BYTES", 0)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -257,8 +258,6 @@ def test_corrections_come_whole_whatever_the_blocks(
     make_trio: MakeTrio, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(halves, "BLOCK_BYTES", block)
-    monkeypatch.setattr(halves, "SMALL_BYTES", 0)
-    monkeypatch.setattr(halves, "SMALL_BYTES", 0)
     trio = make_trio(depth=0)
     for _ in range(2):
         check_serves(trio)

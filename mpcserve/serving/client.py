@@ -85,6 +85,7 @@ class Client:
         name = name or plan.name
         data = plan_bytes(plan)
         with self._request("model-owner") as both:
+            both.attend()
             both.send_message(
                 {
                     "type": "deploy",
@@ -165,6 +166,7 @@ class Client:
         """What alice and bob tell of themselves: uptime, deployments, pool, requests."""
         with self._request(self._any_owner()) as both:
             both.send_message({"type": "stats"})
+            both.attend()
             timeout = self._config.deadlines.round
             replies = both.ask(lambda c, s: c.receive_message("its numbers", s), timeout)
         return dict(zip(SERVERS, replies, strict=True))
@@ -197,6 +199,7 @@ class Client:
             meters = [Meter(c.link) for c in both.channels]
             request = {"type": "infer", "model": name, "digest": plan.digest, "profile": profile}
             both.send_message(request)
+            both.attend()
             masks = both.ask(lambda c, s: _masks(c, len(plan.inputs), s), timeout)
             ready = time.perf_counter()
             for k, (x, *streams) in enumerate(zip(rows, *masks, strict=True)):
@@ -271,9 +274,7 @@ class Client:
         id = secrets.token_bytes(ID_BYTES)
         links = [self._link(role, server) for server in SERVERS]
         both = Both([link.channel(id) for link in links])
-        with failing(*both.channels), ExitStack() as attending:
-            for channel in both.channels:
-                attending.enter_context(channel.attended())
+        with failing(*both.channels), both:
             yield both
         for channel in both.channels:
             channel.close()
@@ -303,6 +304,21 @@ class Both:
         self.channels = tuple(channels)
         alice, bob = self.channels
         alice.on_failure, bob.on_failure = bob.fail, alice.fail
+        self._attending = ExitStack()
+
+    def attend(self) -> None:
+        """From now on the thread that asks reads and writes both sockets itself.
+
+        What that costs is paid while the servers are at what was asked of them.
+        """
+        for channel in self.channels:
+            self._attending.enter_context(channel.attended())
+
+    def __enter__(self) -> Both:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._attending.close()
 
     def send_message(self, message: dict[str, Any]) -> None:
         """The same message to both."""
