@@ -77,10 +77,8 @@ class Carol(Server):
             raise Refused(f"carol has no deployment {id.hex()}", "deploy the model again")
         check_digest(found.deployment.plan, request.message.text("digest"), "bob", self.role)
         slots = slots_of(request.message, found.deployment.plan)
-        if not self._turn.acquire(timeout=request.deadline.left()):
-            raise PeerTimeout("carol had no turn to deal in time", "raise `deadlines.request`")
+        self._wait_for_turn(request)
         try:
-            bob.send_message({"type": "dealing"})
             timer = Timer.start()
             for corrections in in_blocks(found.dealer.deal(request.id, slots), halves.BLOCK_BYTES):
                 bob.send(corrections, fresh=True)
@@ -89,6 +87,15 @@ class Carol(Server):
             self._turn.release()
         bob.send_message({"type": "dealt", "cpu_seconds": cpu, "peak_rss_bytes": peak_rss_bytes()})
         log.debug("dealt %s: %d bytes, %.3f s", request.name, bob.payload_sent, wall)
+
+    def _wait_for_turn(self, request: Request) -> None:
+        """Whom she keeps waiting she tells so."""
+        if self._turn.acquire(blocking=False):
+            return
+        request.channel.send_message({"type": "waiting"})
+        if not self._turn.acquire(timeout=request.deadline.left()):
+            raise PeerTimeout("carol had no turn to deal in time", "raise `deadlines.request`")
+        request.channel.send_message({"type": "dealing"})
 
     def _stage(self, request: Request) -> None:
         alice, deployment = request.channel, self._order(request)

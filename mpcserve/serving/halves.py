@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mpcserve.errors import MpcError
@@ -25,7 +26,7 @@ from mpcserve.serving.ledger import Ledger
 from mpcserve.serving.log import log
 from mpcserve.serving.preparing import Preparation, Timer
 from mpcserve.serving.report import Meter, merged
-from mpcserve.serving.request import Deadline, failing, receive_message
+from mpcserve.serving.request import Deadline, Message, failing, receive_message
 from mpcserve.serving.spool import Spool, Spooled
 from mpcserve.transport import Channel, Link
 
@@ -145,6 +146,7 @@ class Dealing:
         self._deadline, self._timeout = deadline, timeout
         self._meter = Meter(carol.link)
         self._asked = 0
+        self._dealt: Message | None = None
         deployment = live.deployment
         carol.send_message(
             {
@@ -157,8 +159,17 @@ class Dealing:
         self._rest = memoryview(b"")  # received, not taken yet
 
     def begin(self) -> None:
-        """Wait for her turn to come."""
-        receive_message(self.carol, "dealing", "her turn to deal", self._deadline.left())
+        """Wait for the first of them; as long as it takes her, if it is not her turn yet."""
+        if self.carol.message_is_next(self._awaited, self._deadline.left(self._timeout)):
+            first = receive_message(self.carol, None, self._awaited, self._timeout)
+            if first.text("type") == "waiting":
+                receive_message(self.carol, "dealing", "her turn to deal", self._deadline.left())
+            else:  # there are none
+                self._dealt = first.expect("dealt")
+
+    @property
+    def _awaited(self) -> str:
+        return f"dealt bytes {self._asked} … of {self.total}"
 
     def take(self, n: int) -> memoryview:
         """The next n bytes."""
@@ -174,13 +185,15 @@ class Dealing:
         return taken
 
     def _receive(self, n: int) -> memoryview:
-        what = f"dealt bytes {self._asked} … of {self.total}"
+        what = self._awaited
         self._asked += n
         return self.carol.receive(n, what, self._deadline.left(self._timeout))
 
     def end(self) -> dict[str, Any]:
         """When all have come: what they cost."""
-        dealt = receive_message(self.carol, "dealt", "the end of dealing", self._timeout)
+        dealt = self._dealt or receive_message(
+            self.carol, "dealt", "the end of dealing", self._timeout
+        )
         self.carol.close()
         return merged(
             {
@@ -201,6 +214,7 @@ class BobHalf(Preparation):
         self._dealing = dealing
         self._spooled: Spooled | None = None
         self._alice: Channel | None = None
+        self._took: dict[str, Any] = {}
 
     def tell(self, alice: Channel) -> None:
         """Say on this stream when it is prepared."""
@@ -222,20 +236,35 @@ class BobHalf(Preparation):
             self._spooled.close()
             self.settle(timer.facts())
             return
-        with failing(self._dealing.carol):
+        with failing(self._dealing.carol), self._reading():
             self._dealing.begin()
             self.fill(self._dealing.take)
-            dealt = self._dealing.end()
-            self.settle(merged(timer.facts(), dealt))
+            self._took = timer.facts()
+            if not self.small:
+                self._conclude()
         if self._alice is not None:
             self._alice.send_message({"type": "prepared"})
             self._alice.close()
+
+    def facts(self) -> dict[str, Any]:
+        """Adds what carol says when all is dealt: of a small half nobody has waited for it."""
+        if self.small and self._took and not self._filled:
+            with failing(self._dealing.carol):
+                self._conclude()
+        return super().facts()
+
+    def _conclude(self) -> None:
+        self.settle(merged(self._took, self._dealing.end()))
+
+    def _reading(self) -> AbstractContextManager[object]:
+        """The thread that evaluates reads what carol deals itself."""
+        return self._dealing.carol.attended() if self.small else nullcontext()
 
     def let_go(self) -> None:
         """Free the disk."""
         if self._alice is not None:
             self._alice.close()
-        if self._is_first():
+        if self._is_first() or self.small:
             self._dealing.carol.close()  # nobody takes what she deals
         if self._spooled is not None:
             self._spooled.close()

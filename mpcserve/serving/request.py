@@ -145,9 +145,10 @@ class Deadline:
         return max(0.0, min(self._end - time.monotonic(), most))
 
 
-def receive_message(channel: Channel, kind: str, what: str, timeout: float) -> Message:
-    """The next message on `channel`, which must be of type `kind`."""
-    return Message(channel.receive_message(what, timeout), channel.peer).expect(kind)
+def receive_message(channel: Channel, kind: str | None, what: str, timeout: float) -> Message:
+    """The next message on `channel`, which must be of type `kind`, if that is given."""
+    message = Message(channel.receive_message(what, timeout), channel.peer)
+    return message if kind is None else message.expect(kind)
 
 
 @contextmanager

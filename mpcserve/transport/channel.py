@@ -153,6 +153,19 @@ class Inbox:
             self._put_back(target, count)
             return count
 
+    def is_message(self, deadline: float) -> bool | None:
+        """Whether a message is next, and not DATA; None after the deadline.
+
+        Raises: the error the stream ended with.
+        """
+        with self._lock:
+            while not self._items:
+                if self._end is not None:
+                    raise self._end()
+                if not self._came.wait(deadline - time.monotonic()):
+                    return None
+            return isinstance(self._items[0], tuple)
+
     def take_message(self, deadline: float) -> dict[str, object] | int | None:
         """The next message; None after the deadline; a count of bytes if DATA is next.
 
@@ -347,6 +360,18 @@ class Channel:
             f"{self.link.name}: expected a message ({what}), got {got} bytes of DATA or more",
             "run the same version of mpcserve on every machine",
         )
+
+    def message_is_next(self, what: str, timeout: float) -> bool:
+        """Whether what comes next, and stays, is a message, and not DATA. Raises: as `receive`."""
+        started = time.monotonic()
+        try:
+            with self._reading(self.inbox.is_bare, started + timeout):
+                got = self.inbox.is_message(started + timeout)
+        except PeerLost as error:
+            raise self._lost(error, what, started) from None
+        if got is None:
+            raise self._late(what, timeout, "")
+        return got
 
     def fail(self, error: MpcError) -> None:
         """Tell the peer that this stream failed, and how; drop what is queued; close."""
