@@ -104,12 +104,19 @@ class Bob(OnlineServer):
             if run.text("type") == "join":
                 self.joining.offer(request.id, me, "alice", self.deadlines.round)
             else:
-                self._lead(Request(alice, run.expect("run"), request.deadline), me)
+                ordered = Request(alice, run.expect("run"), request.deadline)
+                with self._bundle_of(ordered) as prepared:
+                    self._lead(ordered, me, prepared)
 
     def _run(self, request: Request) -> None:
         """Of a request whose turn it is at once."""
-        with self._claimed(request) as me:
-            self._lead(request, me)
+        with ExitStack() as stack:
+            try:
+                prepared = stack.enter_context(self._bundle_of(request))
+            except Exception:
+                with self._claimed(request):  # whose error it is, too
+                    raise
+            self._lead(request, stack.enter_context(self._claimed(request)), prepared)
 
     @contextmanager
     def _claimed(self, request: Request) -> Iterator[Member]:
@@ -120,37 +127,46 @@ class Bob(OnlineServer):
             if me.error is None:
                 me.here.channel.send_message(server_report(self.role, me.facts))
 
-    def _lead(self, request: Request, me: Member) -> None:
+    def _lead(self, request: Request, me: Member, prepared: BobHalf) -> None:
         """Evaluate for this member and those who join it."""
         run, alice = request.message, request.channel
-        others = run.ids("with")
-        with self._joined(others) as joined:
-            live = self.live(run.id("deployment"))
-            check_digest(live.plan, run.text("digest"), "alice", self.role)
+        live = self.live(run.id("deployment"))
+        with self._joined(run.ids("with")) as joined:
             members = [me, *joined]
             for member in members:
                 if member.request is not None:
                     with member.leaving():
                         digest = member.request.message.text("digest")
                         check_digest(live.plan, digest, "the data owner", self.role)
-            prepared = self._bundle_of(request, live, len(members))
-            try:
-                meter = Meter(alice.link)
-                evaluate_members(live, prepared, members, alice, self.deadlines.round)
-                share(members, meter.sent("bob->alice", alice))
-            except Exception:
-                prepared.abandon()
-                raise
-            finally:
-                self.ledger.spend(prepared.bundle.id)
-        give_back(prepared.nbytes)
+            meter = Meter(alice.link)
+            evaluate_members(live, prepared, members, alice, self.deadlines.round)
+            share(members, meter.sent("bob->alice", alice))
 
-    def _bundle_of(self, request: Request, live: Live, slots: int) -> BobHalf:
-        """What alice wants used: a fresh one, or one from the shelf."""
-        bundle = request.message.id("bundle")
-        if not request.message.flag("fresh"):
-            return self.shelf.take(bundle, live.deployment.id)
-        half = self._new_half(request, live, bundle, check_slots(slots, live.plan))
+    @contextmanager
+    def _bundle_of(self, request: Request) -> Iterator[BobHalf]:
+        """What alice wants used, until the block ends: a fresh one, or one from the shelf.
+
+        Carol is asked for a fresh one before anything else is done.
+        """
+        run = request.message
+        live, bundle = self.live(run.id("deployment")), run.id("bundle")
+        check_digest(live.plan, run.text("digest"), "alice", self.role)
+        if run.flag("fresh"):
+            half = self._fresh_half(request, live, bundle)
+        else:
+            half = self.shelf.take(bundle, live.deployment.id)
+        try:
+            yield half
+        except Exception:
+            half.abandon()
+            raise
+        finally:
+            self.ledger.spend(bundle)
+        give_back(half.nbytes)
+
+    def _fresh_half(self, request: Request, live: Live, bundle: bytes) -> BobHalf:
+        slots = check_slots(1 + len(request.message.ids("with")), live.plan)
+        half = self._new_half(request, live, bundle, slots)
         half.small = is_small(live, slots)
         if not half.small:
             half.tell(request.channel.link.channel(bundle))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mpcserve.errors import MpcError
@@ -236,7 +235,7 @@ class BobHalf(Preparation):
             self._spooled.close()
             self.settle(timer.facts())
             return
-        with failing(self._dealing.carol), self._reading():
+        with failing(self._dealing.carol):
             self._dealing.begin()
             self.fill(self._dealing.take)
             self._took = timer.facts()
@@ -255,10 +254,6 @@ class BobHalf(Preparation):
 
     def _conclude(self) -> None:
         self.settle(merged(self._took, self._dealing.end()))
-
-    def _reading(self) -> AbstractContextManager[object]:
-        """The thread that evaluates reads what carol deals itself."""
-        return self._dealing.carol.attended() if self.small else nullcontext()
 
     def let_go(self) -> None:
         """Free the disk."""
