@@ -192,6 +192,26 @@ def test_who_asks_alice_alone_is_not_waited_for(trio: Trio) -> None:
     alone.fail(PeerLost("not wanted any more"))
 
 
+def test_who_asks_alice_alone_has_no_place_for_long(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcserve.serving.bob.HALF_S", 0.3)
+    client, alice = trio.client(), trio.servers["alice"]
+    assert isinstance(alice, Alice)
+    request = {"type": "infer", "model": "dense", "digest": PLAN.digest, "profile": False}
+    alone = [client._link("data-owner", "alice").channel(bytes([k]) * 16) for k in (8, 9)]
+    until(lambda: alice.gate.counts == (0, 0))
+    for channel in alone:  # as many as have a place
+        channel.send_message(request)
+    until(lambda: alice.gate.counts == (2, 0))
+    check(ask(client, 1), 1)
+    for channel in alone:
+        with pytest.raises(PeerTimeout, match=r"the data owner did not send this half"):
+            for _ in range(2):  # `ready` came first
+                channel.receive_message("an answer", WAIT)
+                channel.receive(32, "seeds", WAIT)
+
+
 def test_what_ends_an_evaluation_ends_it_for_all_who_share_it(
     trio: Trio, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,8 +185,11 @@ class Alice(OnlineServer):
                     "with": [id.hex() for id in others],
                 }
             )
+            if not others:  # what bob fails with ends the wait for an input
+                bob.on_failure = members[0].here.channel.fail
             evaluate_members(live, prepared, members, bob, self.deadlines.round)
         finally:
+            bob.on_failure = lambda error: None
             self.ledger.spend(prepared.bundle.id)
             prepared.leave()
         share(members, meter.sent("alice->bob", bob))

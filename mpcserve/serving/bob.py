@@ -37,6 +37,10 @@ from mpcserve.serving.spool import Spool
 from mpcserve.serving.together import PATIENCE_S, Member, evaluate_members, share
 from mpcserve.transport import Channel, Link
 
+HALF_S = 5.0
+"""For so long a request that alice runs already may be without its owner's half for bob: it has a
+place that others wait for."""
+
 
 class Bob(OnlineServer):
     """The server that follows."""
@@ -97,7 +101,7 @@ class Bob(OnlineServer):
     def _evaluate(self, request: Request) -> None:
         """Of a request that waits for its turn: alice says later what becomes of it."""
         alice = request.channel
-        with self._claimed(request) as me:
+        with self._claimed(request, self.deadlines.round) as me:
             alice.send_message({"type": "met"})
             what = "the bundle to use"
             run = Message(alice.receive_message(what, request.deadline.left()), alice.peer)
@@ -114,14 +118,16 @@ class Bob(OnlineServer):
             try:
                 prepared = stack.enter_context(self._bundle_of(request))
             except Exception:
-                with self._claimed(request):  # whose error it is, too
+                with self._claimed(request, HALF_S):  # whose error it is, too
                     raise
-            self._lead(request, stack.enter_context(self._claimed(request)), prepared)
+            me = stack.enter_context(self._claimed(request, HALF_S))
+            self._lead(request, me, prepared)
 
     @contextmanager
-    def _claimed(self, request: Request) -> Iterator[Member]:
+    def _claimed(self, request: Request, patience: float) -> Iterator[Member]:
         """What the data owner asked under this id; when the block ends he gets his report."""
-        with self.meeting.claim(request.id, "the data owner", self.deadlines.round) as me:
+        timeout = min(patience, self.deadlines.round)
+        with self.meeting.claim(request.id, "the data owner", timeout) as me:
             yield me
             # An error of its own is told to its owner: it must not end what alice still reads.
             if me.error is None:
@@ -139,8 +145,11 @@ class Bob(OnlineServer):
                         digest = member.request.message.text("digest")
                         check_digest(live.plan, digest, "the data owner", self.role)
             meter = Meter(alice.link)
-            evaluate_members(live, prepared, members, alice, self.deadlines.round)
-            share(members, meter.sent("bob->alice", alice))
+            try:
+                evaluate_members(live, prepared, members, alice, self.deadlines.round)
+                share(members, meter.sent("bob->alice", alice))
+            finally:
+                self.ledger.spend(prepared.bundle.id)
 
     @contextmanager
     def _bundle_of(self, request: Request) -> Iterator[BobHalf]:
@@ -160,8 +169,6 @@ class Bob(OnlineServer):
         except Exception:
             half.abandon()
             raise
-        finally:
-            self.ledger.spend(bundle)
         give_back(half.nbytes)
 
     def _fresh_half(self, request: Request, live: Live, bundle: bytes) -> BobHalf:
