@@ -203,6 +203,48 @@ def test_message_and_data_are_not_confused(network: Network) -> None:
         into.receive(3, "result", WAIT)
 
 
+@pytest.mark.parametrize("size", [0, 1, 1000, 1 << 20])
+def test_data_may_follow_a_message_in_its_packet(network: Network, size: int) -> None:
+    alice, bob = network.pair()
+    stream, data = new_id(), bytes(range(256)) * (size // 256) + bytes(size % 256)
+    out, into = bob.channel(stream), alice.channel(stream)
+    for i in range(3):
+        out.send_message({"i": i}, bytearray(data))
+        assert into.receive_message("message", WAIT) == {"i": i}
+        assert into.receive(size, "data", WAIT) == data
+    assert out.payload_sent == into.payload_received == 3 * size
+
+
+def test_what_is_next_is_known_before_it_is_taken(network: Network) -> None:
+    alice, bob = network.pair()
+    stream = new_id()
+    out, into = bob.channel(stream), alice.channel(stream)
+    with pytest.raises(PeerTimeout, match=r"waited 0\.05 s for her turn from bob at"):
+        into.message_is_next("her turn", 0.05)
+    out.send_message({"i": 1}, b"abc")
+    for _ in range(2):
+        assert into.message_is_next("her turn", WAIT)
+    assert into.receive_message("message", WAIT) == {"i": 1}
+    for _ in range(2):
+        assert not into.message_is_next("data", WAIT)
+    assert into.receive(3, "data", WAIT) == b"abc"
+    out.fail(Refused("no more"))
+    with pytest.raises(Refused, match="no more"):
+        into.message_is_next("her turn", WAIT)
+
+
+def test_a_peer_that_lives_answers_and_one_that_does_not_is_silent(network: Network) -> None:
+    alice, bob = network.pair()
+    assert alice.answers(WAIT) and bob.answers(WAIT)
+    stuck = threading.Event()
+    heard = bob.receiver.hand_on
+    bob.receiver.hand_on = lambda *received: stuck.wait(WAIT) and heard(*received)  # type: ignore[method-assign]
+    began = time.monotonic()
+    assert not alice.answers(0.2) and 0.2 <= time.monotonic() - began < WAIT / 2
+    stuck.set()
+    assert alice.answers(WAIT)
+
+
 def test_a_message_over_its_limit_is_refused_here(network: Network) -> None:
     _, bob = network.pair()
     channel = bob.channel(new_id())

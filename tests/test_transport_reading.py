@@ -330,3 +330,27 @@ def test_an_ended_link_touches_no_file_that_was_opened_since(network: Network) -
             with pytest.raises(BlockingIOError):
                 theirs.recv(1)
             assert ours.recv(100) == b"for nobody else"
+
+
+def test_who_expects_to_attend_rings_no_bell_then(network: Network) -> None:
+    """The reader thread has given way; if nobody comes it reads again, soon."""
+    alice, bob = network.pair()
+    out = bob.channel(new_id())
+    into, reading, rung = alice.channel(out.stream), alice.reading, []
+    interrupt = alice.receiver.interrupt
+
+    def ringing() -> None:
+        rung.append(reading)
+        interrupt()
+
+    alice.receiver.interrupt = ringing  # type: ignore[method-assign]
+    into.expect_to_attend()
+    assert len(rung) == 1 and not reading._needed.is_set()
+    with into.attended():
+        out.send(b"abc")
+        assert into.receive(3, "data", WAIT) == b"abc"
+    assert reading._needed.is_set()
+    into.expect_to_attend()
+    assert reading._needed.wait(WAIT)
+    out.send(b"def")
+    assert into.receive(3, "data", WAIT) == b"def"

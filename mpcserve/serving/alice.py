@@ -3,6 +3,7 @@
 infer     data owner → alice, bob      alice takes a bundle and tells bob which; both evaluate
 deploy    model owner → alice, bob     all three stage, alice commits, bob and carol follow
 prepare   alice → bob                  both prepare a bundle; bob has carol deal to him (halves.py)
+reserve   alice → bob                  both write down ids of bundles to come (reserve.py)
 """
 
 from __future__ import annotations

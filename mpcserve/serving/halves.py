@@ -15,7 +15,7 @@ alice asks him to `load` the bundle or tells him to `run` a request with it.
 from __future__ import annotations
 
 import secrets
-import threading
+from contextlib import suppress
 from typing import Any
 
 from mpcserve.errors import MpcError
@@ -52,7 +52,7 @@ class AliceHalf(Preparation):
         admitted: bool,
     ) -> None:
         super().__init__(live.program, id, bob.link, "alice expands it herself", slots)
-        self._ledger, self._admitting, self._admitted = ledger, threading.Lock(), admitted
+        self._ledger, self._admitted = ledger, admitted
         self._deployment = live.deployment.id
         self.fresh = False  # bob has not heard of it
         self._bob: Channel | None = bob
@@ -60,10 +60,9 @@ class AliceHalf(Preparation):
 
     def admit(self) -> None:
         """To the ledger, unless that was done. Raises: Refused."""
-        with self._admitting:
-            if not self._admitted:
-                self._ledger.admit(self.bundle.id, self._deployment)
-                self._admitted = True
+        if not self._admitted:
+            self._ledger.admit(self.bundle.id, self._deployment)
+            self._admitted = True
 
     @property
     def whole(self) -> bool:
@@ -107,7 +106,6 @@ class AliceHalf(Preparation):
         with failing(bob):
             self.fill()
             self.settle(timer.facts())
-            self.admit()
             theirs = receive_message(bob, "prepared", "bob's half of a bundle", self._timeout)
             self.nbytes = max(self.nbytes, theirs.size("nbytes", 1 << 62))
         bob.close()
@@ -242,7 +240,8 @@ class BobHalf(Preparation):
             if not self.small:
                 self._conclude()
         if self._alice is not None:
-            self._alice.send_message({"type": "prepared"})
+            with suppress(MpcError):  # she may be done with it
+                self._alice.send_message({"type": "prepared"})
             self._alice.close()
 
     def facts(self) -> dict[str, Any]:
