@@ -159,12 +159,7 @@ class Inbox:
         Raises: the error the stream ended with.
         """
         with self._lock:
-            while not self._items:
-                if self._end is not None:
-                    raise self._end()
-                if not self._came.wait(deadline - time.monotonic()):
-                    return None
-            return isinstance(self._items[0], tuple)
+            return isinstance(self._items[0], tuple) if self._comes(deadline) else None
 
     def take_message(self, deadline: float) -> dict[str, object] | int | None:
         """The next message; None after the deadline; a count of bytes if DATA is next.
@@ -172,11 +167,8 @@ class Inbox:
         Raises: the error the stream ended with.
         """
         with self._lock:
-            while not self._items:
-                if self._end is not None:
-                    raise self._end()
-                if not self._came.wait(deadline - time.monotonic()):
-                    return None
+            if not self._comes(deadline):
+                return None
             first = self._items[0]
             if isinstance(first, bytearray):
                 return len(first) - self._start
@@ -185,6 +177,15 @@ class Inbox:
             return first[0]
 
     # ── helpers, `_lock` held ──
+
+    def _comes(self, deadline: float) -> bool:
+        """Wait until something is there. Raises: the error the stream ended with."""
+        while not self._items:
+            if self._end is not None:
+                raise self._end()
+            if not self._came.wait(deadline - time.monotonic()):
+                return False
+        return True
 
     def _collect(self, chunk: memoryview) -> memoryview:
         """Append to the last block; the part that did not fit."""
