@@ -94,7 +94,8 @@ class Half(Preparation):
                     assert self.go_on.wait(WAIT)
                 yield instruction, material
 
-        self._program = _Program(live.plan, some)  # type: ignore[assignment]
+        made = _Program(live.plan, live.program.bundle, some)
+        self._program = made  # type: ignore[assignment]
 
     def work(self) -> None:
         self.fill()
@@ -102,8 +103,8 @@ class Half(Preparation):
 
 
 class _Program:
-    def __init__(self, plan: Any, materials: Any) -> None:
-        self.plan, self.materials = plan, materials
+    def __init__(self, plan: Any, bundle: Any, materials: Any) -> None:
+        self.plan, self.bundle, self.materials = plan, bundle, materials
 
     def plan_of(self, slots: int) -> Any:
         return self.plan

@@ -349,7 +349,8 @@ def test_who_expects_to_attend_rings_no_bell_then(network: Network) -> None:
     with into.attended():
         out.send(b"abc")
         assert into.receive(3, "data", WAIT) == b"abc"
-    assert reading._needed.is_set()
+    assert not reading._needed.is_set(), "nobody opens streams to this side, and it asks nothing"
+    assert reading._needed.wait(WAIT)
     into.expect_to_attend()
     assert reading._needed.wait(WAIT)
     out.send(b"def")

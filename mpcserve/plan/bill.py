@@ -38,16 +38,19 @@ class Bill:
         return self.bytes["alice->bob"] + self.bytes["bob->alice"]
 
 
+def result_bytes(plan: Plan) -> int:
+    """A server's last message to the data owner: its share of the outputs, and their tag."""
+    values = [plan.value(o.id) for o in plan.outputs]
+    return TAG_BYTES + sum(packed_bytes(value.size, value.width) for value in values)
+
+
 def bill_of(plan: Plan) -> Bill:
     """Sum the costs of all instructions, inputs and outputs."""
     costs = [cost_of(plan, i.id) for i in plan.instructions]
     online = sum(sum(c.rounds) for c in costs)
     dealt = sum(c.dealt for c in costs)
     upload = sum(packed_bytes(plan.value(i.id).size, plan.value(i.id).width) for i in plan.inputs)
-    download = TAG_BYTES + sum(
-        packed_bytes(plan.value(o.id).size, plan.value(o.id).width) for o in plan.outputs
-    )
-    seeds = SEED_BYTES * len(plan.inputs)
+    download = SEED_BYTES * len(plan.inputs) + result_bytes(plan)
     return Bill(
         rounds=schedule_of(plan).rounds,
         bytes={
@@ -57,8 +60,8 @@ def bill_of(plan: Plan) -> Bill:
             "carol->bob": dealt,
             "client->alice": upload,
             "client->bob": upload,
-            "alice->client": seeds + download,
-            "bob->client": seeds + download,
+            "alice->client": download,
+            "bob->client": download,
         },
         dealt_bytes=dealt,
     )

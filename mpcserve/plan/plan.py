@@ -202,6 +202,11 @@ class Plan:
                 yield f"on the client: {how} of {len(classes)} classes in {o.name!r} (public)"
 
     @cached_property
+    def ring_bits(self) -> int:
+        """Bits of the widest ring that an instruction works in."""
+        return max(max(i.value.width, int(i.attrs.get("ring", 0))) for i in self.instructions)
+
+    @cached_property
     def weights(self) -> dict[str, int]:
         """Name → value id of every secret weight, in plan order."""
         return {i.attrs["name"]: i.id for i in self.instructions if i.op == "weight"}

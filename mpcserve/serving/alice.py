@@ -20,7 +20,7 @@ from mpcserve.plan.store import plan_bytes
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import ID_BYTES, Deployment
-from mpcserve.serving.evaluation import Live, bring_to_life
+from mpcserve.serving.evaluation import ASIDE_S, Live, bring_to_life
 from mpcserve.serving.gate import Gate
 from mpcserve.serving.halves import AliceHalf, is_small
 from mpcserve.serving.links import Wiring
@@ -60,7 +60,7 @@ class Alice(OnlineServer):
         """Requests that alice leads."""
         return {
             **super().routes(),
-            "infer": Route(("data-owner",), self._infer),
+            "infer": Route(("data-owner",), self._infer, attends=ASIDE_S),
             "deploy": Route(("model-owner",), self._deploy),
             "await-bundles": Route(OWNERS, self._await_bundles),
         }
@@ -181,7 +181,7 @@ class Alice(OnlineServer):
                     "type": "run",
                     "deployment": live.deployment.id.hex(),
                     "digest": live.plan.digest,
-                    "bundle": prepared.bundle.id.hex(),
+                    "bundle": prepared.id.hex(),
                     "fresh": prepared.fresh,
                     "with": [id.hex() for id in others],
                 }
@@ -191,7 +191,7 @@ class Alice(OnlineServer):
             evaluate_members(live, prepared, members, bob, self.deadlines.round)
         finally:
             bob.on_failure = lambda error: None
-            self.ledger.spend(prepared.bundle.id)
+            self.ledger.spend(prepared.id)
             prepared.leave()
         share(members, meter.sent("alice->bob", bob))
 

@@ -13,7 +13,7 @@ from mpcserve.errors import PeerLost, PeerTimeout, Refused
 from mpcserve.protocol import ServerProgram
 from mpcserve.randomness import KEY_BYTES
 from mpcserve.serving.deployment import Deployment
-from mpcserve.serving.evaluation import Live, bring_to_life
+from mpcserve.serving.evaluation import ASIDE_S, Live, bring_to_life
 from mpcserve.serving.halves import BobHalf, Dealing, is_small
 from mpcserve.serving.heap import give_back
 from mpcserve.serving.links import Wiring
@@ -36,6 +36,7 @@ from mpcserve.serving.server import DECISION_S, OWNERS, Route
 from mpcserve.serving.spool import Spool
 from mpcserve.serving.together import PATIENCE_S, Member, evaluate_members, share
 from mpcserve.transport import Channel, Link
+from mpcserve.transport.reading import BRIEF_S
 
 HALF_S = 5.0
 """For so long a request that alice runs already may be without its owner's half for bob: it has a
@@ -63,10 +64,10 @@ class Bob(OnlineServer):
         """Owners' requests wait for alice's half, which may come first."""
         return {
             **super().routes(),
-            "infer": Route(("data-owner",), self._park),
+            "infer": Route(("data-owner",), self._park, attends=ASIDE_S),
             "deploy": Route(("model-owner",), self._park),
             "evaluate": Route(("alice",), self._evaluate),
-            "run": Route(("alice",), self._run),
+            "run": Route(("alice",), self._run, attends=BRIEF_S),
             "prepare": Route(("alice",), self._prepare),
             "reserve": Route(("alice",), self._reserve),
             "load": Route(("alice",), self._load),
@@ -149,7 +150,7 @@ class Bob(OnlineServer):
                 evaluate_members(live, prepared, members, alice, self.deadlines.round)
                 share(members, meter.sent("bob->alice", alice))
             finally:
-                self.ledger.spend(prepared.bundle.id)
+                self.ledger.spend(prepared.id)
 
     @contextmanager
     def _bundle_of(self, request: Request) -> Iterator[BobHalf]:
@@ -241,7 +242,7 @@ class Bob(OnlineServer):
         try:
             half.finish()
         except Exception as e:
-            self.shelf.fail(half.bundle.id, named_error(e))
+            self.shelf.fail(half.id, named_error(e))
             raise
         alice.send_message({"type": "prepared", "nbytes": half.nbytes})
 

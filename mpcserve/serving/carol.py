@@ -80,7 +80,8 @@ class Carol(Server):
         self._wait_for_turn(request)
         try:
             timer = Timer.start()
-            for corrections in in_blocks(found.dealer.deal(request.id, slots), halves.BLOCK_BYTES):
+            pieces = found.dealer.deal(request.id, slots)
+            for corrections in in_blocks(pieces, halves.BLOCK_BYTES, halves.FIRST_BYTES):
                 bob.send(corrections, fresh=True)
             wall, cpu = timer.seconds()
         finally:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mpcserve.config import Config, load_config
 from mpcserve.errors import ConfigError, Refused, WireError
-from mpcserve.plan.bill import SEED_BYTES, bill_of
+from mpcserve.plan.bill import SEED_BYTES, result_bytes
 from mpcserve.plan.plan import Output, Plan
 from mpcserve.plan.store import load_plan, plan_bytes, plan_from_bytes
 from mpcserve.plan.weights import load_weights, weights_path
@@ -194,7 +194,7 @@ class Client:
         self, name: str, plan: Plan, rows: Sequence[NDArray[np.floating[Any]]], profile: bool
     ) -> tuple[list[Array], dict[str, Any]]:
         began, timeout = time.perf_counter(), self._config.deadlines.request + GRACE
-        size = bill_of(plan).bytes["alice->client"] - SEED_BYTES * len(plan.inputs)
+        size = result_bytes(plan)
         with self._request("data-owner") as both:
             meters = [Meter(c.link) for c in both.channels]
             request = {"type": "infer", "model": name, "digest": plan.digest, "profile": profile}

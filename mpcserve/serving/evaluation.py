@@ -122,10 +122,14 @@ def evaluate(
     with client.attended(ASIDE_S):
         peer.expect_to_attend()
         prepared.admit()
+        if prepared.at_once:
+            prepared.start()
         say_ready(client, plan, bundle.input_seeds)
-        prepared.start()
+        if not prepared.small:
+            prepared.start()
         with blaming(peer):
             inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
+        prepared.start()  # of a small one the dealer has sent all by now
         timer = Timer.start()
         mine = bundle.input_tag(0, inputs)
         with peer.attended(standby_of(prepared), brisk=True):
@@ -183,19 +187,22 @@ def receive_inputs(plan: Plan, client: Channel, timeout: Callable[[], float]) ->
     return inputs
 
 
-def in_blocks(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
-    """The same bytes in the same order; pieces are joined until there are `size` bytes."""
+def in_blocks(pieces: Iterable[Buffer], size: int, first: int | None = None) -> Iterator[Buffer]:
+    """The same bytes in the same order; pieces are joined until there are `size` bytes.
+
+    Or so many for the `first`, and twice as many each time up to `size`.
+    """
     waiting: list[Buffer] = []
-    count = 0
+    count, enough = 0, min(first or size, size)
     for piece in pieces:
         if not waiting and len(piece) >= size:
             yield piece
             continue
         waiting.append(piece)
         count += len(piece)
-        if count >= size:
+        if count >= enough:
             yield piece if len(waiting) == 1 else b"".join(waiting)
-            waiting, count = [], 0
+            waiting, count, enough = [], 0, min(2 * enough, size)
     if waiting:
         yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
 

@@ -61,8 +61,13 @@ class AliceHalf(Preparation):
     def admit(self) -> None:
         """To the ledger, unless that was done. Raises: Refused."""
         if not self._admitted:
-            self._ledger.admit(self.bundle.id, self._deployment)
+            self._ledger.admit(self.id, self._deployment)
             self._admitted = True
+
+    @property
+    def at_once(self) -> bool:
+        """What is small, bob takes longer to hear of than this takes."""
+        return self.small
 
     @property
     def whole(self) -> bool:
@@ -90,7 +95,7 @@ class AliceHalf(Preparation):
                 {
                     "type": "load",
                     "deployment": self._deployment.hex(),
-                    "bundle": self.bundle.id.hex(),
+                    "bundle": self.id.hex(),
                 }
             )
             receive_message(bob, "loading", "word of a spooled bundle", self._timeout)
@@ -122,7 +127,7 @@ class AliceHalf(Preparation):
             return  # he has not heard of it, or only with the request; he has dropped it
         try:
             channel = self._link.channel(secrets.token_bytes(ID_BYTES))
-            channel.send_message({"type": "drop", "bundle": self.bundle.id.hex()})
+            channel.send_message({"type": "drop", "bundle": self.id.hex()})
             channel.close()
         except MpcError as error:
             log.debug("bob was not told to drop a bundle: %s", error)
@@ -130,6 +135,9 @@ class AliceHalf(Preparation):
 
 BLOCK_BYTES = 32 << 10
 """Corrections are sent and received in blocks of about this size: each block wakes bob."""
+
+FIRST_BYTES = 1 << 10
+"""Of the first block; each is twice as large as the one before. Bob begins while carol goes on."""
 
 
 class Dealing:
@@ -142,7 +150,7 @@ class Dealing:
         self.total = live.dealt_bytes(slots)
         self._deadline, self._timeout = deadline, timeout
         self._meter = Meter(carol.link)
-        self._asked = 0
+        self._asked, self._block = 0, min(FIRST_BYTES, BLOCK_BYTES)
         self._dealt: Message | None = None
         deployment = live.deployment
         carol.send_message(
@@ -153,10 +161,12 @@ class Dealing:
                 "slots": slots,
             }
         )
+        self._begun = False
         self._rest = memoryview(b"")  # received, not taken yet
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Wait for the first of them; as long as it takes her, if it is not her turn yet."""
+        self._begun = True
         if self.carol.message_is_next(self._awaited, self._deadline.left(self._timeout)):
             first = receive_message(self.carol, None, self._awaited, self._timeout)
             if first.text("type") == "waiting":
@@ -170,11 +180,14 @@ class Dealing:
 
     def take(self, n: int) -> memoryview:
         """The next n bytes."""
+        if not self._begun:
+            self._begin()
         missing = n - len(self._rest)
         if missing <= 0:
             taken, self._rest = self._rest[:n], self._rest[n:]
             return taken
-        block = self._receive(max(missing, min(BLOCK_BYTES, self.total - self._asked)))
+        block = self._receive(max(missing, min(self._block, self.total - self._asked)))
+        self._block = min(2 * self._block, BLOCK_BYTES)
         taken = block[:missing]
         if self._rest:
             taken = memoryview(bytearray(self._rest) + taken)
@@ -188,6 +201,8 @@ class Dealing:
 
     def end(self) -> dict[str, Any]:
         """When all have come: what they cost."""
+        if not self._begun:
+            self._begin()
         dealt = self._dealt or receive_message(
             self.carol, "dealt", "the end of dealing", self._timeout
         )
@@ -221,7 +236,6 @@ class BobHalf(Preparation):
         """Have carol deal it now, and prepare it from the disk when that is wanted."""
         timer = Timer.start()
         with failing(self._dealing.carol):
-            self._dealing.begin()
             self._spooled = spool.write(self._dealing.total, self._dealing.take)
             self.add_facts(merged(timer.facts(), self._dealing.end()))
 
@@ -234,7 +248,6 @@ class BobHalf(Preparation):
             self.settle(timer.facts())
             return
         with failing(self._dealing.carol):
-            self._dealing.begin()
             self.fill(self._dealing.take)
             self._took = timer.facts()
             if not self.small:

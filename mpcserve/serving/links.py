@@ -56,6 +56,7 @@ class Wiring:
             on_stream=hooks.on_stream,
             on_error=hooks.on_error,
             on_closed=hooks.on_closed,
+            attends=hooks.attends,
             insecure_plaintext=self.insecure_plaintext,
             options=self._options(),
         )
@@ -71,6 +72,7 @@ class Wiring:
             on_stream=hooks.on_stream,
             on_error=hooks.on_error,
             on_closed=hooks.on_closed,
+            attends=hooks.attends,
             insecure_plaintext=self.insecure_plaintext,
             options=self._options(),
         )

@@ -21,6 +21,7 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class _Offer(Generic[T]):
     value: T
+    over: threading.Condition  # `done`, or there is an `error`
     claimed: bool = False
     done: bool = False
     error: MpcError | None = None
@@ -32,23 +33,26 @@ class Meeting(Generic[T]):
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._offers: dict[bytes, _Offer[T]] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._offered = threading.Condition(self._lock)
 
     def offer(self, id: bytes, value: T, claimer: str, timeout: float) -> None:
         """Wait until `value` is claimed, then until its claimer is done.
 
         Raises: PeerTimeout when nobody claims it; the claimer's error; Refused.
         """
-        mine = _Offer(value)
-        with self._changed:
+        mine = _Offer(value, threading.Condition(self._lock))
+        with self._lock:
             self._admit(id, mine)
             try:
-                if not self._changed.wait_for(lambda: mine.claimed or mine.error, timeout):
+                # Nobody is woken to learn that he was claimed.
+                mine.over.wait_for(lambda: mine.done or mine.error, timeout)
+                if not (mine.claimed or mine.error):
                     raise PeerTimeout(
                         f"{claimer} did not take up request {id.hex()} in {timeout:.1f} s",
                         f"was the request sent to {claimer} too, and can she be reached?",
                     )
-                self._changed.wait_for(lambda: mine.done or mine.error)
+                mine.over.wait_for(lambda: mine.done or mine.error)
             finally:
                 del self._offers[id]
         if mine.error:
@@ -60,15 +64,14 @@ class Meeting(Generic[T]):
 
         Raises: PeerTimeout naming who did not offer it.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._unclaimed(id), timeout):
+        with self._lock:
+            if not self._offered.wait_for(lambda: self._unclaimed(id), timeout):
                 raise PeerTimeout(
                     f"{offerer} did not send this half of request {id.hex()} in {timeout:.1f} s",
                     f"is {offerer} still there, and is `deadlines.round` long enough?",
                 )
             offer = self._offers[id]
             offer.claimed = True
-            self._changed.notify_all()
         error: MpcError | None = None
         try:
             yield offer.value
@@ -76,17 +79,17 @@ class Meeting(Generic[T]):
             error = named_error(e)
             raise error from None
         finally:
-            with self._changed:
+            with self._lock:
                 offer.done, offer.error = True, error
-                self._changed.notify_all()
+                offer.over.notify()
 
     def refuse_all(self, error: MpcError) -> None:
         """End every wait for a claim."""
-        with self._changed:
+        with self._lock:
             for offer in self._offers.values():
                 if not offer.claimed:
                     offer.error = error
-            self._changed.notify_all()
+                    offer.over.notify()
 
     def __len__(self) -> int:
         return len(self._offers)
@@ -98,7 +101,7 @@ class Meeting(Generic[T]):
         if waiting >= self._capacity:
             raise Refused(f"busy: {waiting} requests wait already", "try again later")
         self._offers[id] = offer
-        self._changed.notify_all()
+        self._offered.notify_all()
 
     def _unclaimed(self, id: bytes) -> bool:
         offer = self._offers.get(id)

@@ -158,7 +158,8 @@ class Pool(Generic[T]):
             with self._changed:
                 self._evaluating -= 1
                 self._quiet_at = time.monotonic() + QUIET_S
-                self._changed.notify_all()
+                if any(map(self._wish, self._stocks.values())):  # who has none is not woken
+                    self._changed.notify_all()
 
     def drop(self, link: Hashable) -> None:
         """Forget every bundle agreed on over `link`."""

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from mpcserve.errors import MpcError, PeerTimeout, Refused
 from mpcserve.plan.plan import Plan
-from mpcserve.protocol import OUTPUTS, ServerProgram, size_of
+from mpcserve.protocol import OUTPUTS, Bundle, ServerProgram, size_of
 from mpcserve.serving.log import named_error
 from mpcserve.serving.report import merged
 from mpcserve.serving.request import Deadline
@@ -63,12 +63,13 @@ class Preparation(ABC):
     def __init__(
         self, program: ServerProgram, id: bytes, link: Link, awaited: str, slots: int = 1
     ) -> None:
-        self.bundle = program.bundle(id, self, slots)
+        self.id, self.slots = id, slots
         self.link = link
         self.nbytes = 0
         self.small = False
         self._done = False
         self._program, self._awaited = program, awaited
+        self._bundle: Bundle | None = None
         self._parts: dict[int, Any] = {}
         self._facts: dict[str, Any] = {}
         self._begun = self._filled = False
@@ -78,9 +79,23 @@ class Preparation(ABC):
         self._changed = threading.Condition()
 
     @property
+    def bundle(self) -> Bundle:
+        """What evaluates with it: made when the evaluation first asks for it."""
+        with self._changed:
+            if self._bundle is None:
+                self._bundle = self._program.bundle(self.id, self, self.slots)
+            return self._bundle
+
+    @property
     def alive(self) -> bool:
         """Whether the link is."""
         return self.link.reason is None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether to prepare it before the data owner hears that this server is ready: it waits for
+        nobody, and the other server is not ready any sooner."""
+        return False
 
     @property
     def whole(self) -> bool:
@@ -89,10 +104,10 @@ class Preparation(ABC):
 
     @property
     def _plan(self) -> Plan:
-        return self._program.plan_of(self.bundle.slots)
+        return self._program.plan_of(self.slots)
 
     def __repr__(self) -> str:
-        return f"Preparation({self.bundle.id.hex()}, {self.nbytes} bytes, whole={self.whole})"
+        return f"Preparation({self.id.hex()}, {self.nbytes} bytes, whole={self.whole})"
 
     # -- the thread that prepares -----------------------------------------------------------------
 
@@ -121,7 +136,8 @@ class Preparation(ABC):
 
     def fill(self, take: Take | None = None) -> None:
         """Prepare all materials; bob takes dealt bytes. Raises: Refused when it was given up."""
-        for id, material in self._program.materials(self.bundle.id, take, self.bundle.slots):
+        self.bundle.seals  # noqa: B018  made now, as there is time
+        for id, material in self._program.materials(self.id, take, self.slots):
             size = size_of(material)
             with self._changed:
                 self._check()
@@ -129,7 +145,6 @@ class Preparation(ABC):
                 self.nbytes += size
                 if self._wanted == id:  # to wake a thread for each would cost more than they do
                     self._changed.notify_all()
-        self.bundle.seals  # noqa: B018  made now, as there is time
 
     def settle(self, facts: Mapping[str, Any]) -> None:
         """What it cost, beside what is known already: all is prepared on this side."""
@@ -147,7 +162,7 @@ class Preparation(ABC):
         with self._changed:
             if self._error is not None:
                 return
-            id = self.bundle.id.hex()
+            id = self.id.hex()
             self._error = error or Refused(f"bundle {id} was given up", "take another one")
             self._parts.clear()
             self._changed.notify_all()

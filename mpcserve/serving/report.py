@@ -77,7 +77,7 @@ def client_report(
     return {
         "model": model,
         "plan_digest": plan.digest,
-        "ring_bits": max(max(i.value.width, i.attrs.get("ring", 0)) for i in plan.instructions),
+        "ring_bits": plan.ring_bits,
         "batch": plan.batch,
         "evaluations": 1,
         "rounds": alice["rounds"],
@@ -117,9 +117,9 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, dict):
                 total[key] = merged(total.get(key, {}), value)
-            elif isinstance(value, str | list):
+            elif isinstance(value, (str, list)):
                 total[key] = value
             else:
                 total[key] = total.get(key, 0) + value
@@ -130,7 +130,7 @@ def portion(facts: Mapping[str, Any], members: int) -> dict[str, Any]:
     """One request's part of what an evaluation of several took: of bytes and CPU, not of time."""
     part: dict[str, Any] = {}
     for key, value in facts.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             part[key] = {name: -(-v // members) for name, v in value.items()}
         elif key.endswith("cpu_seconds"):
             part[key] = value / members

@@ -34,10 +34,14 @@ _REPORTED = ("infer", "deploy")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which certificates may make a request, and what is done."""
+    """Which certificates may make a request, and what is done.
+
+    `attends`: within so many seconds its link is attended (see `transport.reading`).
+    """
 
     roles: tuple[str, ...]
     handle: Callable[[Request], None]
+    attends: float = 0.0
 
 
 class Server(ABC):
@@ -55,7 +59,7 @@ class Server(ABC):
         self.store = Store(wiring.config.state / wiring.role / "deployments")
         self.listener: Listener | None = None
         self._wiring = wiring
-        self._hooks = Hooks(self._on_stream, self._on_error, self._on_closed)
+        self._hooks = Hooks(self._on_stream, self._on_error, self._on_closed, self._attends)
         self._routes = {**self.routes(), "stats": Route(OWNERS, self._stats)}
         self._started = time.time()
         self._changing = threading.Lock()
@@ -186,6 +190,10 @@ class Server(ABC):
             channel.peer,
             time.monotonic() - began,
         )
+
+    def _attends(self, message: Mapping[str, object]) -> float:
+        route = self._routes.get(str(message.get("type")))
+        return route.attends if route else 0.0
 
     def _route(self, kind: str, peer: str) -> Route:
         route = self._routes.get(kind)

@@ -14,7 +14,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from mpcserve.config import Address
@@ -62,6 +62,7 @@ def connect(
     on_stream: OnStream | None = None,
     on_error: Callable[[Exception], None] | None = None,
     on_closed: Callable[[Link, MpcError], None] | None = None,
+    attends: Callable[[Mapping[str, object]], float] = _NO_HOOKS.attends,
     insecure_plaintext: bool = False,
     options: LinkOptions = _DEFAULT,
 ) -> Link:
@@ -95,7 +96,7 @@ def connect(
         _expect(link.peer, role_expected, where)
 
     made_of = Connected(sock, codec, role, peer, str(where), True, admit, counters)
-    link = Link(made_of, Hooks(on_stream, on_error, on_closed), options)
+    link = Link(made_of, Hooks(on_stream, on_error, on_closed, attends), options)
     link.start()
     try:
         link.wait_open(deadline - time.monotonic())
@@ -126,6 +127,7 @@ class Listener:
         on_stream: OnStream | None = None,
         on_error: Callable[[Exception], None] | None = None,
         on_closed: Callable[[Link, MpcError], None] | None = None,
+        attends: Callable[[Mapping[str, object]], float] = _NO_HOOKS.attends,
         insecure_plaintext: bool = False,
         options: LinkOptions = _DEFAULT,
     ) -> None:
@@ -133,7 +135,7 @@ class Listener:
         self._make, self._role = _security(where, tls, role, insecure_plaintext)
         self._on_link = on_link
         self._accept_roles = frozenset(accept_roles)
-        self._hooks = Hooks(on_stream, on_error, self._forget)
+        self._hooks = Hooks(on_stream, on_error, self._forget, attends)
         self._on_closed = on_closed
         self._options = options
         self._lock = threading.Lock()

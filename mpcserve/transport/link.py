@@ -110,7 +110,7 @@ class Link:
             self._overrun,
             self.sender.let_codec_answer,
         )
-        self.reading = Reading(self.receiver, self._tick)
+        self.reading = Reading(self.receiver, self._tick, asked=hooks.on_stream is None)
         self._reader = threading.Thread(target=self._run, daemon=True)
 
     # ── for everyone ──
@@ -235,6 +235,7 @@ class Link:
             self._give_up_at = time.monotonic() + flush + linger
             self._reason = reason
             self.receiver.deaf = True
+        self.reading.resume()
         for channel in self._streams.all():
             self._end_stream_for(channel, reason, told)
             channel.on_failure(_again(reason))
@@ -361,6 +362,8 @@ class Link:
         if not channel.inbox.put_message(event.message, event.size):
             self._overrun(channel, "sent messages that nobody read")
         elif is_new and self._hooks.on_stream is not None and self._streams.take(channel):
+            if seconds := self._hooks.attends(event.message):
+                self.reading.give_way(seconds)
             self._handle(channel, self._hooks.on_stream)
 
     def _on_credit(self, event: Credit) -> None:

@@ -48,11 +48,14 @@ class Hooks:
         when it returns and failed when it raises.
     on_error: every error of the peer or of a callback that nobody is waiting for; for the log.
     on_closed: once, with the reason, when an established link has ended.
+    attends: seconds within which `on_stream` attends this stream, which begins with that message,
+        or another of its link; 0: it may not. Quick: the thread that reads asks.
     """
 
     on_stream: Callable[[Channel], None] | None = None
     on_error: Callable[[Exception], None] | None = None
     on_closed: Callable[[Link, MpcError], None] | None = None
+    attends: Callable[[Mapping[str, object]], float] = lambda message: 0.0
 
     def report(self, error: Exception) -> None:
         """Hand an error to `on_error`."""

@@ -47,11 +47,16 @@ class Source(Protocol):
 
 
 class Reading:
-    """Whose turn it is to read from a source. `tick`: seconds that a read waits."""
+    """Whose turn it is to read from a source. `tick`: seconds that a read waits.
 
-    def __init__(self, source: Source, tick: float) -> None:
+    `asked`: all that comes is an answer to a stream of this side. While no stream wants anything
+    the reader thread need not come back at once.
+    """
+
+    def __init__(self, source: Source, tick: float, asked: bool = False) -> None:
         self._source = source
         self._tick = tick
+        self._asked = asked
         self._turn = threading.Lock()  # the right to read
         self._lock = threading.Lock()  # of `_attended` and `_relying`
         self._attended: list[object] = []
@@ -63,6 +68,7 @@ class Reading:
         self._ended = False
         self._flowing = False
         self._standby, self._brisk = BRIEF_S, False
+        self._until = 0.0  # for so long the reader thread stands by, unless it is needed
         self._claim = threading.Lock()  # the right to be the next to read
 
     def read(self) -> bool | None:
@@ -70,12 +76,16 @@ class Reading:
 
         Raises: whatever the source raises, also in a thread that read in its place.
         """
-        alone = self._flowing or self._needed.wait(self._standby)
-        if not alone and self._turn.locked():
-            return None
-        if not (alone or self._attended):  # whoever was expected has not come
+        if not (self._flowing or self._needed.wait(self._until - time.monotonic())):
+            now = time.monotonic()
+            if now < self._until:  # somebody attends who was only expected before
+                return None
+            if self._turn.locked():
+                self._until = now + self._standby
+                return None
             with self._lock:
-                self._settle()
+                if not self._attended:  # whoever was expected has not come
+                    self._needed.set()
         with self._claim:
             pass  # whoever was told that it is next is next
         if not self._turn.acquire(timeout=self._tick):
@@ -96,7 +106,8 @@ class Reading:
         """
         with self._lock:
             self._attended.append(stream)
-            self._standby, self._brisk = standby, brisk
+            self._brisk = brisk
+            self._stand_by(standby)
             self._settle()
         try:
             yield
@@ -111,10 +122,21 @@ class Reading:
         What that costs is paid while whoever says so waits for something else.
         """
         with self._lock:
-            if not self._attended and self._is_idle():
-                self._standby = BRIEF_S
+            if not self._attended and self._is_idle() and self._needed.is_set():
+                self._stand_by(BRIEF_S)
                 self._needed.clear()
                 self._source.interrupt()
+
+    def give_way(self, seconds: float) -> None:
+        """The same, said by the thread that reads."""
+        with self._lock:
+            if not self._attended and self._is_idle():
+                self._stand_by(seconds)
+                self._needed.clear()
+
+    def resume(self) -> None:
+        """The reader thread is needed, whoever attends."""
+        self._needed.set()
 
     def begin(self) -> None:
         """Hand on what came before the first read, in turn."""
@@ -203,13 +225,17 @@ class Reading:
             return False
         return True
 
+    def _stand_by(self, seconds: float) -> None:
+        self._standby, self._until = seconds, time.monotonic() + seconds
+
     def _settle(self) -> None:
         self._sole = self._attended[0] if len(self._attended) == 1 else None
-        if self._sole is None or not self._is_idle():
+        if self._sole is not None and self._is_idle():
+            if self._needed.is_set():
+                self._needed.clear()
+                self._source.interrupt()
+        elif self._attended or not (self._asked and self._is_idle()):
             self._needed.set()
-        elif self._needed.is_set():
-            self._needed.clear()
-            self._source.interrupt()
 
     def _is_idle(self) -> bool:
         """Nothing but a stream that is attended needs the reader thread."""

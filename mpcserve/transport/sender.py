@@ -167,11 +167,14 @@ class Sender:
     def end_stream(
         self, out: Outbox, last: bytes, error: Callable[[], MpcError], flush: bool
     ) -> None:
-        """Queue the last frame of a stream, behind what is queued or (`flush` False) instead."""
+        """Send the last frame of a stream, behind what is queued or (`flush` False) instead."""
         with self._lock:
             if not flush and out.frames:
                 self._ring.remove(out)
                 out.drop()
+        if last and self.send_now(out, last, b""):
+            last = b""
+        with self._lock:
             if last:
                 self._put(out, (last, b""))
             self._stop_stream(out, error)
