@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.kernels import median_seconds
-from mpcserve.kernels import linear
+from mpcserve.kernels import linear, linear_weights
 from mpcserve.plan import Plan, bill_of
 from mpcserve.plan.estimate import multiply_adds
 from mpcserve.plan.ops import PRODUCTS
@@ -72,7 +72,7 @@ def _product_speed(bits: int, runs: int) -> float:
     word = np.uint32 if bits == 32 else np.uint64
     rng = np.random.default_rng(1)
     a, b = (rng.integers(0, 2**bits, (SIZE, SIZE), word) for _ in range(2))
-    packed = linear.pack_matmul_b(b)
+    packed = linear_weights.pack_matmul_b(b)
     return SIZE**3 / median_seconds(lambda: linear.matmul(a, packed), runs)
 
 

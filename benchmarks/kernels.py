@@ -30,7 +30,7 @@ import llvmlite  # type: ignore[import-untyped]
 import numba
 import numpy as np
 
-from mpcserve.kernels import linear, linear_panels
+from mpcserve.kernels import linear, linear_panels, linear_weights
 from mpcserve.kernels.linear_bilinear import bilinear_for
 from mpcserve.kernels.linear_image import geometry_of
 from mpcserve.ring import Words
@@ -128,7 +128,7 @@ def measure_matmul(left: Shape, right: Shape, runs: int) -> dict[str, Any]:
     work: dict[str, Callable[[], object]] = {}
     for dtype in DTYPES:
         a, b = words(dtype, *left), words(dtype, *right)
-        packed, out = linear.pack_matmul_b(b), linear.matmul(a, b)
+        packed, out = linear_weights.pack_matmul_b(b), linear.matmul(a, b)
         work |= _named(
             dtype,
             partial(linear.matmul, a, b),
@@ -148,7 +148,7 @@ def measure_conv(
     how = ((stride, stride), (pad, pad, pad, pad), (1, 1), groups)
     for dtype in DTYPES:
         x, w = words(dtype, *x_shape), words(dtype, *w_shape)
-        packed, out = linear.pack_conv_w(w, groups), linear.conv2d(x, w, *how)
+        packed, out = linear_weights.pack_conv_w(w, groups), linear.conv2d(x, w, *how)
         work |= _named(
             dtype,
             partial(linear.conv2d, x, w, *how),
@@ -157,7 +157,7 @@ def measure_conv(
         )
         by = bilinear_for(geometry_of(x_shape, w_shape, *how), RINGS[dtype])
         if by:
-            packed = linear.pack_conv_w(w, groups, by)
+            packed = linear_weights.pack_conv_w(w, groups, by)
             fewer = partial(_last, linear.conv2d_tiles, x, packed, *how)
             work[f"fewer {dtype.removeprefix('uint')}"] = fewer
     deep = w[0].size
@@ -171,7 +171,7 @@ def measure_conv(
 def measure_calls(runs: int) -> dict[str, float]:
     """Microseconds of calls that have next to nothing to compute."""
     a, x, w = (words("uint64", *shape) for shape in ((4, 4), (1, 1, 4, 4), (1, 1, 3, 3)))
-    b, packed = linear.pack_matmul_b(a), linear.pack_conv_w(w, 1)
+    b, packed = linear_weights.pack_matmul_b(a), linear_weights.pack_conv_w(w, 1)
     how = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
     calls = {
         "matmul": partial(linear.matmul, a, a),

@@ -27,7 +27,7 @@ _BLOCK = 16
 Buffer = bytes | bytearray | memoryview
 _ZEROS = bytes(1 << 18)
 _NONE = np.empty(0, np.uint8)
-_AHEAD = 32 << 10
+_AHEAD = 8 << 10
 """Bytes made at once: a call of AES costs as much as a few KiB of it."""
 
 
@@ -127,12 +127,17 @@ class Stream:
         """The next `count` 64-bit words. Shapes: [count]."""
         return self._read(count * 8).view(np.uint64)
 
+    def uniform(self, count: int, width: int) -> Words:
+        """Words of which the low `width` bits are what `masks` draws. Shapes: [count]."""
+        word = word_type(width)
+        words: Words = self._read(count * (4 if word is np.uint32 else 8)).view(word)
+        return words
+
     def masks(self, shape: tuple[int, ...], width: int) -> Words:
         """Uniform values mod 2^width, one word of stream each. Shapes: `shape`."""
-        word = word_type(width)
-        words: Words = self._read(prod(shape) * (4 if word is np.uint32 else 8)).view(word)
+        words = self.uniform(prod(shape), width)
         if width not in (HALF_BITS, WORD_BITS):
-            words &= word((1 << width) - 1)
+            words &= words.dtype.type((1 << width) - 1)
         return words.reshape(shape)
 
     def planes(self, count: int, size: int) -> Words:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from mpcserve.kernels import linear_patches
-from mpcserve.kernels.linear import TILE_OUTPUTS, conv2d, conv2d_tiles, pack_conv_w
+from mpcserve.kernels.linear import TILE_OUTPUTS, conv2d, conv2d_tiles
 from mpcserve.kernels.linear_bilinear import KARATSUBA, TOOM, Bilinear, bilinear_for
 from mpcserve.kernels.linear_image import Geometry, geometry_of
 from mpcserve.kernels.linear_micro import KC
 from mpcserve.kernels.linear_panels import ROWS
 from mpcserve.kernels.linear_patches import Layout
+from mpcserve.kernels.linear_weights import pack_conv_w
 from mpcserve.ring import Words
 from tests.linear_support import (
     DTYPES,

@@ -108,6 +108,29 @@ def test_mask_facts_equal_integer_arithmetic(width: int) -> None:
         assert int(top[k]) == (s % 2**width) >> (width - 1)
 
 
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("own", [np.uint32, np.uint64])
+@pytest.mark.parametrize("width", [1, 2, 17, 31, 32, 33, 64])
+def test_what_a_selection_is_dealt_equals_integer_arithmetic(
+    width: int, own: type, above: bool
+) -> None:
+    """Also of masks of which higher bits are set: those do not count."""
+    word, wrap = word_type(width), 2 ** (8 * np.dtype(own).itemsize)
+    values = np.array([*EDGES, *range(3)], np.uint64).astype(word)
+    a, b, beta = np.array(list(itertools.product(values, values, (0, 1))), np.uint64).T
+    size = a.size
+    mine, rest = np.empty(2 * size, own), np.empty(3 * size if above else 0, own)
+    mine[:size] = beta
+    local.select_facts(a.astype(word), b.astype(word), width, mine, rest)
+    for k in range(size):
+        x, y, bit = int(a[k]) % 2**width, int(b[k]) % 2**width, int(beta[k])
+        total, carry = (x + y) % 2**width, (x + y) >> width
+        top = total >> (width - 1)
+        assert (int(mine[k]), int(mine[size + k])) == (bit, bit * total % wrap)
+        if above:
+            assert rest[k::size].tolist() == [carry, top, bit * top]
+
+
 def finish(
     z: np.ndarray, rest: np.ndarray, lam: np.ndarray, ring: int, truncate: int, leader: bool
 ) -> np.ndarray:

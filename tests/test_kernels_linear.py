@@ -15,15 +15,20 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike
 
-from mpcserve.kernels import linear, linear_image, linear_micro, linear_panels, linear_runs
+from mpcserve.kernels import (
+    linear,
+    linear_image,
+    linear_micro,
+    linear_panels,
+    linear_runs,
+)
 from mpcserve.kernels.linear import (
     conv2d,
     conv2d_tiles,
     matmul,
     matmul_tiles,
-    pack_conv_w,
-    pack_matmul_b,
 )
+from mpcserve.kernels.linear_weights import pack_conv_w, pack_matmul_b
 from mpcserve.ring import Words
 from tests.linear_support import (
     DTYPES,
@@ -381,7 +386,7 @@ def test_kernels_run_side_by_side_in_threads(draw: Draw) -> None:
 
 OTHER_MACHINE = """
 import numpy as np
-from mpcserve.kernels import linear, linear_panels
+from mpcserve.kernels import linear, linear_panels, linear_weights
 from mpcserve.kernels.linear_bilinear import KARATSUBA, TOOM
 
 assert not linear_panels.NATIVE
@@ -393,7 +398,7 @@ for m, k, n in ((1, 9, 4), (7, 600, 13), (6, 3, 8), (13, 1100, 5), (8, 20, 33), 
     for dtype in (np.uint64, np.uint32):
         a, b = a.astype(dtype), b.astype(dtype)
         assert np.array_equal(linear.matmul(a, b), a @ b)
-        assert np.array_equal(linear.matmul(a, linear.pack_matmul_b(b)), a @ b)
+        assert np.array_equal(linear.matmul(a, linear_weights.pack_matmul_b(b)), a @ b)
 for dtype in (np.uint64, np.uint32):
     x, w = (rng.integers(0, 2**64, s, np.uint64) for s in ((1, 9, 19, 33), (14, 9, 3, 3)))
     x[:, :3], w[:, :3] = rng.choice(edges, (3, 19, 33)), rng.choice(edges, (3, 3, 3))
@@ -401,7 +406,7 @@ for dtype in (np.uint64, np.uint32):
     expected = linear.conv2d(x, w, pads=(1, 0, 2, 1))
     for by in (KARATSUBA, TOOM):
         ring = np.array(2 ** (8 * x.itemsize - by.spare) - 1, dtype)
-        got = linear.conv2d(x, linear.pack_conv_w(w, 1, by), pads=(1, 0, 2, 1))
+        got = linear.conv2d(x, linear_weights.pack_conv_w(w, 1, by), pads=(1, 0, 2, 1))
         assert np.array_equal(got, expected & ring)
 print("same")
 """

@@ -43,6 +43,18 @@ def test_packed_values_are_one_long_little_endian_integer(width: int, size: int)
     assert packing.joined(mine, bytes(packed), width).tolist() == sums
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("width", range(1, 65))
+def test_differences_are_packed_as_they_are_mod_2_to_the_width(width: int, size: int) -> None:
+    """Bits above the width do not count."""
+    x, y = (words(seed, size, 64).astype(word_type(width)) for seed in (width, 100 + size))
+    differences = [(int(a) - int(b)) % 2**width for a, b in zip(x, y, strict=True)]
+    before = x.copy()
+    packed = packing.pack_difference(x, y, width)
+    assert packing.unpack(packed, size, width).tolist() == differences
+    assert np.array_equal(x, before)
+
+
 @pytest.mark.parametrize("width", [3, 8, 9, 25, 30, 31, 33, 40, 57, 59, 63])
 def test_values_are_packed_wherever_they_begin_and_bytes_wherever_they_lie(width: int) -> None:
     x = words(width, 203, width)

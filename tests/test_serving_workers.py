@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpcserve.config import Address, Config, Limits, Servers
-from mpcserve.kernels import linear
+from mpcserve.kernels import linear, linear_weights
 from mpcserve.kernels.linear_bilinear import KARATSUBA
 from mpcserve.protocol import Together
 from mpcserve.protocol.walk import Walk
@@ -59,13 +59,13 @@ def test_tiles_that_are_computed_ahead_are_the_product(
     x, w = (rng.integers(0, 1 << 32, s).astype(word) for s in ((2, 3, 90, 90), (40, 3, 3, 3)))
     conv = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
     for tiles, whole in (
-        (linear.matmul_tiles(a, linear.pack_matmul_b(b), workers.run), a @ b),
+        (linear.matmul_tiles(a, linear_weights.pack_matmul_b(b), workers.run), a @ b),
         (
-            linear.conv2d_tiles(x, linear.pack_conv_w(w, 1), *conv, workers.run),
+            linear.conv2d_tiles(x, linear_weights.pack_conv_w(w, 1), *conv, workers.run),
             linear.conv2d(x, w, *conv),
         ),
         (
-            linear.conv2d_tiles(x, linear.pack_conv_w(w, 1, KARATSUBA), *conv, workers.run),
+            linear.conv2d_tiles(x, linear_weights.pack_conv_w(w, 1, KARATSUBA), *conv, workers.run),
             linear.conv2d(x, w, *conv),
         ),
     ):

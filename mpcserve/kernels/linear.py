@@ -19,7 +19,7 @@ megabytes for a usual model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mpcserve.kernels import linear_micro as micro
-from mpcserve.kernels.linear_bilinear import PLANES, Bilinear, weigh
+from mpcserve.kernels.linear_bilinear import PLANES, Bilinear
 from mpcserve.kernels.linear_image import (
     TABLES,
     Band,
@@ -41,6 +41,11 @@ from mpcserve.kernels.linear_micro import KC, Index, aligned, scratch_words
 from mpcserve.kernels.linear_panels import ROWS, lanes_of
 from mpcserve.kernels.linear_patches import Layout
 from mpcserve.kernels.linear_runs import ROWS_MAX, Runs, multiply_runs, scratch_for
+from mpcserve.kernels.linear_weights import (
+    Packed,
+    check_types,
+    lanes_for,
+)
 from mpcserve.kernels.tasks import Run, Task, one_by_one
 from mpcserve.ring import WORD_BITS, Words
 
@@ -53,29 +58,6 @@ _Tile = tuple[int, int, int, int]  # items first : last, and of each its rows fi
 Tile = tuple[int, Words]
 """(index, words): the words of a flat product from an index on, until the next tile is asked for.
 """
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Packed:
-    """A weight in the order in which the kernels read it; made by pack_matmul_b and pack_conv_w.
-
-    The order is that of this machine's kernels: it lives as long as the process, not in files.
-    """
-
-    shape: tuple[int, ...]
-    groups: int  # of a convolution; 0 for the right operand of a matmul
-    words: Words = field(repr=False)
-    by: Bilinear | None = field(default=None, repr=False)  # computes with fewer products
-
-    @property
-    def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """uint64 or uint32."""
-        return self.words.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return int(self.words.nbytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -162,7 +144,10 @@ def matmul(a: Words, b: Words | Packed, *, ring: int = WORD_BITS) -> Words:
 
     Shapes: [..., m, k] and [..., k, n] → [..., m, n]; leading dimensions broadcast.
     """
-    out = np.empty(_matmul_shape(a.shape, b.shape), a.dtype)
+    shape = _matmul_shape(a.shape, b.shape)
+    if isinstance(b, Packed) and (form := _form_of(a, b, ring)):
+        return _in_one_go(a, b, form).reshape(shape)
+    out = np.empty(shape, a.dtype)
     for task in _matmul(a, b, _Room(out.reshape(-1)), ring):
         task()
     return out
@@ -172,6 +157,8 @@ def matmul_tiles(
     a: Words, b: Words | Packed, run: Run = one_by_one, *, ring: int = WORD_BITS
 ) -> Iterator[Tile]:
     """matmul(a, b) front to back, tile by tile; `run` may compute some ahead."""
+    if isinstance(b, Packed) and (form := _form_of(a, b, ring)):
+        return iter(((0, _in_one_go(a, b, form)),))
     return run(_matmul(a, b, _Room(None, run is not one_by_one), ring))
 
 
@@ -213,57 +200,6 @@ def conv2d_tiles(
     return run(_conv2d(x, w, shape, _Room(None, run is not one_by_one), ring))
 
 
-def pack_matmul_b(b: Words) -> Packed:
-    """The right operand of a matmul, [..., k, n], for many products."""
-    _check(b.dtype)
-    *lead, deep, wide = b.shape
-    lanes = _lanes_of(b)
-    return Packed(b.shape, 0, _pack(b.reshape(prod(lead), deep, wide), lanes, lanes))
-
-
-def pack_conv_w(w: Words, groups: int, by: Bilinear | None = None) -> Packed:
-    """The weight of a convolution, [O, C / groups, kh, kw], for many products.
-
-    `by`: with strides and dilations of 1 and 3×3 taps, by fewer products. It takes four times the
-    memory, and the results are right mod 2^(bits − by.spare).
-    """
-    _check(w.dtype)
-    assert w.shape[0] % groups == 0
-    if by:
-        planes = weigh(w, by).reshape(PLANES, groups, -1, w.shape[1]).transpose(1, 0, 3, 2)
-        return Packed(w.shape, groups, _pack(planes.reshape(-1, *planes.shape[2:]), ROWS, 1), by)
-    rows = w.reshape(groups, w.shape[0] // groups, prod(w.shape[1:]))
-    return Packed(w.shape, groups, _pack(rows.swapaxes(1, 2), ROWS, 1))
-
-
-def _pack(source: Words, lanes: int, fill: int) -> Words:
-    """[items, deep, wide] → KC rows after KC rows, panel by panel of `lanes` columns.
-
-    A last panel of fewer columns is filled up to a multiple of `fill`.
-    """
-    items, deep, wide = source.shape
-    full = wide // lanes
-    whole, rest = full * lanes, wide % lanes
-    last = -(-rest // fill) * fill
-    packed = aligned(items * deep * (whole + last), source.dtype)
-    out = packed.reshape(items, deep * (whole + last))
-    for k0 in range(0, deep, KC):
-        depth = min(KC, deep - k0)
-        rows, block = source[:, k0 : k0 + depth], out[:, : depth * (whole + last)]
-        panels = block[:, : whole * depth].reshape(items, full, depth, lanes)
-        panels[...] = rows[..., :whole].reshape(items, depth, full, lanes).swapaxes(1, 2)
-        cut = block[:, whole * depth :].reshape(items, depth, last)
-        cut[..., :rest], cut[..., rest:] = rows[..., whole:], 0
-        out = out[:, depth * (whole + last) :]
-    return packed
-
-
-def _check(*dtypes: np.dtype[np.unsignedinteger]) -> None:
-    """Are these the dtypes of the operands of one product?"""
-    assert dtypes.count(dtypes[0]) == len(dtypes), f"operands of different dtypes: {dtypes}"
-    assert dtypes[0] in (np.uint64, np.uint32), f"neither uint64 nor uint32: {dtypes[0]}"
-
-
 def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     assert len(a) >= 2 and len(b) >= 2 and a[-1] == b[-2], (a, b)
     if len(b) == 2:
@@ -272,7 +208,7 @@ def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _matmul(a: Words, b: Words | Packed, room: _Room, ring: int) -> Iterator[Task[Tile]]:
-    _check(a.dtype, b.dtype)
+    check_types(a.dtype, b.dtype)
     shape = _matmul_shape(a.shape, b.shape)
     if prod(shape) == 0 or a.shape[-1] == 0:
         yield lambda: (0, room.zeros(prod(shape), a.dtype))
@@ -296,10 +232,70 @@ def _matmul(a: Words, b: Words | Packed, room: _Room, ring: int) -> Iterator[Tas
         yield partial(fill, tile)
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What `_in_one_go` tells the kernel: it follows from shapes."""
+
+    outputs: int
+    scratch: int
+    in_strip: Index
+    left: tuple[int, int, int]
+    sizes: tuple[int, int, int, int, int, int]
+    tile: _Tile
+
+
+def _form_of(a: Words, b: Packed, ring: int) -> _Form | None:
+    """Of rows that lie in order by a packed matrix, if there are so few that they are one tile.
+
+    In a small model it takes longer to find the way to the kernel than the kernel takes.
+    """
+    if not (a.flags.c_contiguous and a.flags.aligned):
+        return None
+    check_types(a.dtype, b.dtype)
+    assert a.shape[-1] == b.shape[-2], (a.shape, b.shape)
+    return _small_form(a.size, b.shape, b.groups, b.dtype, ring)
+
+
+@lru_cache(maxsize=TABLES)
+def _small_form(
+    size: int, shape: tuple[int, ...], groups: int, dtype: np.dtype[Any], ring: int
+) -> _Form | None:
+    assert groups == 0, "packed for conv2d"
+    if len(shape) != 2 or shape[1] < 2 or not size:
+        return None
+    deep, wide = shape
+    rows = size // deep
+    tiles = list(_tiles(1, rows, wide, deep, False))
+    if len(tiles) > 1:
+        return None
+    return _Form(
+        rows * wide,
+        scratch_words(dtype, rows, deep, True),
+        grid((KC,), (lanes_of(dtype),)),
+        (0, deep, 1),
+        (1, deep, wide, rows, wide, ring),
+        tiles[0],
+    )
+
+
+_FIRST = grid((), ())
+_NONE = grid((0,), (0,))
+
+
+def _in_one_go(a: Words, b: Packed, form: _Form) -> Words:
+    """a @ b, flat."""
+    out = np.empty(form.outputs, a.dtype)
+    micro.multiply(
+        a.reshape(-1), _FIRST, b.words, _FIRST, _NONE, _NONE, out, _FIRST,
+        np.empty(form.scratch, a.dtype), form.in_strip, form.left, form.sizes, form.tile,
+    )  # fmt: skip
+    return out
+
+
 def _conv2d(
     x: Words, w: Words | Packed, g: Geometry, room: _Room, ring: int
 ) -> Iterator[Task[Tile]]:
-    _check(x.dtype, w.dtype)
+    check_types(x.dtype, w.dtype)
     if prod(g.out_shape) == 0 or g.deep == 0:
         yield lambda: (0, room.zeros(prod(g.out_shape), x.dtype))
         return
@@ -435,15 +431,10 @@ def _right_of(b: Words | Packed, lead: tuple[int, ...]) -> _Right:
     return _Right(words, grid(lead, steps[:-2]), deep, wide, offs, base, False, wide == 1, runs)
 
 
-def _lanes_of(b: Words | Packed) -> int:
-    """Columns of a panel of a right operand; a single column is packed as it is."""
-    return lanes_of(b.dtype) if b.shape[-1] > 1 else 1
-
-
 def _item_steps(b: Packed, dimensions: int) -> tuple[int, ...]:
     """From one packed right operand to the next in each leading dimension, 0 if broadcast."""
     deep, wide = b.shape[-2:]
-    lanes = _lanes_of(b)
+    lanes = lanes_for(b)
     steps, step = [0] * dimensions, deep * -(-wide // lanes) * lanes
     for axis, size in zip(reversed(range(dimensions)), reversed(b.shape[:-2]), strict=False):
         steps[axis] = step if size > 1 else 0

@@ -34,6 +34,13 @@ def _pairs(template: str) -> tuple[str, ...]:
     return (*_signatures(narrow), template.replace("W", "uint64").replace("V", "uint64"))
 
 
+_FACTS = tuple(
+    f"void({w}[::1], {w}[::1], int64, {v}[::1], {v}[::1])"
+    for w in ("uint32", "uint64")
+    for v in ("uint32", "uint64")
+)
+
+
 @part
 def _pack_done(out: Words, packed: int, done: int, first: int, width: int, space: Bytes) -> int:
     """Pack out[packed:done], or what of it ends on a whole byte; how far that is."""
@@ -96,6 +103,27 @@ def mask_facts(a: Words, b: Words, width: int, total: Words, carry: Words, top: 
         total[k] = s
         carry[k] = T(s < x)
         top[k] = T(s >> high)
+
+
+@kernel(*_FACTS)
+def select_facts(a: Words, b: Words, width: int, own: Words, above: Words) -> None:
+    """What carol deals of λ = λ_A + λ_B (mod 2^width) to be selected by a bit.
+
+    own: β, as numbers, to which β·λ is added; above, unless it is empty: carry, λ_msb and β·λ_msb
+    (see `mask_facts`). Shapes: own [2·N], above [3·N] or [0].
+    """
+    T, V, size = a.dtype.type, own.dtype.type, a.size
+    mask = T(_ALL >> np.uint64(64 - width))
+    high = T(width - 1)
+    for k in range(size):
+        own[size + k] = V(own[k] * V(T(T(a[k] + b[k]) & mask)))
+    if above.size:
+        for k in range(size):
+            x = T(a[k] & mask)
+            s = T(T(x + b[k]) & mask)
+            above[k] = V(s < x)
+            above[size + k] = V(T(s >> high))
+            above[2 * size + k] = V(own[k] * V(T(s >> high)))
 
 
 @kernel(*_signatures("void(W[::1], W[::1], boolean, int64, W[::1])"))

@@ -157,12 +157,35 @@ def pack(x: Words, width: int) -> memoryview:
     return packed_bytes(space)
 
 
+@kernel(
+    "void(uint64[::1], uint64[::1], int64, uint8[::1])",
+    "void(uint32[::1], uint32[::1], int64, uint8[::1])",
+)
+def _pack_difference(x: Words, y: Words, width: int, out: Bytes) -> None:
+    """`y`, which nobody reads afterwards, holds the difference then."""
+    T = x.dtype.type
+    mask = T(_ALL >> np.uint64(64 - width))
+    for k in range(x.size):
+        y[k] = T(T(x[k] - y[k]) & mask)
+    pack_from(place_of(y, 0), y.size, width, place_of(out, 0))
+
+
+def pack_difference(x: Words, y: Words, width: int) -> memoryview:
+    """pack(x − y mod 2^width, width), in one pass. Overwrites y. Shapes: x, y [N]."""
+    if width in (HALF_BITS, WORD_BITS):
+        return memoryview(np.subtract(x, y, out=y).view(np.uint8).data)
+    space = packed_space(x.size, width)
+    _pack_difference(x, y, width, space)
+    return packed_bytes(space)
+
+
 def unpack(data: Buffer, count: int, width: int) -> Words:
     """Inverse of `pack`; may alias `data` where that is writable. Shapes: [count]."""
     raw, word = _raw(data, count, width), word_type(width)
     if width in (HALF_BITS, WORD_BITS):
-        aligned = raw.ctypes.data % word().itemsize == 0 and raw.flags.writeable
-        return (raw if aligned else raw.copy()).view(word)
+        words: Words = raw.view(word)
+        flags = words.flags
+        return words if flags.aligned and flags.writeable else words.copy()
     out = np.empty(count, word)
     _unpack(raw, width, False, out)
     return out

@@ -227,8 +227,8 @@ def _sign_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
 
 
 def _select_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
-    dealt = 2 * packed_bytes(size, width) * len(attrs["widths"])
-    dealt += sum(3 * packed_bytes(size, max(width - read, 0)) for read in attrs["widths"])
+    dealt = packed_bytes(2 * size, width) * len(attrs["widths"])
+    dealt += sum(packed_bytes(3 * size, max(width - read, 0)) for read in attrs["widths"])
     return Cost((packed_bytes(size, width),), dealt)
 
 

@@ -97,10 +97,13 @@ class DealIO:
         return Mask(self.a.planes(count, size), self.b.planes(count, size))
 
     def deal(self, value: Words, width: int) -> None:
-        """Share a value that carol knows: alice draws her part, bob is sent the correction."""
-        part = self.a.masks(value.shape, width)
-        correction = np.asarray(as_words(value, width) - part)
-        self.corrections.append(packing.pack(reduce(correction, width), width))
+        """Share a value that carol knows: alice draws her part, bob is sent the correction.
+
+        Only its low `width` bits count.
+        """
+        flat = np.ascontiguousarray(as_words(value, width)).reshape(-1)
+        part = self.a.uniform(flat.size, width)
+        self.corrections.append(packing.pack_difference(flat, part, width))
 
     def deal_bits(self, planes: Words, size: int) -> None:
         """The same for bit planes over Z_2. Shapes: [count, ceil(size / 64)]."""

@@ -80,8 +80,7 @@ class Carol(Server):
         self._wait_for_turn(request)
         try:
             timer = Timer.start()
-            pieces = found.dealer.deal(request.id, slots)
-            for corrections in in_blocks(pieces, halves.BLOCK_BYTES, halves.FIRST_BYTES):
+            for corrections in in_blocks(found.dealer.deal(request.id, slots), halves.BLOCK_BYTES):
                 bob.send(corrections, fresh=True)
             wall, cpu = timer.seconds()
         finally:

@@ -125,11 +125,9 @@ def evaluate(
         if prepared.at_once:
             prepared.start()
         say_ready(client, plan, bundle.input_seeds)
-        if not prepared.small:
-            prepared.start()
+        prepared.start()
         with blaming(peer):
             inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
-        prepared.start()  # of a small one the dealer has sent all by now
         timer = Timer.start()
         mine = bundle.input_tag(0, inputs)
         with peer.attended(standby_of(prepared), brisk=True):
@@ -187,22 +185,19 @@ def receive_inputs(plan: Plan, client: Channel, timeout: Callable[[], float]) ->
     return inputs
 
 
-def in_blocks(pieces: Iterable[Buffer], size: int, first: int | None = None) -> Iterator[Buffer]:
-    """The same bytes in the same order; pieces are joined until there are `size` bytes.
-
-    Or so many for the `first`, and twice as many each time up to `size`.
-    """
+def in_blocks(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
+    """The same bytes in the same order; pieces are joined until there are `size` bytes."""
     waiting: list[Buffer] = []
-    count, enough = 0, min(first or size, size)
+    count = 0
     for piece in pieces:
         if not waiting and len(piece) >= size:
             yield piece
             continue
         waiting.append(piece)
         count += len(piece)
-        if count >= enough:
+        if count >= size:
             yield piece if len(waiting) == 1 else b"".join(waiting)
-            waiting, count, enough = [], 0, min(2 * enough, size)
+            waiting, count = [], 0
     if waiting:
         yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
 

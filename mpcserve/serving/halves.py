@@ -136,9 +136,6 @@ class AliceHalf(Preparation):
 BLOCK_BYTES = 32 << 10
 """Corrections are sent and received in blocks of about this size: each block wakes bob."""
 
-FIRST_BYTES = 1 << 10
-"""Of the first block; each is twice as large as the one before. Bob begins while carol goes on."""
-
 
 class Dealing:
     """Corrections of one bundle as carol sends them to bob, on the stream `carol`: she is asked."""
@@ -150,7 +147,7 @@ class Dealing:
         self.total = live.dealt_bytes(slots)
         self._deadline, self._timeout = deadline, timeout
         self._meter = Meter(carol.link)
-        self._asked, self._block = 0, min(FIRST_BYTES, BLOCK_BYTES)
+        self._asked = 0
         self._dealt: Message | None = None
         deployment = live.deployment
         carol.send_message(
@@ -186,8 +183,7 @@ class Dealing:
         if missing <= 0:
             taken, self._rest = self._rest[:n], self._rest[n:]
             return taken
-        block = self._receive(max(missing, min(self._block, self.total - self._asked)))
-        self._block = min(2 * self._block, BLOCK_BYTES)
+        block = self._receive(max(missing, min(BLOCK_BYTES, self.total - self._asked)))
         taken = block[:missing]
         if self._rest:
             taken = memoryview(bytearray(self._rest) + taken)

@@ -23,16 +23,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpcserve.kernels import linear, local, packing
+from mpcserve.kernels import linear, linear_weights, local, packing
 from mpcserve.kernels.linear_bilinear import Bilinear, bilinear_for
 from mpcserve.kernels.linear_image import geometry_of
 from mpcserve.kernels.tasks import Run, one_by_one
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.protocol.opening import open_packed
 from mpcserve.protocol.parties import DealIO, Known, Mask, PrepareIO, Side, Steps
-from mpcserve.ring import Words, as_words, reduce, word_type
+from mpcserve.ring import Words, as_words, word_type
 
-Operand = Words | linear.Packed
+Operand = Words | linear_weights.Packed
 Pair = tuple[int, int]
 Pads = tuple[int, int, int, int]
 
@@ -64,11 +64,12 @@ def layout_of(plan: Plan, i: Instruction, index: int) -> Hashable:
 def ready(plan: Plan, i: Instruction, index: int, w: Words) -> Operand:
     """Lay a fixed operand out for the kernel, once per deployment, in words of the ring."""
     w = as_words(w, i.attrs["ring"])
+    w = np.asarray(w, order="C")
     if index == 1 and i.op == "matmul":
-        return linear.pack_matmul_b(np.ascontiguousarray(w))
+        return linear_weights.pack_matmul_b(w)
     if index == 1 and i.op == "conv":
-        return linear.pack_conv_w(np.ascontiguousarray(w), i.attrs["groups"], _bilinear(plan, i))
-    return np.asarray(w, order="C")
+        return linear_weights.pack_conv_w(w, i.attrs["groups"], _bilinear(plan, i))
+    return w
 
 
 def _bilinear(plan: Plan, i: Instruction) -> Bilinear | None:
@@ -125,7 +126,7 @@ def deal(
     else:
         index, operand = fixed
         gamma = _whole(i, *_pair(index, operand, masks[1 - index].total(ring)))
-    io.deal(reduce(gamma, ring), ring)
+    io.deal(gamma, ring)
     return io.mask(i.value.shape, i.value.width)
 
 

@@ -113,17 +113,15 @@ def evaluate_extend(
 
 
 def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
-    """For each pair deal β, β·λ and, if the result is wider, carry, λ_msb and β·λ_msb."""
-    n = i.value.width
+    """For each pair deal β with β·λ and, if the result is wider, carry with λ_msb and β·λ_msb."""
+    n, size = i.value.width, i.value.size
     for bit, x, m in zip(masks[::2], masks[1::2], i.attrs["widths"], strict=True):
-        beta = np.empty(i.value.size, word_type(n))
-        bits.unslice_bit(bit.a ^ bit.b, beta)
-        total, carry, top = (as_words(v, n) for v in _mask_facts(x, m))
-        io.deal(beta, n)
-        io.deal(beta * total, n)
+        own, above = (np.empty(count, word_type(n)) for count in (2 * size, 3 * size * (n > m)))
+        bits.unslice_bit(bit.a ^ bit.b, own[:size])
+        local.select_facts(_flat(x.a, m), _flat(x.b, m), m, own, above)
+        io.deal(own, n)
         if n > m:
-            for v in (carry, top, beta * top):
-                io.deal(v, n - m)
+            io.deal(above, n - m)
     return io.mask(i.value.shape, n)
 
 
@@ -138,7 +136,7 @@ def prepare_select(
     pairs = []
     for half, m, parts, mask in zip(halves[1::2], widths, dealt, masks, strict=True):
         beta, cross, carry, top, beta_top = parts
-        zero, one = (np.empty(size, word_type(n)) for _ in range(2))
+        zero, one = np.empty(size, word_type(n)), cross  # which is not read any more
         tops = np.empty((2, size), local.tops_type(m, n))
         local.ready_pair(
             np.ascontiguousarray(half).reshape(-1),
@@ -160,11 +158,11 @@ def prepare_select(
 
 def _dealt(io: PrepareIO, i: Instruction, m: int) -> tuple[Words, ...]:
     """β, β·λ, carry, λ_msb, β·λ_msb; where no wrap can be lost β stands for the last three."""
-    n, shape = i.value.width, (i.value.size,)
-    beta, cross = io.dealt(shape, n), io.dealt(shape, n)
+    n, size = i.value.width, i.value.size
+    beta, cross = io.dealt((2, size), n)
     if n <= m:
         return beta, cross, beta, beta, beta
-    return beta, cross, *(as_words(io.dealt(shape, n - m), n) for _ in range(3))
+    return beta, cross, *as_words(io.dealt((3, size), n - m), n)
 
 
 def evaluate_select(
