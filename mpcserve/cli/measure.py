@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import statistics
@@ -82,6 +83,9 @@ def _measured(
     from mpcserve.serving.inputs import check_inputs, raw_batches
 
     plan = compiled.plan
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # a data owner has no compiler in memory whose objects are searched for garbage
     check_inputs(plan, inputs, "error")
     cut = list(raw_batches(plan, inputs))
     samples: list[Sample] = []

@@ -80,8 +80,8 @@ class Reading:
             now = time.monotonic()
             if now < self._until:  # somebody attends who was only expected before
                 return None
+            self._until = now + self._standby  # for after it was interrupted, too
             if self._turn.locked():
-                self._until = now + self._standby
                 return None
             with self._lock:
                 if not self._attended:  # whoever was expected has not come
