@@ -332,26 +332,115 @@ def test_an_ended_link_touches_no_file_that_was_opened_since(network: Network) -
             assert ours.recv(100) == b"for nobody else"
 
 
-def test_who_expects_to_attend_rings_no_bell_then(network: Network) -> None:
-    """The reader thread has given way; if nobody comes it reads again, soon."""
-    alice, bob = network.pair()
-    out = bob.channel(new_id())
-    into, reading, rung = alice.channel(out.stream), alice.reading, []
-    interrupt = alice.receiver.interrupt
+def rung(link: Link) -> list[str]:
+    """Names of the threads that ring for the one that reads this link, from now on."""
+    names, interrupt = [], link.receiver.interrupt
 
     def ringing() -> None:
-        rung.append(reading)
+        names.append(threading.current_thread().name)
         interrupt()
 
-    alice.receiver.interrupt = ringing  # type: ignore[method-assign]
+    link.receiver.interrupt = ringing  # type: ignore[method-assign]
+    return names
+
+
+def test_who_expects_to_attend_rings_no_bell_then(network: Network) -> None:
+    """The reader thread has given way; if nobody comes it reads again, soon."""
+    alice, bob = network.pair(alice=echo)
+    out = bob.channel(new_id())
+    into, reading, bells = alice.channel(out.stream), alice.reading, rung(alice)
     into.expect_to_attend()
-    assert len(rung) == 1 and not reading._needed.is_set()
+    assert len(bells) == 1 and not reading._needed.is_set()
     with into.attended():
         out.send(b"abc")
         assert into.receive(3, "data", WAIT) == b"abc"
-    assert not reading._needed.is_set(), "nobody opens streams to this side, and it asks nothing"
-    assert reading._needed.wait(WAIT)
+    assert reading._needed.is_set()
     into.expect_to_attend()
     assert reading._needed.wait(WAIT)
     out.send(b"def")
     assert into.receive(3, "data", WAIT) == b"def"
+
+
+def test_a_reader_gives_way_to_a_stream_that_will_be_attended(network: Network) -> None:
+    """It does not read on after the first message of such a stream, so no bell need be rung; if
+    nobody attends in time, it reads what has come."""
+    bells: list[str] = []
+    answered = threading.Event()
+
+    def serve(channel: Channel) -> None:
+        message = channel.receive_message("a request", WAIT)
+        if message["attended"]:
+            time.sleep(0.02)  # the reader is done with the message
+            with channel.attended():
+                channel.send(channel.receive(3, "data", WAIT))
+            return
+        assert not channel.link.reading._needed.is_set()
+        channel.send_message({"here": 1})
+        time.sleep(0.3)  # it computes, and reads nothing
+        assert channel.link.reading._needed.is_set() and channel.inbox.queued == 3
+        answered.set()
+
+    alice, bob = network.pair(alice=serve, attends=lambda message: 0.1)
+    bells = rung(alice)
+    asked = bob.channel(new_id())
+    asked.send_message({"attended": True})
+    time.sleep(0.05)
+    asked.send(b"abc")
+    assert asked.receive(3, "data", WAIT) == b"abc"
+    assert bells == []
+    late = bob.channel(new_id())
+    late.send_message({"attended": False})
+    assert late.receive_message("a word", WAIT) == {"here": 1}
+    late.send(b"def")
+    assert answered.wait(WAIT)
+
+
+def test_a_reader_whose_turn_was_taken_over_stands_by_again(network: Network) -> None:
+    """It came to read because the attending thread was busy for long; that is paid for once."""
+    alice, bob = network.pair(alice=echo, bob=echo)
+    out = bob.channel(new_id())
+    into, bells = alice.channel(out.stream), rung(alice)
+    with into.attended(standby=0.2):
+        time.sleep(0.3)  # the reader has come to read
+        assert bells.count(threading.current_thread().name) == 1, "when it began to attend"
+        for _ in range(50):
+            later = threading.Timer(0.001, out.send, (b"abc",))
+            later.start()
+            assert into.receive(3, "data", WAIT) == b"abc"
+            time.sleep(0.001)
+    assert len(bells) <= 4, "one a standby at most"
+
+
+def test_the_reader_of_a_link_on_which_this_side_asks_comes_back_when_relied_on(
+    network: Network,
+) -> None:
+    """Between requests it is not woken; but for whoever waits without attending, and at the end."""
+    _, bob = network.pair(alice=echo)
+    reading = bob.reading
+    for _ in range(3):
+        channel = bob.channel(new_id())
+        channel.send_message({"k": 1})
+        with channel.attended(standby=10.0):
+            assert channel.receive_message("an answer", WAIT) == {"k": 1}
+        assert not reading._needed.is_set()
+    channel = bob.channel(new_id())
+    channel.send_message({"k": 2})
+    began = time.monotonic()
+    assert channel.receive_message("an answer", WAIT) == {"k": 2}
+    with channel.attended(standby=10.0):
+        pass
+    bob.close()
+    assert time.monotonic() - began < 5.0, "neither waits until the reader comes back by itself"
+
+
+def test_the_thread_that_ends_a_stream_says_so_itself(network: Network) -> None:
+    _, bob = network.pair(alice=echo)
+    channel = bob.channel(new_id())
+    channel.send_message({"k": 1})
+    assert channel.receive_message("an answer", WAIT) == {"k": 1}
+    woken, notify = [], bob.sender._work.notify
+    bob.sender._work.notify = lambda n=1: woken.append(notify(n))  # type: ignore[method-assign]
+    channel.close()
+    assert not woken
+    with pytest.raises(PeerLost):
+        channel.send(b"more")

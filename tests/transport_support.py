@@ -10,7 +10,7 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -151,8 +151,12 @@ class Network:
         options: LinkOptions | None = None,
         bob_options: LinkOptions | None = None,
         through: Callable[[str], str] = str,
+        attends: Callable[[Mapping[str, object]], float] = lambda message: 0.0,
     ) -> tuple[Link, Link]:
-        """alice listens, bob connects; `alice` and `bob` serve the streams the other opens."""
+        """alice listens, bob connects; `alice` and `bob` serve the streams the other opens.
+
+        `attends`: of alice's link.
+        """
         options = options or LinkOptions()
         if self.kind == "memory":
             network = self._stack.enter_context(MemoryNetwork(options=options))
@@ -160,7 +164,7 @@ class Network:
                 "bob",
                 "alice",
                 hooks_one=Hooks(bob, self.log.errors.put, self._closed),
-                hooks_other=Hooks(alice, self.log.errors.put, self._closed),
+                hooks_other=Hooks(alice, self.log.errors.put, self._closed, attends),
             )
             return at_alice, at_bob
         plain = self.kind == "plain"
@@ -173,6 +177,7 @@ class Network:
                 on_stream=alice,
                 on_error=self.log.errors.put,
                 on_closed=self._closed,
+                attends=attends,
                 insecure_plaintext=plain,
                 options=options,
             )
