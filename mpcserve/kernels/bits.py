@@ -151,13 +151,19 @@ def pack_planes(planes: Words, size: int) -> memoryview:
     return memoryview(raw[:, : (size + 7) // 8].copy().reshape(-1).data)
 
 
+def _as_words(raw: Bytes) -> Words | None:
+    """The same memory, if words may be read and written there."""
+    words = raw.view(np.uint64)
+    return words if words.flags.aligned and words.flags.writeable else None
+
+
 def unpack_planes(data: bytes | bytearray | memoryview, count: int, size: int) -> Words:
     """Inverse of `pack_planes`. Shapes: [count, ceil(size / 64)]."""
     plane = (size + 7) // 8
     words = (size + 63) // 64
     raw = np.frombuffer(data, np.uint8).reshape(count, plane)
-    if plane == words * 8 and raw.ctypes.data % 8 == 0 and raw.flags.writeable:
-        return raw.view(np.uint64)
+    if plane == words * 8 and (rows := _as_words(raw)) is not None:
+        return rows
     padded = np.zeros((count, words * 8), np.uint8)
     padded[:, :plane] = raw
     return padded.view(np.uint64)
@@ -186,8 +192,8 @@ def unpack_blocks(data: bytes | bytearray | memoryview, count: int, size: int) -
     """Inverse of `pack_blocks`; may alias `data` where that is writable. Shapes: [count · W]."""
     raw = np.frombuffer(data, np.uint8)
     assert raw.size == count * ((size + 7) // 8)
-    if size % _WORD == 0 and raw.ctypes.data % 8 == 0 and raw.flags.writeable:
-        return raw.view(np.uint64)
+    if size % _WORD == 0 and (rows := _as_words(raw)) is not None:
+        return rows
     words = (size + _WORD - 1) // _WORD
     last = (words - 1) % BLOCK + 1
     whole = count * (words - last) * 8

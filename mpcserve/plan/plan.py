@@ -45,11 +45,10 @@ class Value:
     frac_bits: int
     bound: int
     known: str = "proved"
+    size: int = field(init=False, repr=False, compare=False)  # number of elements
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,8 +326,8 @@ class Both:
             channel.send_message(message)
 
     def send(self, data: Buffer, fresh: bool = False) -> None:
-        """The same bytes to both."""
-        for channel in self.channels:
+        """The same bytes to both: first to bob, who says last that he is ready, and is awake."""
+        for channel in reversed(self.channels):
             channel.send(data, fresh)
 
     def ask(self, receive: Callable[[Channel, float], T], timeout: float) -> list[T]:

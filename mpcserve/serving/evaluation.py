@@ -130,12 +130,13 @@ def evaluate(
             inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
         timer = Timer.start()
         mine = bundle.input_tag(0, inputs)
+        timeout = patience(prepared, deadline, round_timeout)
         with peer.attended(standby_of(prepared), brisk=True):
             result, rounds = drive(
                 live.program.evaluate(bundle, inputs, profile),
                 peer,
                 lambda r: live.rounds[r],
-                lambda: deadline.left(round_timeout if prepared.whole else math.inf),
+                timeout,
                 {"type": "inputs", "tag": mine},
                 lambda seconds: check_same_inputs(peer, mine, seconds),
             )
@@ -144,6 +145,20 @@ def evaluate(
     took = {"rounds": rounds, "online_seconds": wall, "online_cpu_seconds": cpu}
     profiles = {"profile": profile.switches()} if profile else {}
     return merged(prepared.facts(), took, profiles)
+
+
+def patience(
+    prepared: Preparation, deadline: Deadline, round_timeout: float
+) -> Callable[[], float]:
+    """Seconds for which to wait for a round now: `round_timeout`, once both halves are whole."""
+    whole = False
+
+    def seconds() -> float:
+        nonlocal whole
+        whole = whole or prepared.whole
+        return deadline.left(round_timeout if whole else math.inf)
+
+    return seconds
 
 
 def say_ready(client: Channel, plan: Plan, seeds: Sequence[bytes]) -> None:

@@ -186,6 +186,8 @@ class Preparation(ABC):
 
         Raises: PeerTimeout naming the instruction; what went wrong in preparing.
         """
+        if (ready := self._parts.pop(id, None)) is not None:
+            return ready
         with self._changed:
             self._wanted = id
             self._wait(lambda: id in self._parts, lambda: _name(self._plan, id))

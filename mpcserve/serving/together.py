@@ -20,6 +20,7 @@ from mpcserve.serving.evaluation import (
     Live,
     drive,
     evaluate,
+    patience,
     receive_inputs,
     say_ready,
     standby_of,
@@ -118,7 +119,7 @@ def evaluate_members(
             ),
             peer,
             lambda r: live.rounds[r],
-            lambda: deadline.left(round_timeout if prepared.whole else float("inf")),
+            patience(prepared, deadline, round_timeout),
         )
     for member, result in zip(members, results, strict=True):
         if result is not None:

@@ -46,6 +46,7 @@ class Inbox:
         self._items: deque[bytearray | tuple[dict[str, object], int]] = deque()
         self._start = 0  # bytes of the first block that were taken already
         self._target = memoryview(b"")  # of the waiting `receive`: what is still to be filled
+        self._asleep = 0  # threads that wait for `_came`
         self._unread = 0  # cost of unread messages
         self._end: Callable[[], MpcError] | None = None
         self.told = False  # the peer said why the stream ended: it was not lost here
@@ -66,7 +67,7 @@ class Inbox:
                 self.consumed += taken
                 chunk = chunk[taken:]
             if not self._target:  # filled; or nobody waits, or somebody for a message
-                self._came.notify_all()
+                self._wake()
             while chunk:
                 chunk = self._collect(chunk)
 
@@ -81,7 +82,7 @@ class Inbox:
                 self.consumed += got.filled
                 self._target = self._target[got.filled :]
                 if not self._target:
-                    self._came.notify_all()
+                    self._wake()
             return got
 
     def put_message(self, message: dict[str, object], size: int) -> bool:
@@ -91,7 +92,7 @@ class Inbox:
                 return False
             self._unread += size + _MESSAGE_COST
             self._items.append((message, size))
-            self._came.notify_all()
+            self._wake()
             return True
 
     def end(self, error: Callable[[], MpcError], drop: bool, told: bool = False) -> None:
@@ -105,7 +106,7 @@ class Inbox:
                 self.queued = self._start = self._unread = 0
             if self._end is None:
                 self._end, self.told = error, told
-            self._came.notify_all()
+            self._wake()
 
     # ── the thread that waits ──
 
@@ -139,7 +140,7 @@ class Inbox:
             while self._target:
                 if self._items or self._end is not None:
                     break
-                if not self._came.wait(deadline - time.monotonic()):
+                if not self._sleep(deadline):
                     break
             count = len(target) - len(self._target)
             self._target = memoryview(b"")
@@ -183,9 +184,21 @@ class Inbox:
         while not self._items:
             if self._end is not None:
                 raise self._end()
-            if not self._came.wait(deadline - time.monotonic()):
+            if not self._sleep(deadline):
                 return False
         return True
+
+    def _sleep(self, deadline: float) -> bool:
+        """Until something comes, or the end; False after the deadline."""
+        self._asleep += 1
+        try:
+            return self._came.wait(deadline - time.monotonic())
+        finally:
+            self._asleep -= 1
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._came.notify_all()
 
     def _collect(self, chunk: memoryview) -> memoryview:
         """Append to the last block; the part that did not fit."""
@@ -292,8 +305,13 @@ class Channel:
             self.grant_credit()
             if full:
                 return target
-            with self._reading(self.inbox.is_short, started + timeout):
-                got = self.inbox.take(target, started + timeout)
+            inbox, until = self.inbox, started + timeout
+            self.link.reading.wait_for(self, inbox.is_short, until)
+            if inbox.is_full():
+                got = inbox.take(target, until)
+            else:  # the link's reader reads
+                with self.link.reading.relied_on():
+                    got = inbox.take(target, until)
         except PeerLost as error:
             raise self._lost(error, what, started) from None
         if got == n:

@@ -146,6 +146,7 @@ class TlsCodec:
         self._wire_at = _address(self._wire)
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._have = 0  # of a header that `receive` left to `decrypt`
+        self._like, self._like_at = b"", 0  # the header that frames were like, and where it lies
         self._come = bytearray(READ_BYTES)
         self._start = _ffi.new("char **")
         ssl, out, into = map(_number, (self._ssl, self._outgoing, self._incoming))
@@ -172,7 +173,8 @@ class TlsCodec:
 
     def send(self, file: int, header: bytes, payload: Buffer) -> tuple[int, bytes]:
         """Raises: TlsError; an error of the socket is for its next user."""
-        head, body, size = _address(header), _address(payload), len(payload)
+        size = len(payload)
+        head, body = _address(header), _address(payload) if size else 0
         room = len(self._wire)
         with self._lock:
             made, sent, last = write_records(
@@ -201,10 +203,20 @@ class TlsCodec:
 
     def receive(self, file: int, place: memoryview, left: int, start: bytes) -> Received:
         """Raises: as `decrypt`."""
-        like, to = _address(start), _address(place)
+        to = _address(place)
         with self._lock:
+            if start is not self._like:
+                self._like, self._like_at = start, _address(start)
             come, filled, left, have, headers, last = read_data(
-                *self._reads, file, *self._into, like, MAX_DATA, to, len(place), left, self._have
+                *self._reads,
+                file,
+                *self._into,
+                self._like_at,
+                MAX_DATA,
+                to,
+                len(place),
+                left,
+                self._have,
             )
             self._have = have
             if come > 0 and last <= 0:

@@ -124,6 +124,7 @@ class Intake:
         self._sock.settimeout(0)
         self._view = memoryview(bytearray(size))
         self._line = None if profile.is_real else Line(profile)
+        self.is_real = profile.is_real  # `wait` for bytes and take them; or `read_late`
         self._ended = False
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
@@ -142,11 +143,6 @@ class Intake:
         """`read` returns at once: the one in progress or the next."""
         with contextlib.suppress(OSError):  # it is ringing already; or closed
             self._ring.send(b"!")
-
-    @property
-    def is_real(self) -> bool:
-        """Whether nothing is emulated: `wait` for bytes and take them, or `read_late`."""
-        return self._line is None
 
     def wait(self, seconds: float, brisk: bool = False) -> bool:
         """Whether bytes came in `seconds`; False, sooner, when interrupted.
