@@ -215,6 +215,57 @@ def test_data_may_follow_a_message_in_its_packet(network: Network, size: int) ->
     assert out.payload_sent == into.payload_received == 3 * size
 
 
+@pytest.mark.parametrize("size", [0, 1, 1000, (16 << 10) - 1, 16 << 10, 100_000, 5 << 20])
+def test_the_last_words_on_a_stream_come_with_its_end(network: Network, size: int) -> None:
+    alice, bob = network.pair()
+    out = bob.channel(new_id())
+    into = alice.channel(out.stream)
+    data = bytes(range(256)) * (size // 256 + 1)
+    before = bob.counters.payload_sent
+    out.finish({"size": size}, bytearray(data[:size]))
+    assert bytes(into.receive(size, "data", WAIT)) == data[:size]
+    assert into.receive_message("a message", WAIT) == {"size": size}
+    assert out.payload_sent == size == bob.counters.payload_sent - before
+    with pytest.raises(PeerLost, match="closed the stream"):
+        into.receive(1, "more", WAIT)
+    with pytest.raises(PeerLost):
+        out.send(b"more")
+
+
+def test_what_the_peer_has_ended_is_ended_without_a_word(network: Network) -> None:
+    alice, bob = network.pair()
+    for finish in (True, False):
+        out = bob.channel(new_id())
+        into = alice.channel(out.stream)
+        into.send_message({"here": 1})
+        assert out.receive_message("a message", WAIT) == {"here": 1}
+        if finish:
+            out.finish({"last": 1})
+            assert into.receive_message("a message", WAIT) == {"last": 1}
+        else:
+            out.close()
+        with pytest.raises(PeerLost):
+            into.receive(1, "more", WAIT)
+        said = alice.counters.overhead_sent, bob.counters.overhead_sent
+        into.close()
+        out.close()
+        assert said == (alice.counters.overhead_sent, bob.counters.overhead_sent)
+
+
+def test_last_words_wait_for_room_as_all_others_do(network: Network) -> None:
+    """Behind what is queued, and behind the peer's window."""
+    alice, bob = network.pair(options=LinkOptions(window=4096))
+    out = bob.channel(new_id())
+    into = alice.channel(out.stream)
+    out.send(bytes(4000))
+    thread = threading.Thread(target=out.finish, args=({"last": 1}, bytearray(b"x" * 1000)))
+    thread.start()
+    assert bytes(into.receive(5000, "data", WAIT)) == bytes(4000) + b"x" * 1000
+    assert into.receive_message("a message", WAIT) == {"last": 1}
+    thread.join(WAIT)
+    assert not thread.is_alive()
+
+
 def test_what_is_next_is_known_before_it_is_taken(network: Network) -> None:
     alice, bob = network.pair()
     stream = new_id()

@@ -125,7 +125,7 @@ class Alice(OnlineServer):
         bob.close()  # what went wrong with this one alone must not end what bob still reads
         me.check()
         # Last, so that whoever has his answer finds the gate open.
-        request.channel.send_message(server_report(self.role, me.facts))
+        request.channel.finish(server_report(self.role, me.facts))
         self._fill_reserve(live.deployment.id)
 
     @contextmanager

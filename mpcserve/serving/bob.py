@@ -132,7 +132,7 @@ class Bob(OnlineServer):
             yield me
             # An error of its own is told to its owner: it must not end what alice still reads.
             if me.error is None:
-                me.here.channel.send_message(server_report(self.role, me.facts))
+                me.here.channel.finish(server_report(self.role, me.facts))
 
     def _lead(self, request: Request, me: Member, prepared: BobHalf) -> None:
         """Evaluate for this member and those who join it."""
@@ -244,7 +244,7 @@ class Bob(OnlineServer):
         except Exception as e:
             self.shelf.fail(half.id, named_error(e))
             raise
-        alice.send_message({"type": "prepared", "nbytes": half.nbytes})
+        alice.finish({"type": "prepared", "nbytes": half.nbytes})
 
     # -- deploy -----------------------------------------------------------------------------------
 

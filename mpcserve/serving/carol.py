@@ -79,13 +79,17 @@ class Carol(Server):
         slots = slots_of(request.message, found.deployment.plan)
         self._wait_for_turn(request)
         try:
-            timer = Timer.start()
+            timer, rest = Timer.start(), memoryview(b"")
             for corrections in in_blocks(found.dealer.deal(request.id, slots), halves.BLOCK_BYTES):
-                bob.send(corrections, fresh=True)
+                if len(corrections) < halves.BLOCK_BYTES:  # nothing comes after it
+                    rest = memoryview(corrections)
+                else:
+                    bob.send(corrections, fresh=True)
             wall, cpu = timer.seconds()
         finally:
             self._turn.release()
-        bob.send_message({"type": "dealt", "cpu_seconds": cpu, "peak_rss_bytes": peak_rss_bytes()})
+        dealt = {"type": "dealt", "cpu_seconds": cpu, "peak_rss_bytes": peak_rss_bytes()}
+        bob.finish(dealt, rest)
         log.debug("dealt %s: %d bytes, %.3f s", request.name, bob.payload_sent, wall)
 
     def _wait_for_turn(self, request: Request) -> None:

@@ -250,7 +250,7 @@ class BobHalf(Preparation):
                 self._conclude()
         if self._alice is not None:
             with suppress(MpcError):  # she may be done with it
-                self._alice.send_message({"type": "prepared"})
+                self._alice.finish({"type": "prepared"})
             self._alice.close()
 
     def facts(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,8 +145,26 @@ def server_report(role: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "report", "role": role, "peak_rss_bytes": peak_rss_bytes(), **facts}
 
 
+PEAK_S = 0.1
+"""For so long a peak that was read is told again: the system takes longer to say it than a small
+layer takes."""
+
+
+class _Peak:
+    """The last one read, and when."""
+
+    at, nbytes = -PEAK_S, 0
+
+
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held."""
+    """The most memory this process ever held, a tenth of a second ago or later."""
+    now = time.monotonic()
+    if now - _Peak.at >= PEAK_S:
+        _Peak.nbytes, _Peak.at = _read_peak(), now
+    return _Peak.nbytes
+
+
+def _read_peak() -> int:
     # On Linux a process inherits ru_maxrss from whoever started it; VmHWM is its own.
     if sys.platform == "linux":
         with open("/proc/self/status", "rb", buffering=0) as status:

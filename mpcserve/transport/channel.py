@@ -24,7 +24,7 @@ import numpy as np
 from mpcserve.errors import MpcError, PeerLost, PeerTimeout, WireError
 from mpcserve.transport.codec import Codec, Received
 from mpcserve.transport.reading import STANDBY_S
-from mpcserve.transport.sender import LARGEST_BYTES, SMALL_BYTES, Outbox
+from mpcserve.transport.sender import JOIN_BYTES, LARGEST_BYTES, SMALL_BYTES, Outbox
 from mpcserve.wire import Buffer
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ class Channel:
         self.out = out
         self.waiting_since: float | None = None  # opened by the peer, claimed by nobody here yet
         self.known_to_peer = False
+        self.over_there = False  # the peer has ended it
         self.on_failure: Callable[[MpcError], object] = lambda error: None
         self._ahead: memoryview | None = None  # of the next `receive`
         self._sending = threading.Lock()
@@ -363,6 +364,23 @@ class Channel:
         if not along:
             self.send(data, fresh=True)
 
+    def finish(self, message: Mapping[str, object], data: Buffer = b"") -> None:
+        """The last words on a stream: `data`, yours alone, a JSON object, and the end; in one
+        packet if they fit one. Raises: as `send`."""
+        session = self.link.session
+        frames = session.message(self.stream, message) + session.goodbye(self.stream)
+        if len(data) >= JOIN_BYTES:
+            self.send(data, fresh=True)
+            data = b""
+        with self._sending:
+            if data:
+                self.payload_sent += len(data)
+                self._send(session.data_header(self.stream, len(data)), data, frames)
+            else:
+                self._send(frames, b"")
+        self.over_there = True  # as soon as this has come
+        self.close()
+
     def receive_message(self, what: str, timeout: float) -> dict[str, object]:
         """The next message. Raises: as `receive`; WireError if DATA is next."""
         started = time.monotonic()
@@ -439,13 +457,15 @@ class Channel:
         self.link.reading.wait_for(self, wants, deadline)
         return self.link.reading.relied_on() if wants() else nullcontext()
 
-    def _send(self, header: bytes, payload: Buffer) -> None:
+    def _send(self, header: bytes, payload: Buffer, after: bytes = b"") -> None:
         self.known_to_peer = True
         sender, out = self.link.sender, self.out
-        if sender.send_now(out, header, payload):
+        if sender.send_now(out, header, payload, after):
             return
         with self.link.reading.relied_on():  # the peer may wait for room, too: for us to read
             queued = sender.queue(out, header, payload)
+            if queued and after:
+                queued = sender.queue(out, after, b"")
         if not queued:
             seconds = self.link.options.send_timeout
             raise PeerTimeout(

@@ -207,9 +207,10 @@ class Link:
             return
         if error is not None:
             why, last = error, self.session.error(channel.stream, error)
-        else:  # a stream that the peer never heard of needs no end
+        else:  # a stream that the peer never heard of, or has ended, needs no end
             why = PeerLost(f"this side closed the stream with {self.name}")
-            last = self.session.goodbye(channel.stream) if channel.known_to_peer else b""
+            told = channel.known_to_peer and not channel.over_there
+            last = self.session.goodbye(channel.stream) if told else b""
         self.sender.end_stream(channel.out, last, _maker(why), flush=error is None)
         channel.end(_maker(why), drop=True)
 
@@ -401,6 +402,7 @@ class Link:
         channel, _ = self._incoming(event.stream)
         if channel is None:
             return
+        channel.over_there = True
         if isinstance(event, Failure):
             told = _maker(event.error(self.name))
             self.sender.end_stream(channel.out, b"", told, flush=False)

@@ -31,7 +31,7 @@ Frame: TypeAlias = tuple[bytes, Buffer]  # header (or a whole frame), DATA paylo
 SMALL_BYTES = 64 << 10  # up to here encrypting takes less than waking the writer
 LARGEST_BYTES = HEADER_BYTES + MAX_DATA
 _BATCH_BYTES = MAX_DATA  # encrypted and written at once
-_JOIN_BYTES = 16 << 10  # a shorter piece shares a TLS record with its neighbours
+JOIN_BYTES = 16 << 10  # a shorter piece shares a TLS record with its neighbours
 _TICK_S = 0.5  # how often a blocked write looks whether the link has ended
 
 
@@ -117,13 +117,14 @@ class Sender:
 
     # ── called by any thread ──
 
-    def send_now(self, out: Outbox, header: bytes, payload: Buffer) -> bool:
-        """Send one frame in this thread; False if it is large, or has to be queued.
+    def send_now(self, out: Outbox, header: bytes, payload: Buffer, after: bytes = b"") -> bool:
+        """Send one frame in this thread, and what comes after it; False if it is large, or has to
+        be queued.
 
         `payload` must not change afterwards.
         """
         size = len(payload)
-        if len(header) + size > out.inline or not self._turn.acquire(blocking=False):
+        if len(header) + size + len(after) > out.inline or not self._turn.acquire(blocking=False):
             return False
         try:
             if out.error is not None or self._held or self._more or self._rest:
@@ -135,9 +136,11 @@ class Sender:
             out.sent += size
             out.taken += size
             self._counters.payload_sent += size
-            self._counters.overhead_sent += len(header)
-            if size < _JOIN_BYTES:
-                header, payload = header + payload, b""
+            self._counters.overhead_sent += len(header) + len(after)
+            if size < JOIN_BYTES:
+                header, payload, after = header + payload + after, b"", b""
+            elif after:
+                payload = b"".join((payload, after))
             made, rest = self._codec.send(self._file, header, payload)
             self._counters.wire_sent += made
             if rest:
@@ -296,7 +299,7 @@ class Sender:
             small.append(header)
             self._counters.payload_sent += len(payload)
             self._counters.overhead_sent += len(header)
-            if len(payload) < _JOIN_BYTES:
+            if len(payload) < JOIN_BYTES:
                 small.append(payload)
             else:
                 pieces += (b"".join(small), payload)
