@@ -395,20 +395,28 @@ def test_a_reader_gives_way_to_a_stream_that_will_be_attended(network: Network) 
     assert answered.wait(WAIT)
 
 
-def test_a_reader_whose_turn_was_taken_over_stands_by_again(network: Network) -> None:
-    """It came to read because the attending thread was busy for long; that is paid for once."""
+@pytest.mark.parametrize("relied_on", [False, True])
+def test_a_reader_whose_turn_was_taken_over_stands_by_again(
+    network: Network, relied_on: bool
+) -> None:
+    """It came to read because the attending thread was busy for long, or another relied on it; that
+    is paid for once."""
     alice, bob = network.pair(alice=echo, bob=echo)
     out = bob.channel(new_id())
     into, bells = alice.channel(out.stream), rung(alice)
     with into.attended(standby=0.2):
         time.sleep(0.3)  # the reader has come to read
         assert bells.count(threading.current_thread().name) == 1, "when it began to attend"
+        if relied_on:
+            with alice.reading.relied_on():
+                pass
+            time.sleep(0.001)
         for _ in range(50):
             later = threading.Timer(0.001, out.send, (b"abc",))
             later.start()
             assert into.receive(3, "data", WAIT) == b"abc"
             time.sleep(0.001)
-    assert len(bells) <= 4, "one a standby at most"
+    assert len(bells) <= 4 + relied_on, "one a standby at most"
 
 
 def test_the_reader_of_a_link_on_which_this_side_asks_comes_back_when_relied_on(

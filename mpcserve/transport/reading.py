@@ -232,6 +232,7 @@ class Reading:
         self._sole = self._attended[0] if len(self._attended) == 1 else None
         if self._sole is not None and self._is_idle():
             if self._needed.is_set():
+                self._stand_by(self._standby)
                 self._needed.clear()
                 self._source.interrupt()
         elif self._attended or not (self._asked and self._is_idle()):
