@@ -22,8 +22,9 @@ KEPT_BYTES = 256 << 20
 APART_BYTES = 32 << 20
 """Larger arrays get pages of their own; what glibc comes to by itself, unless told what to keep."""
 
-LARGE_BYTES = 512 << 20
-"""A bundle of so much memory leaves holes that the next one may not fit."""
+LARGE_BYTES = 1536 << 20
+"""A bundle of so much memory leaves holes that the next one may not fit. After smaller ones all is
+kept: an evaluation's values, too, would be faulted in anew, while the data owner waits."""
 
 
 def share_one_heap() -> None:
