@@ -174,10 +174,13 @@ class Bob(OnlineServer):
 
     def _fresh_half(self, request: Request, live: Live, bundle: bytes) -> BobHalf:
         slots = check_slots(1 + len(request.message.ids("with")), live.plan)
-        half = self._new_half(request, live, bundle, slots)
-        half.small = is_small(live, slots)
-        if not half.small:
-            half.tell(request.channel.link.channel(bundle))
+        small = is_small(live, slots)
+        alice = [] if small else [request.channel.link.channel(bundle)]  # before carol is asked
+        with failing(*alice):
+            half = self._new_half(request, live, bundle, slots)
+        half.small = small
+        for channel in alice:
+            half.tell(channel)
         return half
 
     @contextmanager
