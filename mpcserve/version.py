@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 """Version of the plan file and of what its instructions mean: `mpcserve.plan.plan.FORMAT`."""

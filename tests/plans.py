@@ -61,7 +61,8 @@ class PlanWriter:
 
     def shaped(self, op: str, x: int, shape: tuple[int, ...], width: int) -> int:
         """reshape or expand."""
-        id = self.emit(op, [x], width=width, bound=self.value(x).bound, shape=shape)
+        it = self.value(x)
+        id = self.emit(op, [x], width=width, frac_bits=it.frac_bits, bound=it.bound, shape=shape)
         return self._with(id, shape=list(shape))
 
     def constant(self, shape: tuple[int, ...], values: Sequence[int], width: int) -> int:
@@ -88,6 +89,17 @@ class PlanWriter:
             for k, id in enumerate(outputs)
         )
         return Plan("test", tuple(self.instructions), tuple(self.inputs), specs)
+
+
+def inside(plan: Plan) -> Plan:
+    """The same plan as a part of a larger one: its outputs are read, and so are opened."""
+    instructions, outputs = list(plan.instructions), []
+    for o in plan.outputs:
+        value, id = plan.value(o.id), len(instructions)
+        op, attrs = ("xor", {"flip": 0}) if value.width == 1 else ("offset", {"value": 0})
+        instructions.append(Instruction(id, op, (o.id,), value, MappingProxyType(attrs)))
+        outputs.append(replace(o, id=id))
+    return replace(plan, instructions=tuple(instructions), outputs=tuple(outputs))
 
 
 def even_chunks(width: int, size: int) -> list[int]:

@@ -26,7 +26,7 @@ FRAC = 8
 
 
 def dense_relu_plan(name: str = "dense", batch: int = 2, features: int = 6, units: int = 4) -> Plan:
-    """relu(x @ w): one product, one sign, one select. 4 rounds."""
+    """relu(x @ w): one product, one sign, one select that is not opened. 3 rounds."""
     wide = 40
 
     def step(

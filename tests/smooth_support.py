@@ -20,6 +20,7 @@ from mpcserve.plan import Plan, bill_of, verify_plan
 from mpcserve.plan.bill import Bill
 from mpcserve.protocol import Together, Transcript
 from tests.plan_interpreter import Interpreter
+from tests.plans import inside
 
 Array = Any
 FRAC_BITS = 16
@@ -77,6 +78,7 @@ def compiled(
     assert check_fit(draft, FRAC_BITS) == []
     draft = extended(draft)
     plan = assign_widths(draft, "function", many=many)
+    plan = inside(plan)  # what a function costs in a model
     verify_plan(plan)
     return Compiled(plan, encoded_weights(plan, draft))
 

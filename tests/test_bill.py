@@ -8,7 +8,7 @@ import pytest
 from mpcserve.plan import bill_of, schedule_of, verify_plan
 from mpcserve.plan.plan import Plan
 from mpcserve.protocol import OUTPUTS, WAITING, Together, drive, share_input
-from tests.plans import PlanWriter, even_chunks
+from tests.plans import PlanWriter, even_chunks, inside
 
 ELEMENTS = 128
 
@@ -37,10 +37,53 @@ def measured(plan: Plan) -> None:
 def test_linear_truncate_relu_is_four_rounds_of_the_stated_bits(m: int, n: int) -> None:
     p = PlanWriter()
     plan = p.done(layer(p, p.input((1, 64), 40, bound=20), m, n))
-    bill, chunks = bill_of(plan), len(even_chunks(m, 5))
+    bill, chunks = bill_of(inside(plan)), len(even_chunks(m, 5))
     assert bill.rounds == 4
     assert bill.bytes["alice->bob"] * 8 == (m + 2 * (chunks - 1) + 1 + n) * ELEMENTS
     assert bill.bytes["alice->bob"] == bill.bytes["bob->alice"]
+    measured(inside(plan))
+
+
+def test_what_only_the_data_owner_reads_is_not_opened() -> None:
+    """One round less, and no byte between the servers for it."""
+    p = PlanWriter()
+    plan = p.done(layer(p, p.input((1, 64), 40, bound=20), 20, 40))
+    told, opened = bill_of(plan), bill_of(inside(plan))
+    assert (told.rounds, opened.rounds) == (3, 4)
+    assert opened.bytes["alice->bob"] - told.bytes["alice->bob"] == 40 * ELEMENTS // 8
+    assert told.bytes["alice->client"] == opened.bytes["alice->client"]
+    assert told.dealt_bytes == opened.dealt_bytes
+    measured(plan)
+
+
+def product() -> tuple[PlanWriter, int]:
+    """A linear layer of 23 bits."""
+    p = PlanWriter()
+    x, w = p.input((1, 64), 40, bound=20), p.weight((64, ELEMENTS), 40, bound=10)
+    at = {"frac_bits": -13, "bound": 20, "ring": 40, "truncate": 13}
+    return p, p.emit("matmul", [x, w], width=23, **at)
+
+
+def test_an_output_in_another_shape_is_not_opened_either() -> None:
+    p, z = product()
+    plan = p.done(p.shaped("reshape", z, (ELEMENTS, 1), 23))
+    assert plan.unopened == {z: 0}
+    measured(plan)
+
+
+@pytest.mark.parametrize("reader", ["output", "view", "sum", "narrow view"])
+def test_what_something_else_reads_is_opened(reader: str) -> None:
+    p, z = product()
+    if reader == "output":
+        plan = p.done(z, z)
+    elif reader == "view":
+        plan = p.done(z, p.shaped("reshape", z, (ELEMENTS, 1), 23))
+    elif reader == "sum":
+        plan = p.done(p.emit("add", [z, z], width=23, frac_bits=-13, bound=21))
+    else:
+        plan = p.done(p.shaped("reshape", z, (ELEMENTS, 1), 22))
+    assert plan.unopened == {}
+    assert bill_of(plan).rounds == 1
     measured(plan)
 
 
@@ -49,8 +92,8 @@ def test_a_linear_layer_is_one_round_of_its_width() -> None:
     x, w = p.input((1, 64), 40, bound=20), p.weight((64, ELEMENTS), 40, bound=10)
     z = p.emit("matmul", [x, w], width=23, frac_bits=-13, bound=22, ring=40, truncate=13)
     plan = p.done(z)
-    assert bill_of(plan).rounds == 1
-    assert bill_of(plan).bytes["alice->bob"] * 8 == 23 * ELEMENTS
+    assert bill_of(inside(plan)).rounds == 1
+    assert bill_of(inside(plan)).bytes["alice->bob"] * 8 == 23 * ELEMENTS
     assert bill_of(plan).dealt_bytes * 8 == 40 * ELEMENTS
     measured(plan)
 

@@ -271,7 +271,7 @@ def test_independent_branches_share_rounds() -> None:
 
         return bill_of(compile_model(model_of(nodes, {"x": (1, 4)}, constants)).plan).rounds
 
-    assert rounds(1) == rounds(3) == 4
+    assert (rounds(1), rounds(3)) == (3, 4)  # a sum is local: what it adds is opened
 
 
 def test_ops_of_a_plan_are_few() -> None:

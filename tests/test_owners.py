@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mpcserve.errors import PeerError, WireError
-from mpcserve.protocol import Together, drive, reveal, share_input
-from tests.plans import PlanWriter
+from mpcserve.protocol import ServerProgram, Together, drive, reveal, share_input
+from tests.plans import PlanWriter, even_chunks
 
 
 def doubled() -> Together:
@@ -38,6 +38,38 @@ def test_servers_that_disagree_are_noticed() -> None:
     forged = bytes([b[0] ^ 1]) + b[1:]
     with pytest.raises(PeerError, match="disagree"):
         reveal(together.plan, a, forged)
+
+
+def test_servers_that_compute_an_unopened_result_from_other_values_are_noticed() -> None:
+    """The tag is of what it was computed from: here the product that was opened."""
+    p = PlanWriter()
+    x, w = p.input((3, 5), 30, bound=8), p.weight((5, 4), 30, bound=8)
+    z = p.emit("matmul", [x, w], width=20, bound=18, ring=30, truncate=0)
+    bit = p.sign(z, 20, even_chunks(20, 5), [4])
+    y = p.emit("select", [bit, z], width=20, bound=18, reads=20, when=0, nonnegative=True)
+    plan = p.done(y)
+    assert (list(plan.unopened), plan.tagged) == ([y], (bit, z))
+    together = Together(plan, {"w1": np.ones((5, 4), np.int64)})
+    a, b = messages_of(together, np.ones((3, 5)))
+    assert np.array_equal(reveal(plan, a, b)[0], np.full((3, 4), 5))
+    for other in (bit, z):
+        altered = Together(plan, {"w1": np.ones((5, 4), np.int64)})
+        alter(altered.bob, other)
+        with pytest.raises(PeerError, match="disagree"):
+            reveal(plan, *messages_of(altered, np.ones((3, 5))))
+
+
+def alter(program: ServerProgram, id: int) -> None:
+    """One bit of a value is another on this server when the message is made."""
+    results = program._walks[1].results
+    seen = results.messages
+
+    def messages(values: list[np.ndarray], *rest: object) -> list[bytes | None]:
+        values[id] = values[id].copy()
+        values[id].reshape(-1)[0] ^= values[id].dtype.type(1)
+        return seen(values, *rest)
+
+    results.messages = messages
 
 
 def test_each_output_share_alone_is_random_and_differs_between_requests() -> None:

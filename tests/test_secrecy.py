@@ -15,11 +15,16 @@ RUNS = 1000
 VIEWS = {
     "alice": ("owner->alice", "client->alice", "bob->alice"),
     "bob": ("owner->bob", "client->bob", "alice->bob", "carol->bob"),
+    "alice's word to the data owner": ("alice->client",),
+    "bob's word to the data owner": ("bob->client",),
 }
 
 
 def every_primitive() -> Plan:
-    """Products by a weight and of secrets, signs of both kinds, select, extend, tally, a bit."""
+    """Products by a weight and of secrets, signs of both kinds, select, extend, tally, a bit.
+
+    Each is opened; a product, a tally, a select and a bit are told the data owner unopened as well.
+    """
     p = PlanWriter()
     x = p.input((8, 4), 48, bound=20)
     w, d = p.weight((4, 8), 48, bound=20), p.weight((8,), 48, bound=30)
@@ -31,7 +36,20 @@ def every_primitive() -> Plan:
     low = p.sign(narrow, 12, even_chunks(12, 5), [3])
     part = p.emit("select", [low, narrow], width=32, bound=11, reads=12, when=1, nonnegative=False)
     out = p.emit("mul", [wide, part], width=30, frac_bits=-16, bound=21, ring=32, truncate=0)
-    return p.done(out, p.emit("tally", [bit], width=20, bound=10, values=[1] * 8), low)
+    count = p.emit("tally", [bit], width=20, bound=10, values=[1] * 8)
+    told = [
+        p.emit("mul", [wide, part], width=30, frac_bits=-16, bound=21, ring=32, truncate=0),
+        p.emit("tally", [bit], width=20, bound=10, values=[1] * 8),
+        p.emit("select", [low, narrow], width=32, bound=11, reads=12, when=0, nonnegative=False),
+        p.emit("all", [low, bit], width=1, when=[1, 0]),
+    ]
+    read = [
+        p.emit("offset", [out], width=30, frac_bits=-16, bound=21, value=3),
+        p.emit("offset", [count], width=20, bound=10, value=3),
+    ]
+    plan = p.done(*read, low, *told)
+    assert set(plan.unopened) == set(told)
+    return plan
 
 
 def inputs_of(kind: str, rng: np.random.Generator, bound: int) -> tuple[np.ndarray, ...]:
@@ -56,7 +74,11 @@ def transcript_of(plan: Plan, x: np.ndarray, w: np.ndarray, d: np.ndarray) -> Tr
     )
     transcript.add("client->alice", upload[0])
     transcript.add("client->bob", upload[0])
-    drive(together.alice.evaluate(alice, upload), together.bob.evaluate(bob, upload), transcript)
+    _, _, messages = drive(
+        together.alice.evaluate(alice, upload), together.bob.evaluate(bob, upload), transcript
+    )
+    for side, message in zip(("alice", "bob"), messages, strict=True):
+        transcript.add(f"{side}->client", message)
     return transcript
 
 

@@ -117,7 +117,7 @@ def test_the_survivor_names_the_round_and_its_instruction(
     with pytest.raises(PeerLost):
         trio.client().infer(X)
     trio.restart("bob")
-    assert "round 2 of 4, instruction 3 sign (dense)" in caplog.text
+    assert "round 2 of 3, instruction 3 sign (dense)" in caplog.text
 
 
 def test_a_late_server_is_named_with_round_and_seconds(
@@ -128,7 +128,7 @@ def test_a_late_server_is_named_with_round_and_seconds(
     at_round(monkeypatch, "bob", 2, lambda: bool(awake.wait(20)) and None)
     with pytest.raises(PeerTimeout) as caught:
         trio.client().infer(X)
-    for word in ("bob at 127.0.0.1", "round 3 of 4", "instruction 3 sign", "0.5 s"):
+    for word in ("bob at 127.0.0.1", "round 3 of 3", "instruction 3 sign", "0.5 s"):
         assert word in caught.value.message, word
     awake.set()
     check_serves(trio)

@@ -89,6 +89,27 @@ def test_bits_of_a_slot_are_those_of_the_plan() -> None:
             assert np.array_equal(mine, alone)
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 67])
+def test_what_is_not_opened_is_cut_into_slots(size: int) -> None:
+    """No slot's part need begin at a whole byte of what all take together."""
+    rng = np.random.default_rng([SEED, size])
+    p = PlanWriter()
+    x = p.input((size,), 20, bound=12)
+    negative, low = p.sign(x, 20, even_chunks(20, 5), [4]), p.emit("odd", [x], width=1, bound=0)
+    outs = [
+        p.sign(x, 20, even_chunks(20, 4), [5]),
+        p.emit("select", [negative, x], width=21, bound=12, reads=20, when=1, nonnegative=False),
+        p.emit("all", [negative, low], width=1, bound=0, when=[0, 1]),
+        p.emit("tally", [p.shaped("reshape", low, (1, size), 1)], width=5, bound=3, values=[5]),
+    ]
+    plan = p.done(*outs)
+    assert list(plan.unopened) == outs
+    requests = [[rng.integers(-2000, 2000, (size,))] for _ in range(3)]
+    for got, given in zip(run(plan, requests), requests, strict=True):
+        for mine, alone in zip(got, evaluate_clear(plan, {}, given), strict=True):
+            assert np.array_equal(mine, alone)
+
+
 def y_row(p: PlanWriter, y: int) -> int:
     """(3, 1) as one row."""
     return p.shaped("reshape", y, (1, 3), 30)

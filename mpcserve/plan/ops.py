@@ -52,6 +52,11 @@ class OpSpec:
     local: bool = False
     cost: Callable[[int, int, Attrs, int], Cost] = field(default=lambda *_: Cost())
 
+    @property
+    def interactive(self) -> bool:
+        """Whether the servers talk: all that is neither a source nor local."""
+        return self.arity[0] > 0 and not self.local
+
 
 def _same(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     return shapes[0]

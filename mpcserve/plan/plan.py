@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ from mpcserve.errors import InputError
 from mpcserve.plan.client import ClientProgram, RawInput, program_from_json
 from mpcserve.plan.table import read, written
 
-FORMAT = 2
+FORMAT = 3
 """Version of the plan file and of what the instructions mean; servers refuse any other."""
 
 RING_BITS = 64
@@ -247,6 +248,50 @@ class Plan:
     def last_fixed(self) -> dict[int, int]:
         """Static value id → id of the last product whose fixed operand it is."""
         return {self[id].inputs[index]: id for id, index in self.fixed.items()}
+
+    @cached_property
+    def unopened(self) -> dict[int, int]:
+        """Instruction id → index of the output that it is: nobody else reads it, so both servers
+        give their shares of it to the data owner and open nothing."""
+        return {id: k for k, (id, _) in self._ends.items()}
+
+    @cached_property
+    def computed(self) -> tuple[Instruction, ...]:
+        """What every evaluation computes, in plan order: no inputs, nothing that is fixed at
+        deployment, and no other shapes of an unopened value."""
+        views = {view for _, views in self._ends.values() for view in views}
+        left_out = self.static | views | {spec.id for spec in self.inputs}
+        return tuple(i for i in self.instructions if i.id not in left_out)
+
+    @cached_property
+    def tagged(self) -> tuple[int, ...]:
+        """Values whose Δ both servers must agree on: opened outputs, and what the unopened ones are
+        computed from. They agree on the inputs before."""
+        computed, ids = {i.id for i in self.computed}, list[int]()
+        for k, o in enumerate(self.outputs):
+            if k in self._ends:
+                ids += [j for j in self[self._ends[k][0]].inputs if j in computed]
+            else:
+                ids.append(o.id)
+        return tuple(dict.fromkeys(ids))
+
+    @cached_property
+    def _ends(self) -> dict[int, tuple[int, list[int]]]:
+        """Output index → (the interactive instruction that alone makes it, shapes between)."""
+        from mpcserve.plan.ops import OPS
+
+        readers = Counter(j for i in self.instructions for j in i.inputs)
+        readers.update(o.id for o in self.outputs)
+        ends = {}
+        for k, o in enumerate(self.outputs):
+            id, views = o.id, list[int]()
+            while readers[id] == 1 and self[id].op == "reshape":
+                views.append(id)
+                (id,) = self[id].inputs
+            same = self.value(id).width == self.value(o.id).width  # a view may drop high bits
+            if same and readers[id] == 1 and OPS[self[id].op].interactive:
+                ends[k] = (id, views)
+        return ends
 
     @cached_property
     def last_use(self) -> dict[int, int]:

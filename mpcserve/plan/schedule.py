@@ -42,6 +42,10 @@ def schedule_of(plan: Plan, cost_of: Callable[[Plan, int], Cost] | None = None) 
 
 
 def cost_of_instruction(plan: Plan, id: int) -> Cost:
-    """The cost face of one instruction. Sign is paid per operand element, select per output."""
+    """The cost face of one instruction. Sign is paid per operand element, select per output.
+
+    What is not opened saves the last round, which would open it.
+    """
     i = plan[id]
-    return OPS[i.op].cost(i.value.size, i.value.width, i.attrs, len(i.inputs))
+    cost = OPS[i.op].cost(i.value.size, i.value.width, i.attrs, len(i.inputs))
+    return Cost(cost.rounds[:-1], cost.dealt) if id in plan.unopened else cost

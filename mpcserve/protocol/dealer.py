@@ -8,18 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.stack import stack
-from mpcserve.protocol.parties import DealIO, Mask, input_mask
+from mpcserve.protocol.parties import NO_MASK, DealIO, Mask, input_mask
 from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
 from mpcserve.protocol.primitives.local_ops import ready_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
-
-_NOTHING = Mask(np.empty(0, np.uint64), np.empty(0, np.uint64))
-"""Stands for a product's fixed operand, which is not read again, and for what is not known yet."""
 
 _Deal = Callable[[DealIO, Sequence[Mask]], Mask]
 _Fixed = tuple[int, product.Operand]
@@ -87,7 +82,8 @@ class Dealer:
         """Bob's corrections of one bundle, in plan order; their lengths sum to the bill's."""
         keys = [bundle_key(k, self.plan.digest, bundle_id) for k in self._keys]
         walk = self._of(slots)
-        masks, io = walk.masks.copy(), DealIO(*keys)
+        alice_key, bob_key = keys
+        masks, io = walk.masks.copy(), DealIO(alice_key, bob_key, walk.plan.unopened)
         for spec, stacked in zip(self.plan.inputs, walk.plan.inputs, strict=True):
             masks[stacked.id] = Mask(*(input_mask(self.plan, k, spec.id, slots) for k in keys))
         for step in walk.steps:
@@ -95,17 +91,16 @@ class Dealer:
             if io.corrections:
                 yield from io.owed()
             for j in step.over:
-                masks[j] = _NOTHING
+                masks[j] = NO_MASK
 
 
 def _walk(plan: Plan, masks: Mapping[int, Mask], fixed: Mapping[int, _Fixed]) -> _Walk:
-    moving = [i for i in plan.instructions if i.id not in plan.static and i.op != "input"]
     kept, steps = set(plan.static), []
-    for i in reversed(moving):
+    for i in reversed(plan.computed):
         over = tuple(set(i.inputs) - kept)
         kept |= set(over)
         steps.append(_Step(i.id, i.inputs, over, _deal(plan, i, fixed.get(i.id))))
-    known = [masks.get(i.id, _NOTHING) for i in plan.instructions]
+    known = [masks.get(i.id, NO_MASK) for i in plan.instructions]
     return _Walk(plan, known, tuple(reversed(steps)))
 
 

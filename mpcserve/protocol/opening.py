@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mpcserve.kernels import packing
-from mpcserve.protocol.parties import Round, Steps
+from mpcserve.protocol.parties import Buffer, Round, Steps, T
 from mpcserve.ring import Words
 
 TILE = 1 << 17
@@ -46,3 +46,14 @@ def open_packed(out: Words, width: int, pieces: Iterator[memoryview]) -> Steps[W
     """
     received = yield Round(pieces, (out.size * width + 7) // 8)
     return packing.joined(out, received, width)
+
+
+def told(steps: Steps[T], rounds: int) -> Steps[list[Buffer]]:
+    """An instruction whose value is not opened: after its `rounds` this side's share, packed.
+
+    It is what would be sent to open it, under a share of zero instead of a share of a mask.
+    """
+    step = next(steps)
+    for _ in range(rounds):
+        step = steps.send((yield step))
+    return list(step.pieces)

@@ -13,7 +13,7 @@ deal and prepare read the pairwise streams in the same order; that is what makes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from mpcserve.kernels import bits, packing
-from mpcserve.plan.plan import Plan
+from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.randomness import Stream, derive
 from mpcserve.ring import Words, as_words, reduce
 
@@ -74,13 +74,19 @@ def input_mask(plan: Plan, key: bytes, id: int, slots: int) -> Words:
     return masks[0] if slots == 1 else np.stack(masks)
 
 
+NO_MASK = Mask(np.empty(0, np.uint64), np.empty(0, np.uint64))
+"""Of what is not opened, of a product's fixed operand, which is not read again, and of what is not
+known yet."""
+
+
 class DealIO:
     """Carol's two streams of one bundle, and the corrections she owes bob."""
 
-    __slots__ = ("a", "b", "corrections")
+    __slots__ = ("_unopened", "a", "b", "corrections")
 
-    def __init__(self, alice_key: bytes, bob_key: bytes) -> None:
+    def __init__(self, alice_key: bytes, bob_key: bytes, unopened: Container[int] = ()) -> None:
         self.a, self.b = Stream(derive(alice_key, "stream")), Stream(derive(bob_key, "stream"))
+        self._unopened = unopened
         self.corrections: list[memoryview] = []
 
     def owed(self) -> list[memoryview]:
@@ -88,8 +94,16 @@ class DealIO:
         corrections, self.corrections = self.corrections, []
         return corrections
 
-    def mask(self, shape: tuple[int, ...], width: int) -> Mask:
-        """A fresh mask from the two pairwise streams: costs no bytes."""
+    def fresh(self, i: Instruction) -> Mask:
+        """A fresh mask of an instruction's value, from the two pairwise streams: costs no bytes.
+
+        What is not opened has none that carol knows.
+        """
+        if i.id in self._unopened:
+            return NO_MASK
+        if i.value.width == 1:
+            return Mask(self.a.planes(1, i.value.size)[0], self.b.planes(1, i.value.size)[0])
+        shape, width = i.value.shape, i.value.width
         return Mask(self.a.masks(shape, width), self.b.masks(shape, width))
 
     def planes(self, count: int, size: int) -> Mask:
@@ -119,16 +133,29 @@ class DealIO:
 class PrepareIO:
     """One server's stream of one bundle with carol; bob also reads carol's corrections."""
 
-    __slots__ = ("_take", "leader", "stream")
+    __slots__ = ("_take", "_unopened", "leader", "stream")
 
-    def __init__(self, key: bytes, take: Callable[[int], Buffer] | None) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        take: Callable[[int], Buffer] | None,
+        unopened: Mapping[int, Callable[[], Words]],
+    ) -> None:
         self.stream = Stream(derive(key, "stream"))
         self._take = take
+        self._unopened = unopened
         self.leader = take is None
 
-    def mask(self, shape: tuple[int, ...], width: int) -> Words:
-        """This side's share of a fresh mask."""
-        return self.stream.masks(shape, width)
+    def fresh(self, i: Instruction) -> Words:
+        """This side's share of a fresh mask of an instruction's value.
+
+        Of what is not opened, its share of zero: the data owner adds up both servers' messages.
+        """
+        if i.id in self._unopened:
+            return self._unopened[i.id]()
+        if i.value.width == 1:
+            return np.asarray(self.stream.planes(1, i.value.size)[0])
+        return self.stream.masks(i.value.shape, i.value.width)
 
     def planes(self, count: int, size: int) -> Words:
         """This side's share of fresh masks of bits."""

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mpcserve.errors import Refused, WireError
-from mpcserve.kernels import bits, handover, packing
+from mpcserve.kernels import bits, packing
 from mpcserve.kernels.tasks import Run, one_by_one
 from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan, Value
 from mpcserve.plan.stack import stack
-from mpcserve.protocol.opening import tiles
 from mpcserve.protocol.parties import (
     Buffer,
     Material,
@@ -31,8 +30,9 @@ from mpcserve.protocol.parties import (
     input_seed,
 )
 from mpcserve.protocol.primitives import product
+from mpcserve.protocol.results import Results, Seal
 from mpcserve.protocol.walk import NOTHING, Fixed, Walk, complete
-from mpcserve.randomness import Mac, Stream, bundle_key, derive, weights_key
+from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 from mpcserve.ring import Words, word_type
 
 OUTPUTS = -1
@@ -64,22 +64,6 @@ class _Ready:
 
     def take(self, id: int) -> Material:
         return self._parts.pop(id)
-
-
-class Seal:
-    """What alice and bob alone know of one request, derived from their key: no owner can make it.
-
-    `inputs`: tags what both received. `outputs`: tags the masked result. `shares`: what is added to
-    one share of it and taken from the other.
-    """
-
-    __slots__ = ("inputs", "outputs", "shares")
-
-    def __init__(self, peer_key: bytes, digest: str, bundle_id: bytes, slot: int) -> None:
-        self.inputs = Mac(derive(peer_key, "inputs", digest, bundle_id, slot))
-        secret = derive(peer_key, "output", digest, bundle_id, slot)
-        self.outputs = Mac(derive(secret, "tag"))
-        self.shares = Stream(derive(secret, "shares"))
 
 
 class Bundle:
@@ -177,7 +161,9 @@ class ServerProgram:
         products = _packed(plan, role, deltas, halves)
         self._fixed = Fixed(deltas, halves, products)
         self._run = run
-        self._walks = {1: Walk(plan, role, self._fixed, run)}
+        self._walks = {
+            1: Walk(plan, role, self._fixed, run, Results(plan, plan, plan.tagged, role))
+        }
 
     def __repr__(self) -> str:
         return f"ServerProgram({self.plan.name!r}, {self.role})"
@@ -205,7 +191,9 @@ class ServerProgram:
         complete(stacked.plan, deltas, True)
         complete(stacked.plan, halves, False)
         products = {stacked.done_by[id]: weight for id, weight in fixed.products.items()}
-        return Walk(stacked.plan, self.role, Fixed(deltas, halves, products), self._run)
+        tagged = tuple(stacked.of[id] for id in self.plan.tagged)
+        results = Results(self.plan, stacked.plan, tagged, self.role)
+        return Walk(stacked.plan, self.role, Fixed(deltas, halves, products), self._run, results)
 
     # -- before the input ---------------------------------------------------------------------
 
@@ -239,7 +227,8 @@ class ServerProgram:
         assert (take is None) == (self.role == "alice")
         key = bundle_key(self._carol_key, self.plan.digest, bundle_id)
         walk = self._walk(slots)
-        halves, io = walk.halves.copy(), PrepareIO(key, take)
+        halves = walk.halves.copy()
+        io = PrepareIO(key, take, walk.results.zeros(self._peer_key, bundle_id))
         for spec, stacked in zip(self.plan.inputs, walk.plan.inputs, strict=True):
             halves[stacked.id] = input_mask(self.plan, key, spec.id, slots)
         for step in walk.before:
@@ -252,7 +241,7 @@ class ServerProgram:
                 yield step.id, material
             for j in step.over:
                 halves[j] = NOTHING
-        yield OUTPUTS, tuple(halves[o.id] for o in walk.plan.outputs)
+        yield OUTPUTS, walk.results.opened(halves)
 
     # -- online -------------------------------------------------------------------------------
 
@@ -280,7 +269,7 @@ class ServerProgram:
         """
         assert len(inputs) == bundle.slots
         materials, walk = bundle.spend(), self._walk(bundle.slots)
-        values = walk.deltas.copy()
+        values: list[Any] = list(walk.deltas)
         for k, spec in enumerate(walk.plan.inputs):
             values[spec.id] = self._input(k, inputs)
         waiting: list[_Waiting] = []
@@ -294,36 +283,18 @@ class ServerProgram:
                 else:
                     assert step.evaluate is not None
                     steps = step.evaluate(materials.take(step.id), deltas)
-                    waiting.append((step.id, steps, next(steps)))
+                    try:
+                        waiting.append((step.id, steps, next(steps)))
+                    except StopIteration as done:
+                        values[step.id] = done.value
                 for j in step.over:
                     values[j] = NOTHING
             if waiting:
                 waiting = yield from _exchange(waiting, values, watch)
         if watch is not None:
             watch(OUTPUTS)
-        halves = materials.take(OUTPUTS)
-        deltas = [values[o.id] for o in walk.plan.outputs]
-        if bundle.slots == 1:
-            return [self._output_message(bundle.seals[0], deltas, halves)]
-        mine, half = self._by_slot(deltas, bundle.slots), self._by_slot(halves, bundle.slots)
-        return [
-            self._output_message(bundle.seals[k], mine[k], half[k]) if given is not None else None
-            for k, given in enumerate(inputs)
-        ]
-
-    def _by_slot(self, stacked: Sequence[Words], slots: int) -> list[list[Words]]:
-        """The plan's outputs of each slot."""
-        parts: list[list[Words]] = [[] for _ in range(slots)]
-        for spec, array in zip(self.plan.outputs, stacked, strict=True):
-            value = self.plan.value(spec.id)
-            if value.width == 1:
-                flags = bits.flags_of(array, (slots, value.size))
-                for part, row in zip(parts, flags, strict=True):
-                    part.append(bits.plane_of(row))
-            else:
-                for k, part in enumerate(parts):
-                    part.append(array[k, ...])
-        return parts
+        wanted = [given is not None for given in inputs]
+        return walk.results.messages(values, materials.take(OUTPUTS), bundle.seals, wanted)
 
     def _input(self, k: int, inputs: Sequence[Sequence[Buffer] | None]) -> Words:
         """Δx of the plan's k-th input, of all slots."""
@@ -336,40 +307,6 @@ class ServerProgram:
             for given in inputs
         ]
         return slots[0] if len(slots) == 1 else np.stack(slots)
-
-    def _output_message(
-        self, seal: Seal, deltas: Sequence[Words], halves: Sequence[Words]
-    ) -> bytes:
-        """A tag over all Δy, then this side's additive share of every output.
-
-        Shares are re-randomised by a stream that alice and bob share: the data owner learns the
-        outputs and nothing of the masks they were computed under.
-        """
-        seen: list[Buffer] = []
-        parts: list[Buffer] = []
-        for spec, delta, half in zip(self.plan.outputs, deltas, halves, strict=True):
-            value = self.plan.value(spec.id)
-            delta = np.ascontiguousarray(delta)
-            if value.width == 1:
-                share = seal.shares.planes(1, value.size) ^ half
-                share = share ^ delta if self.role == "alice" else share
-                parts.append(bits.pack_planes(share, value.size))
-                seen.append(bits.pack_planes(delta[None], value.size))
-            else:
-                parts += self._shares(value, delta.reshape(-1), half, seal.shares)
-                seen.append(delta.data.cast("B"))
-        return b"".join([seal.outputs.tag(seen), *parts])
-
-    def _shares(
-        self, value: Value, delta: Words, half: Words, fresh: Stream
-    ) -> Iterator[memoryview]:
-        """This side's share of one output, packed tile by tile."""
-        half = np.ascontiguousarray(half).reshape(-1)
-        for part in tiles(value.size):
-            r = fresh.masks(delta[part].shape, value.width)
-            space, leader = packing.packed_space(r.size, value.width), self.role == "alice"
-            handover.share_out(delta[part], half[part], r, leader, value.width, space)
-            yield packing.packed_bytes(space)
 
 
 def _packed(
@@ -395,11 +332,11 @@ def _packed(
     return products
 
 
-_Waiting = tuple[int, Steps[Words], Round]
+_Waiting = tuple[int, Steps[Any], Round]
 
 
 def _exchange(
-    waiting: list[_Waiting], values: list[Words], watch: Watch | None
+    waiting: list[_Waiting], values: list[Any], watch: Watch | None
 ) -> Steps[list[_Waiting]]:
     """One round for all that wait; returns those that wait again."""
     if len(waiting) == 1 and watch is None:

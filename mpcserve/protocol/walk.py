@@ -9,23 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from mpcserve.kernels.tasks import Run
 from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
-from mpcserve.plan.schedule import schedule_of
+from mpcserve.plan.schedule import cost_of_instruction, schedule_of
+from mpcserve.protocol.opening import told
 from mpcserve.protocol.parties import Material, PrepareIO, Side, Steps
 from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
 from mpcserve.protocol.primitives.local_ops import Local, ready_local
+from mpcserve.protocol.results import Results
 from mpcserve.ring import Words
 
 NOTHING: Words = np.empty(0, np.uint64)
 """Stands for a product's fixed operand, which is not read again, and for what is not known yet."""
 
 Prepare = Callable[[PrepareIO, Sequence[Words]], tuple[Words, Material]]
-Evaluate = Callable[[Material, list[Words]], Steps[Words]]
+Evaluate = Callable[[Material, list[Words]], Steps[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +55,19 @@ class Fixed:
 class Walk:
     """The steps of `plan` on one server: `before` the input, and `levels`, one for each round.
 
-    Inputs are no step; what is fixed is none either.
+    Inputs are no step; what is fixed is none either. `results` reads values at the end.
     """
 
-    def __init__(self, plan: Plan, side: Side, fixed: Fixed, run: Run) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, side: Side, fixed: Fixed, run: Run, results: Results) -> None:
+        self.plan, self.results = plan, results
         self.deltas = _values(plan, fixed.deltas)
         self.halves = _values(plan, fixed.halves)
-        moving = [i for i in plan.instructions if i.id not in plan.static and i.op != "input"]
-        self.before = tuple(_finishing(plan, (_before(plan, i, fixed, run) for i in moving)))
-        ids = {i.id for i in moving}
+        before = (_before(plan, i, fixed, run) for i in plan.computed)
+        self.before = tuple(_finishing(plan, before, ()))
+        ids = {i.id for i in plan.computed}
         order = [id for level in schedule_of(plan).levels for id in level if id in ids]
-        steps = _finishing(plan, (_online(plan, plan[id], side, fixed, run) for id in order))
+        online = (_online(plan, plan[id], side, fixed, run) for id in order)
+        steps = _finishing(plan, online, results.tagged)
         made = {step.id: step for step in steps}
         self.levels = tuple(
             tuple(made[id] for id in level if id in ids) for level in schedule_of(plan).levels
@@ -74,10 +78,10 @@ def _values(plan: Plan, known: Mapping[int, Words]) -> list[Words]:
     return [known.get(i.id, NOTHING) for i in plan.instructions]
 
 
-def _finishing(plan: Plan, steps: Iterable[Step]) -> list[Step]:
+def _finishing(plan: Plan, steps: Iterable[Step], tagged: Iterable[int]) -> list[Step]:
     """The same steps in the same order, each with the operands it is the last to read."""
     made = list(steps)
-    kept = plan.static | {o.id for o in plan.outputs}
+    kept = plan.static | {o.id for o in plan.outputs} | set(tagged)
     done: list[Step] = []
     for step in reversed(made):
         over = tuple(set(step.operands) - kept)
@@ -113,7 +117,11 @@ def _prepare(i: Instruction, fixed: Fixed, run: Run) -> Prepare:
 def _online(plan: Plan, i: Instruction, side: Side, fixed: Fixed, run: Run) -> Step:
     if OPS[i.op].local:
         return Step(i.id, i.inputs, (), local=ready_local(i, plan.operands(i), True))
-    return Step(i.id, i.inputs, (), evaluate=_evaluate(i, side, fixed, run))
+    evaluate = _evaluate(i, side, fixed, run)
+    if i.id in plan.unopened:
+        rounds = len(cost_of_instruction(plan, i.id).rounds)
+        return Step(i.id, i.inputs, (), evaluate=lambda m, d: told(evaluate(m, d), rounds))
+    return Step(i.id, i.inputs, (), evaluate=evaluate)
 
 
 def _evaluate(i: Instruction, side: Side, fixed: Fixed, run: Run) -> Evaluate:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from mpcserve.errors import PeerError, PeerTimeout, Refused
-from mpcserve.plan.bill import bill_of
-from mpcserve.plan.ops import OPS, packed_bytes
+from mpcserve.plan.bill import bill_of, cost_of
+from mpcserve.plan.ops import packed_bytes
 from mpcserve.plan.plan import Plan
 from mpcserve.plan.schedule import schedule_of
 from mpcserve.protocol import Round, Run, ServerProgram, Steps, unpack_weight
@@ -81,17 +81,11 @@ def round_names(plan: Plan) -> Iterator[str]:
     """For each round, the instructions whose messages it carries: what an error names."""
     schedule = schedule_of(plan)
     for r in range(schedule.rounds):
-        begun = [plan[id] for id in schedule.levels[r]]
-        busy = next((i for i in begun if i.op in _SPEAKING), None)
-        if busy is None:
-            # The second or later round of something that began before.
-            earlier = (plan[id] for level in schedule.levels[:r][::-1] for id in level)
-            busy = next(i for i in earlier if i.op in _SPEAKING)
+        # or the second or later round of something that began before
+        begun = (plan[id] for level in schedule.levels[r::-1] for id in level)
+        busy = next(i for i in begun if cost_of(plan, i.id).rounds)
         layer = f" ({busy.layer})" if busy.layer else ""
         yield f"round {r + 1} of {schedule.rounds}, instruction {busy.id} {busy.op}{layer}"
-
-
-_SPEAKING = frozenset(op for op, spec in OPS.items() if spec.arity[0] and not spec.local)
 
 
 ASIDE_S = 0.01
@@ -130,14 +124,17 @@ def evaluate(
             inputs = receive_inputs(plan, client, lambda: deadline.left(round_timeout))
         timer = Timer.start()
         mine = bundle.input_tag(0, inputs)
+        greeting = {"type": "inputs", "tag": mine}
         timeout = patience(prepared, deadline, round_timeout)
         with peer.attended(standby_of(prepared), brisk=True):
+            if not live.rounds:  # which it would go with
+                peer.send_message(greeting)
             result, rounds = drive(
                 live.program.evaluate(bundle, inputs, profile),
                 peer,
                 lambda r: live.rounds[r],
                 timeout,
-                {"type": "inputs", "tag": mine},
+                greeting if live.rounds else None,
                 lambda seconds: check_same_inputs(peer, mine, seconds),
             )
             wall, cpu = timer.seconds()

@@ -24,6 +24,7 @@ class Crew:
         self._changed = threading.Condition()
         self._tasks: deque[Callable[[], None]] = deque()  # one for each idle thread, at most
         self._threads: set[threading.Thread] = set()
+        self._ending: set[threading.Thread] = set()  # nothing is left to do for them
         self._idle = 0
         self._closed = False
 
@@ -52,11 +53,17 @@ class Crew:
             self._closed = True
             self._changed.notify_all()
 
+    @property
+    def has_threads(self) -> bool:
+        """Whether one is still there."""
+        with self._changed:
+            return bool(self._threads) or any(t.is_alive() for t in self._ending)
+
     def join(self, seconds: float) -> None:
         """Wait until all threads have ended (but for the calling one), so long at most."""
         end = time.monotonic() + seconds
         with self._changed:
-            threads = self._threads - {threading.current_thread()}
+            threads = (self._threads | self._ending) - {threading.current_thread()}
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
 
@@ -65,8 +72,10 @@ class Crew:
             task()
             task = None  # what it holds is not needed while this thread waits
             task = self._next()
+        this = threading.current_thread()
         with self._changed:
-            self._threads.discard(threading.current_thread())
+            self._threads.discard(this)
+            self._ending = {t for t in self._ending if t.is_alive()} | {this}
 
     def _next(self) -> Callable[[], None] | None:
         """The next task; None if there is none for too long."""

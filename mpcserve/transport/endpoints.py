@@ -140,6 +140,7 @@ class Listener:
         self._options = options
         self._lock = threading.Lock()
         self._links: set[Link] = set()
+        self._ended: set[Link] = set()  # their threads may still be there
         self._greeting: dict[threading.Thread, socket.socket] = {}
         self._closing = False
         self._sock = _bind(where)
@@ -163,13 +164,15 @@ class Listener:
         self._thread.join()
         self._sock.close()
         with self._lock:
-            greeting = dict(self._greeting)
+            greeting, open_ = dict(self._greeting), list(self._links)
         for sock in greeting.values():
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            if not any(link.uses(sock) for link in open_):  # one is told why it ends
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
         for thread in greeting:
             thread.join(self._options.handshake_timeout)
-        links = self.links
+        with self._lock:
+            links = self._links | self._ended
         closers = [threading.Thread(target=link.close, daemon=True) for link in links]
         for closer in closers:
             closer.start()
@@ -253,16 +256,17 @@ class Listener:
                 f"{', '.join(sorted(self._accept_roles))}",
                 "check the roles and addresses in the config",
             )
-        if self._closing:
-            raise PeerLost(f"{self._role} is shutting down", "try again later")
         if self._on_link is not None:
             self._on_link(link)
         with self._lock:
+            if self._closing:
+                raise PeerLost(f"{self._role} is shutting down", "try again later")
             self._links.add(link)
 
     def _forget(self, link: Link, reason: MpcError) -> None:
         with self._lock:
             self._links.discard(link)
+            self._ended = {other for other in self._ended if other.has_threads} | {link}
         if self._on_closed is not None:
             self._on_closed(link, reason)
 

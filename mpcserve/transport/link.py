@@ -125,6 +125,15 @@ class Link:
         """Why the link has ended; None while it is alive."""
         return self._reason
 
+    @property
+    def has_threads(self) -> bool:
+        """Whether one of the link's threads is still there."""
+        return self._reader.is_alive() or self._crew.has_threads
+
+    def uses(self, sock: socket.socket) -> bool:
+        """Whether this is its socket."""
+        return self._made_of.sock is sock
+
     def channel(self, stream: bytes) -> Channel:
         """The stream of this id (16 random bytes), opened by this call or by the peer's frames.
 
@@ -328,6 +337,7 @@ class Link:
         sock = self._made_of.sock
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)  # wakes a writer that waits for the peer
+        self.sender.finish(b"", flush=0)  # the thread that ends the link may not have come so far
         self.sender.join(_JOIN_S)
         self.sender.close()
         self.reading.close()

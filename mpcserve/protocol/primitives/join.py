@@ -41,8 +41,7 @@ def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     table = np.empty((1 << len(masks), betas.shape[1]), np.uint64)
     bits.monomials(betas, table[1:])
     io.deal_bits(table[_products(len(masks))], i.value.size)
-    fresh = io.planes(1, i.value.size)
-    return Mask(fresh.a[0], fresh.b[0])
+    return io.fresh(i)
 
 
 def prepare(io: PrepareIO, i: Instruction, halves: Sequence[Words]) -> tuple[Words, Material]:
@@ -53,7 +52,7 @@ def prepare(io: PrepareIO, i: Instruction, halves: Sequence[Words]) -> tuple[Wor
     for j, half in enumerate(halves):
         table[1 << j] = half
     table[dealt] = io.dealt_bits(len(dealt), i.value.size)
-    beta = io.planes(1, i.value.size)[0]
+    beta = io.fresh(i)
     return beta, Material(table, beta)
 
 

@@ -127,7 +127,7 @@ def deal(
         index, operand = fixed
         gamma = _whole(i, *_pair(index, operand, masks[1 - index].total(ring)))
     io.deal(gamma, ring)
-    return io.mask(i.value.shape, i.value.width)
+    return io.fresh(i)
 
 
 def prepare(
@@ -141,7 +141,7 @@ def prepare(
     """γ_i − λd_i − λx_i∘Δw, and the output's mask share."""
     ring = i.attrs["ring"]
     rest = io.dealt(i.value.shape, ring)
-    lam = io.mask(i.value.shape, i.value.width)
+    lam = io.fresh(i)
     both = None
     if fixed is None:
         both = (halves[0], halves[1])

@@ -74,7 +74,7 @@ def deal_extend(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     high = i.value.width - i.attrs["width"]
     io.deal(carry, high)
     io.deal(top, high)
-    return io.mask(i.value.shape, i.value.width)
+    return io.fresh(i)
 
 
 def prepare_extend(
@@ -85,7 +85,7 @@ def prepare_extend(
     low, high = np.empty(shape, word_type(n)), np.empty(shape, word_type(n))
     carry, top = (as_words(io.dealt(shape, n - m), n) for _ in range(2))
     local.wide_masks(_flat(halves[0], n), m, carry, top, low, high)
-    lam = io.mask(i.value.shape, n)
+    lam = io.fresh(i)
     return lam, ExtendMaterial(low, high, lam.reshape(-1))
 
 
@@ -122,7 +122,7 @@ def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
         io.deal(own, n)
         if n > m:
             io.deal(above, n - m)
-    return io.mask(i.value.shape, n)
+    return io.fresh(i)
 
 
 def prepare_select(
@@ -131,7 +131,7 @@ def prepare_select(
     """This side's shares."""
     n, size, widths = i.value.width, i.value.size, i.attrs["widths"]
     dealt = [_dealt(io, i, m) for m in widths]
-    lam = io.mask(i.value.shape, n)
+    lam = io.fresh(i)
     masks = [lam.reshape(-1), *[np.zeros(size, lam.dtype) for _ in widths[1:]]]
     pairs = []
     for half, m, parts, mask in zip(halves[1::2], widths, dealt, masks, strict=True):

@@ -159,16 +159,16 @@ def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
         fresh = io.planes(level.opened, size)
         joint = (fresh.a ^ fresh.b).reshape(-1)
         compare.mask_products(joint, level.opened, level.pairs, level.first, at.rows, words, made)
-    beta = io.planes(1, size)
+    beta = io.fresh(i)
     io.deal_blocks(made, size)
-    return Mask(beta.a[0], beta.b[0])
+    return beta
 
 
 def prepare(io: PrepareIO, i: Instruction) -> tuple[Words, Material]:
     """Draw or receive the shares of what carol dealt, in her order."""
     at, size = _layout(i), i.value.size
     masks = tuple(io.planes(level.opened, size).reshape(-1) for level in at.levels)
-    beta = io.planes(1, size)[0]
+    beta = io.fresh(i)
     return beta, Material(io.dealt_blocks(at.rows, size), masks, beta)
 
 

@@ -52,14 +52,14 @@ def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     waves.wave_masks(angles, width, *table, bits, room, made)
     for k, ring in enumerate(wave_rings(at)):
         io.deal(made[2 * k : 2 * k + 2], ring)
-    return io.mask(i.value.shape, i.value.width)
+    return io.fresh(i)
 
 
 def prepare(io: PrepareIO, i: Instruction, halves: Sequence[Words]) -> tuple[Words, Material]:
     """This side's shares."""
     pair = (2, i.value.size // i.attrs["sums"])
     dealt = tuple(io.dealt(pair, ring) for ring in wave_rings(i.attrs))
-    lam = io.mask(i.value.shape, i.value.width)
+    lam = io.fresh(i)
     return lam, Material(dealt, lam.reshape(-1))
 
 

@@ -34,14 +34,14 @@ def deal(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     beta = np.empty(count * i.value.size, word_type(n))
     bits.unslice_bit(masks[0].a ^ masks[0].b, beta)
     io.deal(beta.reshape(count, -1), n)
-    return io.mask(i.value.shape, n)
+    return io.fresh(i)
 
 
 def prepare(io: PrepareIO, i: Instruction) -> tuple[Words, Material]:
     """This side's shares."""
     n = i.value.width
     dealt = io.dealt((len(i.attrs["values"]), i.value.size), n)
-    lam = io.mask(i.value.shape, n)
+    lam = io.fresh(i)
     return lam, Material(np.ascontiguousarray(dealt), lam.reshape(-1))
 
 
