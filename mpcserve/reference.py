@@ -165,6 +165,7 @@ _TABLE: Mapping[str, Callable[[Instruction, Sequence[Int]], Int]] = {
             for b, x in zip(xs[::2], xs[1::2], strict=True)
         )
     ),
+    "rectify": lambda i, xs: np.maximum(xs[0], 0),
     "tally": lambda i, xs: np.tensordot(np.asarray(i.attrs["values"], np.int64), xs[0], 1),
     "extend": lambda i, xs: xs[0],
     "spectral": _spectral,

@@ -91,8 +91,12 @@ def on_grid(plan: Plan, index: int, x: Array) -> Array:
 
 
 def ops_of(plan: Plan) -> list[str]:
-    """The instructions, sources left out."""
-    return [i.op for i in plan.instructions if i.op not in ("input", "weight", "constant")]
+    """The instructions, sources left out; what is rectified is compared and selected at once."""
+    ops: list[str] = []
+    for i in plan.instructions:
+        if i.op not in ("input", "weight", "constant"):
+            ops += ["sign", "select"] if i.op == "rectify" else [i.op]
+    return ops
 
 
 def _typed(value: Array) -> Array:

@@ -185,6 +185,9 @@ class Interpreter:
             assert all(v >= 0 for v in chosen.ravel())
         return chosen
 
+    def op_rectify(self, i: Instruction, xs: Sequence[Big]) -> Big:
+        return big(np.maximum(xs[0], 0))
+
     def op_wrap(self, i: Instruction, xs: Sequence[Big]) -> Big:
         half = 1 << (i.attrs["bits"] - 1)
         return (xs[0] + half) % (2 * half) - half

@@ -114,4 +114,4 @@ def test_bench_writes_a_trace_that_shows_every_layer(tmp_path: Path) -> None:
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"alice", "bob"}
     kinds = {e["cat"] for e in events if e["ph"] == "X"}
-    assert {"matmul", "sign", "select", "wait", "result"} <= kinds
+    assert {"matmul", "rectify", "wait", "result"} <= kinds

@@ -156,7 +156,7 @@ def test_what_samples_show_on_one_side_of_zero_keeps_its_sign() -> None:
 def test_a_declared_range_proves_the_bounds() -> None:
     plan = compile_model(single(), input_range=(-1, 3)).plan
     assert (plan.inputs[0].low, plan.inputs[0].high, plan.inputs[0].known) == (-1, 3, "proved")
-    assert known(plan, "matmul") == known(plan, "select") == {"proved"}
+    assert known(plan, "matmul") == known(plan, "rectify") == {"proved"}
 
 
 def test_samples_narrow_the_bounds_with_a_stated_margin() -> None:

@@ -242,6 +242,33 @@ def test_constants_are_public_shares_with_no_mask() -> None:
     assert np.array_equal(got, v + np.array([[1, -2], [3, -4]]))
 
 
+@pytest.mark.parametrize(
+    ("chunks", "n"),
+    [
+        ([4, 5], 20),
+        ([8, 8], 26),
+        ([7, 6, 6], 20),
+        ([7, 6, 6], 32),
+        ([6, 6, 6, 5], 40),
+        ([6, 5], 12),
+        ([8, 8, 8, 8], 64),
+        ([1, 1, 1, 1, 1, 1], 33),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 64, 77, 5000])
+def test_rectify_is_exact_in_two_rounds(chunks: list[int], n: int, size: int) -> None:
+    rng, m = np.random.default_rng([SEED, n, size]), sum(chunks) + 1
+    p = PlanWriter()
+    x = p.input((size,), m + 3, bound=m - 1)
+    plan = p.done(p.emit("rectify", [x], width=n, bound=m - 1, chunks=chunks))
+    v = edge_values(rng, m - 1, size)
+    assert np.array_equal(run(plan, v)[0], np.maximum(v, 0))
+    assert np.array_equal(evaluate_clear(plan, {}, [v])[0], np.maximum(v, 0))
+    bill, plane = bill_of(inside(plan)), (size + 7) // 8
+    assert bill.rounds == 2
+    assert bill.bytes["alice->bob"] == (2 * len(chunks) - 1) * plane + (size * n + 7) // 8
+
+
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_all_joins_any_number_of_bits_in_one_round(count: int) -> None:
     rng = np.random.default_rng([SEED, count])

@@ -42,8 +42,11 @@ def every_primitive() -> Plan:
         p.emit("tally", [bit], width=20, bound=10, values=[1] * 8),
         p.emit("select", [low, narrow], width=32, bound=11, reads=12, when=0, nonnegative=False),
         p.emit("all", [low, bit], width=1, when=[1, 0]),
+        p.emit("rectify", [narrow], width=32, bound=11, chunks=[4, 4, 3]),
     ]
+    relu = p.emit("rectify", [z], width=44, bound=35, chunks=[7, 7, 7, 7, 7])
     read = [
+        p.emit("offset", [relu], width=44, frac_bits=-8, bound=36, value=3),
         p.emit("offset", [out], width=30, frac_bits=-16, bound=21, value=3),
         p.emit("offset", [count], width=20, bound=10, value=3),
     ]

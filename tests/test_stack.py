@@ -98,6 +98,7 @@ def test_what_is_not_opened_is_cut_into_slots(size: int) -> None:
     negative, low = p.sign(x, 20, even_chunks(20, 5), [4]), p.emit("odd", [x], width=1, bound=0)
     outs = [
         p.sign(x, 20, even_chunks(20, 4), [5]),
+        p.emit("rectify", [x], width=23, bound=13, chunks=[7, 6, 6]),
         p.emit("select", [negative, x], width=21, bound=12, reads=20, when=1, nonnegative=False),
         p.emit("all", [negative, low], width=1, bound=0, when=[0, 1]),
         p.emit("tally", [p.shaped("reshape", low, (1, size), 1)], width=5, bound=3, values=[5]),

@@ -38,6 +38,7 @@ from mpcserve.compiler.precision import (
 )
 from mpcserve.compiler.problems import raise_all
 from mpcserve.compiler.ranges import in_ulps
+from mpcserve.compiler.rectify import GONE, rectified
 from mpcserve.compiler.registry import Registry
 from mpcserve.compiler.sensitivity import Felt, felt_in
 from mpcserve.compiler.strategy import (
@@ -54,7 +55,7 @@ from mpcserve.compiler.strategy import (
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.errors import ConfigError, ModelError
 from mpcserve.plan import Plan, verify_plan
-from mpcserve.plan.estimate import Line
+from mpcserve.plan.estimate import LINES, Line
 from mpcserve.plan.ops import PRODUCTS
 
 DRAFTS: tuple[Callable[[Draft], Draft], ...] = (
@@ -119,10 +120,10 @@ class Made:
 def planned(task: Task, precision: Precision) -> Made:
     """The best of all strategies on the task's line. Raises: ModelError."""
     made = _alternatives(task, precision)
-    plans = [m.plan for m in made]
-    best = fastest(plans, task.line)
+    plans, strategies = [m.plan for m in made], [m.strategy for m in made]
+    best = fastest(strategies, plans, task.line)
     verify_plan(plans[best])
-    ways = compared([m.strategy for m in made], plans, best, task.line)
+    ways = compared(strategies, plans, best, task.line)
     reason = f"chosen for {task.line.name}" if task.line else "chosen for the fewest bytes"
     advice = "" if task.line else "; `mpcserve compile --network` chooses by time"
     note = f"{reason}: {made[best].strategy}{advice}"
@@ -156,7 +157,18 @@ def _alternatives(task: Task, precision: Precision) -> list[Made]:
             plan = assign_widths(draft, task.name, chunk, **task.about)
             if all(plan != m.plan for m in made):
                 made.append(Made(Strategy(way, chunk), draft, plan, tuple(notes)))
-    return made
+    return made + [other for m in made if (other := _rectified(m, task.line or LINES[0]))]
+
+
+def _rectified(made: Made, line: Line) -> Made | None:
+    """With a round less for every max(x, 0) where that pays."""
+    if (found := rectified(made.plan, line)) is None:
+        return None
+    plan, number = found
+    moved = ((name, number[id]) for name, id in made.draft.tensors.items())
+    tensors = {name: id for name, id in moved if id != GONE}
+    strategy = replace(made.strategy, rectified=True)
+    return Made(strategy, replace(made.draft, tensors=tensors), plan, made.notes)
 
 
 def _lowered(task: Task, way: Way, scales: Scales) -> Draft:

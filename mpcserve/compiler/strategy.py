@@ -3,7 +3,8 @@
 A comparison in larger chunks deals more bits and, for wide values, saves a round. A maximum of
 three or four values at once compares every pair: more bits dealt, but four rounds where a
 tournament takes six. A smooth function of many elements is made of two halves (see `smooth`) for
-fewer bits dealt, or whole in a round or two less.
+fewer bits dealt, or whole in a round or two less. max(x, 0) of small layers may be one instruction
+of two rounds (see `rectify`).
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """`chunk`: most bits of a comparison's chunk."""
+    """`chunk`: most bits of a comparison's chunk. `rectified`: see `rectify`."""
 
     way: Way
     chunk: int
+    rectified: bool = False
 
     def __str__(self) -> str:
-        return f"{self.way}, chunks of {self.chunk} bits"
+        joined = ", max(x, 0) in two rounds" if self.rectified else ""
+        return f"{self.way}, chunks of {self.chunk} bits{joined}"
 
 
 BASIC, GROUPED, WHOLE, BOTH = Way(), Way(4), Way(halves=False), Way(4, False)
@@ -49,16 +52,14 @@ CLEARLY = 0.97
 """A plan with more bytes must be faster by this factor to be preferred."""
 
 
-def fastest(plans: list[Plan], line: Line | None) -> int:
-    """Index of the plan to prefer on `line`; with none declared, of the fewest dealt bytes."""
+def fastest(strategies: Sequence[Strategy], plans: Sequence[Plan], line: Line | None) -> int:
+    """Index of the plan to prefer on `line`; with none declared, of the fewest dealt bytes but for
+    those that a round is saved for where it pays on every line."""
     if line is None:
-        return 0
+        return next((k for k, s in enumerate(strategies) if s.rectified), 0)
     seconds = [online_seconds(plan, line) for plan in plans]
-    best = 0
-    for k in range(1, len(plans)):
-        if seconds[k] < CLEARLY * seconds[best]:
-            best = k
-    return best
+    good = [k for k, s in enumerate(seconds) if CLEARLY * s <= min(seconds)]
+    return min(good, key=lambda k: bill_of(plans[k]).dealt_bytes)
 
 
 def compared(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf, prod
 
 from mpcserve.plan.bill import bill_of
-from mpcserve.plan.ops import OPS, PRODUCTS
+from mpcserve.plan.ops import OPS, PRODUCTS, rectify_products
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.schedule import cost_of_instruction, schedule_of
 
@@ -34,8 +34,9 @@ LINES = (Line("loopback"), Line("lan", 0.0005, 1e9), Line("wan", 0.04, 1e8))
 class Rates:
     """Seconds of one core: per ring multiply-add, per element, per byte, per step of Python.
 
-    `wave`: per element and harmonic; `turn`: of a round beside its arithmetic; `owned`: per element
-    that the data owner masks or unmasks; `hello`: of the two exchanges between it and the servers.
+    `borrowed`: per element and product of a `rectify`; `wave`: per element and harmonic; `turn`: of
+    a round beside its arithmetic; `owned`: per element that the data owner masks or unmasks;
+    `hello`: of the two exchanges between it and the servers.
     """
 
     product32: float = 1 / 125e9
@@ -43,6 +44,7 @@ class Rates:
     opened: float = 1.0e-9
     compared: float = 1.4e-9
     selected: float = 1.0e-9
+    borrowed: float = 0.6e-9
     moved: float = 0.4e-9
     wave: float = 1.7e-9
     byte: float = 0.4e-9
@@ -84,6 +86,10 @@ def compute_seconds(plan: Plan, i: Instruction, rates: Rates = RATES) -> float:
         return seconds + each * multiply_adds(plan, i) + rates.opened * size
     if i.op == "sign":
         return seconds + rates.compared * size
+    if i.op == "rectify":
+        chosen = rates.compared + rates.selected
+        products = rectify_products(len(i.attrs["chunks"]))
+        return seconds + rates.step + (chosen + rates.borrowed * products) * size
     if i.op == "tally":
         return seconds + rates.moved * size * len(i.attrs["values"])
     if i.op == "spectral":

@@ -4,7 +4,8 @@ Three groups, and nothing else exists in a plan:
 
     sources     input · weight · constant
     local       act on Δ and on each mask share alike: no rounds, no bytes
-    interactive product (mul, matmul, conv) · sign · all · select · tally · extend · spectral:
+    interactive product (mul, matmul, conv) · sign · all · select · rectify · tally · extend ·
+                spectral:
                 masked values are exchanged
 
 A value is a number, or a bit: 0 or 1, shared mod 2. BIT_MOVES act on both; `xor` joins bits.
@@ -237,6 +238,21 @@ def _select_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
     return Cost((packed_bytes(size, width),), dealt)
 
 
+def rectify_products(chunks: int) -> int:
+    """Products of masks of a comparison's lower outcomes: see `protocol.primitives.rectify`."""
+    return int(3 * 2 ** (chunks - 1) - 2)
+
+
+def _rectify_cost(size: int, width: int, attrs: Attrs, operands: int) -> Cost:
+    chunks, plane = attrs["chunks"], packed_bytes(size, 1)
+    m, products = sum(chunks) + 1, rectify_products(len(chunks))
+    dealt = (sum(2**c - 1 for c in chunks) + 1) * plane
+    for count in (1, products):
+        dealt += packed_bytes(2 * count * size, width)
+    dealt += packed_bytes(3 * size, width - m) + packed_bytes(products * size, width - m)
+    return Cost(((2 * len(chunks) - 1) * plane, packed_bytes(size, width)), dealt)
+
+
 def _choose(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     if len(shapes) % 2 or len(set(shapes)) != 1:
         raise ValueError(f"select pairs bits with values of one shape, got {shapes}")
@@ -331,6 +347,7 @@ OPS: Mapping[str, OpSpec] = {
         cost=_product_cost,
     ),
     "sign": OpSpec((1, 1), _same, ("chunks", "groups"), cost=_sign_cost),
+    "rectify": OpSpec((1, 1), _same, ("chunks",), cost=_rectify_cost),
     "all": OpSpec((2, MAX_ALL), _all, ("when",), cost=_all_cost),
     "select": OpSpec((2, MANY), _choose, ("when", "nonnegative", "widths"), cost=_select_cost),
     "tally": OpSpec((1, 1), _tally, ("values",), cost=_tally_cost),
@@ -343,7 +360,8 @@ OPS: Mapping[str, OpSpec] = {
     ),
 }
 """`sign(x)` is the bit [x < 0]; `chunks`: bits per chunk, low to high, in all working width − 1;
-`groups`: how many consecutive chunks merge at the first level. `all(bits…)` is the bit [every bit
+`groups`: how many consecutive chunks merge at the first level. `rectify(x)` is max(x, 0), read mod
+2**(1 + the sum of `chunks`), of which there are two or more. `all(bits…)` is the bit [every bit
 equals its `when`]. `xor(bits…)` is their sum mod 2, and `flip`. `odd(x)` is the lowest bit of an
 integer, `wrap(x)` the integer y with −2**(`bits` − 1) ≤ y < 2**(`bits` − 1) that equals x mod
 2**`bits`; its bound is `bits` − 1 although −2**bound is possible. `tally(bit)` is the sum of the

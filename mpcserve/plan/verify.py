@@ -14,6 +14,8 @@ from mpcserve.plan.plan import RING_BITS, Instruction, Plan, Value
 KNOWN = ("exact", "proved", "calibrated", "assumed")
 MAX_CHUNK = 8
 """2^8 − 1 dealt bits for a chunk of eight: more is never cheaper than one more chunk."""
+MAX_RECTIFIED = 6
+"""Chunks of a `rectify`: nearly 300 dealt numbers an element."""
 
 MIN_PERIOD, MAX_PERIOD = 11, 26
 """Bits of a spectral function's period: more than the coarse table has, few enough for the fine."""
@@ -109,6 +111,8 @@ def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
             yield f"chunks {i.attrs['chunks']} outside 1..{MAX_CHUNK}"
         if sum(i.attrs["groups"]) != len(i.attrs["chunks"]) or min(i.attrs["groups"]) < 1:
             yield f"groups {i.attrs['groups']} do not partition {len(i.attrs['chunks'])} chunks"
+    elif i.op == "rectify":
+        yield from _rectify(i, v, xs[0])
     elif i.op in ("select", "extend"):
         yield from _select(i, v, xs)
     elif OPS[i.op].local:
@@ -120,6 +124,19 @@ def _widths(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:
         keeps = i.op not in ("scale", "shift", "odd")
         if keeps and any(v.frac_bits != x.frac_bits for x in xs):
             yield f"frac_bits {v.frac_bits} from {[x.frac_bits for x in xs]}"
+
+
+def _rectify(i: Instruction, v: Value, x: Value) -> Iterator[str]:
+    chunks = i.attrs["chunks"]
+    m = sum(chunks) + 1
+    if m > x.width or x.bound > m - 1:
+        yield f"reads {m} bits of width {x.width}, bound 2^{x.bound}"
+    if m > v.width:
+        yield f"reads {m} bits to write {v.width}"
+    if v.frac_bits != x.frac_bits:
+        yield f"frac_bits {v.frac_bits}, expected {x.frac_bits}"
+    if not (2 <= len(chunks) <= MAX_RECTIFIED and all(1 <= c <= MAX_CHUNK for c in chunks)):
+        yield f"chunks {chunks}: expected 2..{MAX_RECTIFIED} of 1..{MAX_CHUNK}"
 
 
 def _select(i: Instruction, v: Value, xs: list[Value]) -> Iterator[str]:

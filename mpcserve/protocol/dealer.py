@@ -12,7 +12,7 @@ from mpcserve.plan.ops import OPS, PRODUCTS
 from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.stack import stack
 from mpcserve.protocol.parties import NO_MASK, DealIO, Mask, input_mask
-from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
+from mpcserve.protocol.primitives import join, product, rectify, select, sign, spectral, tally
 from mpcserve.protocol.primitives.local_ops import ready_local
 from mpcserve.randomness import Stream, bundle_key, derive, weights_key
 
@@ -125,6 +125,8 @@ def _deal(plan: Plan, i: Instruction, fixed: _Fixed | None) -> _Deal:
         return lambda io, masks: product.deal(io, i, masks, fixed)
     if i.op == "sign":
         return lambda io, masks: sign.deal(io, i, masks)
+    if i.op == "rectify":
+        return lambda io, masks: rectify.deal(io, i, masks)
     if i.op == "all":
         return lambda io, masks: join.deal(io, i, masks)
     if i.op == "spectral":

@@ -19,7 +19,7 @@ from mpcserve.plan.plan import Instruction, Plan
 from mpcserve.plan.schedule import cost_of_instruction, schedule_of
 from mpcserve.protocol.opening import told
 from mpcserve.protocol.parties import Material, PrepareIO, Side, Steps
-from mpcserve.protocol.primitives import join, product, select, sign, spectral, tally
+from mpcserve.protocol.primitives import join, product, rectify, select, sign, spectral, tally
 from mpcserve.protocol.primitives.local_ops import Local, ready_local
 from mpcserve.protocol.results import Results
 from mpcserve.ring import Words
@@ -102,6 +102,8 @@ def _prepare(i: Instruction, fixed: Fixed, run: Run) -> Prepare:
         return lambda io, halves: product.prepare(io, i, halves, fixed.deltas, weight, run)
     if i.op == "sign":
         return lambda io, halves: sign.prepare(io, i)
+    if i.op == "rectify":
+        return lambda io, halves: rectify.prepare(io, i, halves)
     if i.op == "all":
         return lambda io, halves: join.prepare(io, i, halves)
     if i.op == "spectral":
@@ -130,6 +132,8 @@ def _evaluate(i: Instruction, side: Side, fixed: Fixed, run: Run) -> Evaluate:
         return lambda m, deltas: product.evaluate(side, i, m, deltas, fixed.deltas, weight, run)
     if i.op == "sign":
         return lambda m, deltas: sign.evaluate(side, i, m, deltas[0])
+    if i.op == "rectify":
+        return lambda m, deltas: rectify.evaluate(side, i, m, deltas[0], run)
     if i.op == "all":
         return partial(join.evaluate, side, i)
     if i.op == "spectral":

@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpcserve.kernels import bits, local, packing
 from mpcserve.kernels.tasks import Run, one_by_one
@@ -114,15 +115,22 @@ def evaluate_extend(
 
 def deal_select(io: DealIO, i: Instruction, masks: Sequence[Mask]) -> Mask:
     """For each pair deal β with β·λ and, if the result is wider, carry with λ_msb and β·λ_msb."""
-    n, size = i.value.width, i.value.size
+    n, beta = i.value.width, np.empty(i.value.size, word_type(i.value.width))
     for bit, x, m in zip(masks[::2], masks[1::2], i.attrs["widths"], strict=True):
-        own, above = (np.empty(count, word_type(n)) for count in (2 * size, 3 * size * (n > m)))
-        bits.unslice_bit(bit.a ^ bit.b, own[:size])
-        local.select_facts(_flat(x.a, m), _flat(x.b, m), m, own, above)
-        io.deal(own, n)
-        if n > m:
-            io.deal(above, n - m)
+        bits.unslice_bit(bit.a ^ bit.b, beta)
+        deal_pair(io, beta, x, m, n)
     return io.fresh(i)
+
+
+def deal_pair(io: DealIO, beta: Words, x: Mask, m: int, n: int) -> None:
+    """Of one pair; `beta`: the bit's mask as numbers."""
+    size = beta.size
+    own, above = (np.empty(count, word_type(n)) for count in (2 * size, 3 * size * (n > m)))
+    own[:size] = beta
+    local.select_facts(_flat(x.a, m), _flat(x.b, m), m, own, above)
+    io.deal(own, n)
+    if n > m:
+        io.deal(above, n - m)
 
 
 def prepare_select(
@@ -130,39 +138,60 @@ def prepare_select(
 ) -> tuple[Words, SelectMaterial]:
     """This side's shares."""
     n, size, widths = i.value.width, i.value.size, i.attrs["widths"]
-    dealt = [_dealt(io, i, m) for m in widths]
+    dealt = [dealt_pair(io, size, m, n) for m in widths]
     lam = io.fresh(i)
     masks = [lam.reshape(-1), *[np.zeros(size, lam.dtype) for _ in widths[1:]]]
-    pairs = []
-    for half, m, parts, mask in zip(halves[1::2], widths, dealt, masks, strict=True):
-        beta, cross, carry, top, beta_top = parts
-        zero, one = np.empty(size, word_type(n)), cross  # which is not read any more
-        tops = np.empty((2, size), local.tops_type(m, n))
-        local.ready_pair(
-            np.ascontiguousarray(half).reshape(-1),
-            m,
-            n,
-            carry,
-            top,
-            beta_top,
-            cross,
-            mask,
-            zero,
-            one,
-            tops[0],
-            tops[1],
-        )
-        pairs.append(Pair(zero, one, beta, tops[0], tops[1]))
-    return lam, tuple(pairs)
+    given = zip(halves[1::2], dealt, masks, widths, strict=True)
+    return lam, tuple(ready(half, parts, mask, m, n) for half, parts, mask, m in given)
 
 
-def _dealt(io: PrepareIO, i: Instruction, m: int) -> tuple[Words, ...]:
+def ready(half: Words, parts: tuple[Words, ...], mask: Words, m: int, n: int) -> Pair:
+    """One pair, from this side's shares of λ, of what was dealt, and of the output's mask."""
+    beta, cross, carry, top, beta_top = parts
+    zero, one = np.empty(beta.size, word_type(n)), cross  # which is not read any more
+    tops = np.empty((2, beta.size), local.tops_type(m, n))
+    local.ready_pair(
+        np.ascontiguousarray(half).reshape(-1),
+        m,
+        n,
+        carry,
+        top,
+        beta_top,
+        cross,
+        mask,
+        zero,
+        one,
+        tops[0],
+        tops[1],
+    )
+    return Pair(zero, one, beta, tops[0], tops[1])
+
+
+def dealt_pair(io: PrepareIO, size: int, m: int, n: int) -> tuple[Words, ...]:
     """β, β·λ, carry, λ_msb, β·λ_msb; where no wrap can be lost β stands for the last three."""
-    n, size = i.value.width, i.value.size
     beta, cross = io.dealt((2, size), n)
     if n <= m:
         return beta, cross, beta, beta, beta
     return beta, cross, *as_words(io.dealt((3, size), n - m), n)
+
+
+def add_selected(
+    x: Words,
+    bit: Words,
+    pair: Pair,
+    part: slice,
+    m: int,
+    n: int,
+    leader: bool,
+    out: Words,
+    space: NDArray[np.uint8],
+) -> None:
+    """Add this side's share of [the bit is clear]·x, for x ≥ 0 there, to out[part], and pack it."""
+    room = np.empty(local.SELECT_ROOM, out.dtype)
+    local.select_share(
+        x, bit, *pair, part.start, part.stop, m, np.uint64(0), False, True, n, leader, room, out,
+        space,
+    )  # fmt: skip
 
 
 def evaluate_select(

@@ -80,11 +80,11 @@ class _Layout:
 
 
 def _layout(i: Instruction) -> _Layout:
-    return _layout_of(tuple(i.attrs["chunks"]), tuple(i.attrs["groups"]))
+    return layout_of(tuple(i.attrs["chunks"]), tuple(i.attrs["groups"]))
 
 
 @lru_cache(maxsize=256)
-def _layout_of(chunks: tuple[int, ...], groups: tuple[int, ...]) -> _Layout:
+def layout_of(chunks: tuple[int, ...], groups: tuple[int, ...]) -> _Layout:
     rows = sum((1 << c) - 1 for c in chunks) + 1
     levels = []
     for counts in sign_levels({"chunks": chunks, "groups": groups}):
