@@ -18,8 +18,9 @@ from mpcserve.plan.ops import OPS
 from mpcserve.plan.schedule import cost_of_instruction
 from mpcserve.plan.verify import MAX_CHUNK
 
-DEALING = 1e9
-"""Bytes a second that carol deals, and alice and bob expand, on one machine."""
+DEALING = 0.3e9
+"""Bytes a second, small ones, that carol deals, bob unpacks and alice and bob expand on one machine
+whose cores they share."""
 
 MOST_CHUNKS = 4
 
