@@ -125,7 +125,7 @@ def check_command(
 @click.option(
     "--network",
     metavar="loopback|lan|wan|RTT_MS,MBIT",
-    help="Choose the fastest plan for servers so joined; default: few bytes, and rounds only where they pay.",
+    help="Choose the fastest plan for servers so joined; default: the one of few bytes.",
 )
 @DISCLOSE
 @JSON
