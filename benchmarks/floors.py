@@ -58,7 +58,7 @@ def work_of(plan: Plan) -> Work:
             continue
         if i.op in PRODUCTS:
             products[32 if i.attrs["ring"] <= 32 else 64] += multiply_adds(plan, i)
-        comparisons += i.value.size if i.op == "sign" else 0
+        comparisons += i.value.size if i.op in ("sign", "rectify") else 0
     return Work(products, comparisons, bill_of(plan).bytes["alice->bob"])
 
 

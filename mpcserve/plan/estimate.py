@@ -52,7 +52,7 @@ class Rates:
     local_step: float = 4e-6
     turn: float = 45e-6
     owned: float = 7e-9
-    hello: float = 1.0e-3
+    hello: float = 0.5e-3
 
 
 RATES = Rates()
