@@ -120,4 +120,4 @@ def test_the_text_names_every_instruction_and_its_cost() -> None:
     text = plan_text(small_plan())
     assert "%2 = matmul(%0, %1) ring=40 truncate=8 : 2x4 30b.8 <2^29 proved" in text
     assert "; 1 round, 30 B, dealt 40 B" in text
-    assert text.endswith("return %4 as y0 float64[2, 4]")
+    assert text.endswith("return unopened %4 as y0 float64[2, 4]")

@@ -23,9 +23,10 @@ def plan_text(plan: Plan) -> str:
             layer = i.layer
             lines.append(f"# {layer or '(no layer)'}")
         lines.append(_line(plan, i))
-    lines += [
-        f"return %{o.id} as {o.name} {o.dtype}{list(o.shape)}{_named(o)}" for o in plan.outputs
-    ]
+    unopened = plan.unopened.values()
+    for k, o in enumerate(plan.outputs):
+        how = " unopened" if k in unopened else ""
+        lines.append(f"return{how} %{o.id} as {o.name} {o.dtype}{list(o.shape)}{_named(o)}")
     return "\n".join(lines)
 
 
