@@ -4,7 +4,7 @@ It is the same on both servers; who leads is settled before it begins. A data ow
 two servers different inputs would have them open values that no mask hides, and learn from the
 result: so each tells the other a tag of what it received, under a key that they alone have, and
 nothing is handed out, nor is a second round begun, before the two are known to agree. The tag goes
-with the first round.
+with the first round, or ahead of all work where there is none.
 """
 
 from __future__ import annotations
