@@ -107,7 +107,7 @@ def fraction(factor: float, bound: int) -> tuple[int, int]:
 
 
 def relu(b: Builder, x: Ref) -> Ref:
-    """max(x, 0). Cost: sign and select, or `rectify`; none where the range already says the answer."""
+    """max(x, 0). Cost: sign and select, or `rectify`; none where the range tells the answer."""
     held = b.interval(x)
     if held.least >= 0:
         return x
