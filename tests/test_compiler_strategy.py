@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -10,6 +12,7 @@ from onnx import TensorProto, helper
 from mpcserve.compiler import CompiledModel, compile_model
 from mpcserve.compiler.builder import Builder
 from mpcserve.compiler.rectify import rectified
+from mpcserve.compiler.strategy import BASIC, Strategy, fastest
 from mpcserve.compiler.widths import assign_widths, extended
 from mpcserve.plan import bill_of
 from mpcserve.plan.estimate import LINES, Line, online_seconds
@@ -93,6 +96,16 @@ def test_a_round_is_saved_where_dealing_for_it_is_quicker(
         )
         if saved:
             assert not any(i.op in ("sign", "select") for i in plan.instructions)
+
+
+def test_with_no_network_declared_only_the_plan_of_fewest_bytes_saves_rounds() -> None:
+    """Larger chunks deal more everywhere: a round that is saved with them alone is no reason."""
+    plan = compile_model(relu_model(4), input_range=(-8, 8)).plan
+    five, eight = Strategy(BASIC, 5), Strategy(BASIC, 8)
+    saving = replace(eight, rectified=True)
+    assert fastest([five, eight, saving], [plan] * 3, None) == 0
+    five_saving = replace(five, rectified=True)
+    assert fastest([five, eight, saving, five_saving], [plan] * 4, None) == 3
 
 
 def test_only_a_sign_that_nothing_else_reads_is_joined_with_its_selection() -> None:

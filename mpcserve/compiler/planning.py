@@ -124,7 +124,7 @@ def planned(task: Task, precision: Precision) -> Made:
     best = fastest(strategies, plans, task.line)
     verify_plan(plans[best])
     ways = compared(strategies, plans, best, task.line)
-    reason = f"chosen for {task.line.name}" if task.line else "chosen for the fewest bytes"
+    reason = f"chosen for {task.line.name}" if task.line else "chosen for few bytes"
     advice = "" if task.line else "; `mpcserve compile --network` chooses by time"
     note = f"{reason}: {made[best].strategy}{advice}"
     plan = replace(plans[best], alternatives=ways)

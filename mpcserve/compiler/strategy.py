@@ -10,7 +10,7 @@ of two rounds (see `rectify`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from mpcserve.plan import Alternative, Plan, bill_of
@@ -53,10 +53,11 @@ CLEARLY = 0.97
 
 
 def fastest(strategies: Sequence[Strategy], plans: Sequence[Plan], line: Line | None) -> int:
-    """Index of the plan to prefer on `line`; with none declared, of the fewest dealt bytes but for
-    those that a round is saved for where it pays on every line."""
+    """Index of the plan to prefer on `line`; with none declared the first, of the fewest dealt
+    bytes, or that with the rounds saved that cost less on any line."""
     if line is None:
-        return next((k for k, s in enumerate(strategies) if s.rectified), 0)
+        saved = replace(strategies[0], rectified=True)
+        return strategies.index(saved) if saved in strategies else 0
     seconds = [online_seconds(plan, line) for plan in plans]
     good = [k for k, s in enumerate(seconds) if CLEARLY * s <= min(seconds)]
     return min(good, key=lambda k: bill_of(plans[k]).dealt_bytes)
